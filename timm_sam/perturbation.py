@@ -1,0 +1,149 @@
+"""The perturbations of SAM and its variants: ``(params, grads, rho, eta) -> eps``.
+
+Paper: M. Mueller, T. Vlaar, D. Rolnick, M. Hein, "Normalization Layers Are All That Sharpness-Aware Minimization
+Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226: Eq. (5) and Table 9 (Appendix A.3).
+
+    p = 2    eps = rho * T^2 g / ||T g||_2     one norm over all tensors together
+    p = inf  eps = rho * T sign(g)
+
+``T`` is diagonal. ``sam`` is Foret et al. (ICLR 2021), ``elementwise_l2_orig`` is ASAM (Kwon et al., ICML 2021),
+``fisher`` is Fisher-SAM (Kim et al., ICML 2022). Everything here is pure multi-tensor arithmetic on lists of tensors:
+no module, no optimizer, no host synchronisation.
+"""
+import math
+from dataclasses import dataclass
+from typing import Callable, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+
+def _identity(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> None:
+    return None
+
+
+def _elementwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
+    t = torch._foreach_abs(params)
+    torch._foreach_add_(t, eta)
+    return t
+
+
+def _elementwise_orig(
+        params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
+    # Table 9 prints 1 + eta for biases; Section 3.2, the ASAM paper and both reference codes have 1
+    return [p.abs().add_(eta) if weight else torch.ones_like(p) for p, weight in zip(params, is_weight)]
+
+
+def _layerwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
+    return [n.expand_as(p) for n, p in zip(torch._foreach_norm(params), params)]
+
+
+def _fisher(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
+    t = torch._foreach_mul(grads, grads)
+    torch._foreach_mul_(t, eta)
+    torch._foreach_add_(t, 1.0)
+    torch._foreach_sqrt_(t)
+    torch._foreach_reciprocal_(t)
+    return t
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of Table 9.
+
+    Attributes:
+        normalizer: Gives the diagonal of T, one tensor per parameter; None means T = 1.
+        p: Norm of the perturbation model, 2 or inf.
+        eta: Default of eta, or None where T has no eta.
+        title: The name used in the paper's tables.
+    """
+
+    normalizer: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[bool]], Optional[Tensors]]
+    p: float
+    eta: Optional[float]
+    title: str
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "sam": Variant(_identity, 2, None, "SAM"),
+    "elementwise_l2": Variant(_elementwise, 2, 0.0, "elem. l2"),
+    "elementwise_l2_orig": Variant(_elementwise_orig, 2, 0.01, "elem. l2 orig."),
+    "elementwise_linf": Variant(_elementwise, math.inf, 0.0, "elem. l-inf"),
+    "layerwise_l2": Variant(_layerwise, 2, None, "layer l2"),
+    "fisher": Variant(_fisher, 2, 1.0, "Fisher-SAM"),
+}
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """l2 norm over all elements of all tensors, as a 0-dim tensor on the device of the first."""
+    device = tensors[0].device
+    norms = torch._foreach_norm(list(tensors))
+    return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
+
+
+@torch.no_grad()
+def perturbation(
+        variant: str,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rho: float,
+        eta: Optional[float] = None,
+        is_weight: Optional[Sequence[bool]] = None,
+) -> tuple[Tensors, Tensor]:
+    """The perturbation of one m-batch (Eq. (5), Table 9).
+
+    Args:
+        variant: A key of :data:`VARIANTS`.
+        params: The selected parameters w_S, any shapes.
+        grads: g, the gradient of the mean loss of the batch at w, same shapes, in true scale (no loss scale in it).
+        rho: Radius, >= 0.
+        eta: eta of Table 9; None takes the variant's default.
+        is_weight: Per parameter, whether its name ends in ``weight``; only ``elementwise_l2_orig`` treats the others
+            differently. None means all.
+
+    Returns:
+        ``eps``, one tensor per parameter (shape of the parameter, float32 or wider), and ``||g||_2`` over all of them
+        as a 0-dim tensor. ``eps`` is exactly zero where ``||T g||`` is zero or g is not finite.
+    """
+    definition = VARIANTS[variant]
+    eta = definition.eta if eta is None else eta
+    is_weight = [True] * len(params) if is_weight is None else is_weight
+    # half-precision tensors are widened: squares of half-precision gradients under- and overflow
+    params, grads = _at_least_float32(params), _at_least_float32(grads)
+    grad_norm = global_norm(grads)
+    t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
+    if definition.p == 2:
+        tg = grads if t is None else torch._foreach_mul(grads, t)
+        norm = grad_norm if t is None else global_norm(tg)
+        usable = torch.isfinite(norm) & (norm > 0)
+        eps = _scaled(tg, torch.where(usable, norm, torch.ones_like(norm)), rho)
+        if t is not None:
+            torch._foreach_mul_(eps, t)
+    else:
+        usable = torch.isfinite(grad_norm)
+        eps = torch._foreach_sign(grads)
+        torch._foreach_mul_(eps, rho)
+        if t is not None:
+            torch._foreach_mul_(eps, t)
+    # multiplying by zero would keep inf and nan
+    return [torch.where(usable.to(e.device, non_blocking=True), e, torch.zeros_like(e)) for e in eps], grad_norm
+
+
+def _at_least_float32(tensors: Sequence[Tensor]) -> Tensors:
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def _scaled(tensors: Sequence[Tensor], norm: Tensor, rho: float) -> Tensors:
+    """rho * (tensors / norm), on whatever device each tensor is.
+
+    In this order no factor overflows: tensors / norm is at most 1, while rho / norm is infinite for a subnormal norm.
+    """
+    divisors = {d: norm.to(d, non_blocking=True) for d in {t.device for t in tensors}}
+    if len(divisors) == 1:
+        out = torch._foreach_div(list(tensors), next(iter(divisors.values())))
+    else:
+        out = [t / divisors[t.device] for t in tensors]
+    torch._foreach_mul_(out, rho)
+    return list(out)

@@ -1,0 +1,402 @@
+"""SAM around any optimizer: ascent to w + eps, descent with the gradient found there.
+
+    g  = dL/dw_S at w                          only the selected parameters S, usually the normalization layers
+    G  = dL/dw   at w with w_S + eps(g)        all parameters
+    w <- base optimizer's step with G, at the unperturbed w
+
+Papers: SAM, Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412; SAM-ON, Mueller et al., NeurIPS 2023,
+https://arxiv.org/abs/2306.04226. The perturbations are in ``perturbation.py``, the choice of S in ``selection.py``.
+
+What goes wrong around SAM, and is handled here: BatchNorm statistics (from the pass at w only), dropout masks (the
+same in both passes), exact restoration (copied back), gradient synchronisation (none in the ascent), loss scales (out
+of g before eps), accumulated gradients (never part of g).
+"""
+import math
+import random
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .perturbation import VARIANTS, global_norm, perturbation
+from .selection import is_norm, select_parameters, unwrap
+
+BN_STATS = ("clean", "both")
+LossFn = Callable[[], Tensor]
+
+
+class Stats(NamedTuple):
+    """What the last two passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
+
+    Attributes:
+        loss: Loss at w.
+        loss_perturbed: Loss at w + eps.
+        grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
+        eps_norm: l2 norm of eps.
+    """
+
+    loss: Tensor
+    loss_perturbed: Tensor
+    grad_norm: Tensor
+    eps_norm: Tensor
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization around a base optimizer.
+
+    Args:
+        optimizer: The base optimizer, any ``torch.optim.Optimizer``. ``param_groups``, ``state`` and ``state_dict``
+            are its own, so learning-rate schedulers and checkpoints need not know of SAM.
+        model: The module that is trained. Pass the DistributedDataParallel module where there is one: the ascent
+            must not synchronise gradients. Build SAM after the model is on its device and wrapped.
+        variant: A key of ``VARIANTS`` (Table 9 of the SAM-ON paper): ``sam``, ``elementwise_l2``,
+            ``elementwise_l2_orig`` (ASAM), ``elementwise_linf``, ``layerwise_l2``, ``fisher``.
+        params: ``onlynorm`` (SAM-ON), ``all`` (SAM) or ``nonorm``; see :func:`select_parameters`.
+        rho: Radius of the perturbation, >= 0.
+        eta: eta of Table 9; None takes the variant's default.
+        filter: Regular expression that keeps only matching parameter names.
+        bn_stats: ``clean``: running statistics of normalization layers come from the pass at w only; ``both``: both
+            passes update them, as the reference implementations do.
+
+    Raises:
+        ValueError: An argument is out of range, or nothing is selected.
+
+    Example:
+        >>> sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, rho=0.5)
+        >>> for x, y in loader:
+        ...     loss = sam.minimize(lambda: criterion(model(x), y))
+
+    Notes:
+        Random state: torch's generators (CPU and the parameters' devices), Python's and NumPy's are set back between
+        the passes, so that both see the same masks; afterwards they are where one pass leaves them.
+        DDP: each rank perturbs by the gradient of its own batch; only the descent synchronises, once.
+        A gradient that is not finite gives eps = 0 for that batch, counted in :attr:`nonfinite`.
+    """
+
+    def __init__(
+            self,
+            optimizer: torch.optim.Optimizer,
+            model: nn.Module,
+            *,
+            variant: str = "sam",
+            params: str = "onlynorm",
+            rho: float,
+            eta: Optional[float] = None,
+            filter: Optional[str] = None,
+            bn_stats: str = "clean",
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__} differentiates the gradient again, at a point that SAM has left "
+                f"by then: use a first-order optimizer, such as adamw")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} (--sam-variant) is unknown: use one of {', '.join(VARIANTS)}")
+        if bn_stats not in BN_STATS:
+            raise ValueError(f"bn_stats={bn_stats!r} (--sam-bn-stats) is unknown: use one of {', '.join(BN_STATS)}")
+        _check_number("rho", rho)
+        if eta is not None:
+            _check_number("eta", eta)
+            if VARIANTS[variant].eta is None:
+                raise ValueError(f"eta={eta} (--sam-eta): variant {variant!r} has no eta; leave it out")
+        # Optimizer.__init__ is not called: groups, state and defaults are the base optimizer's. This sets up the rest
+        # (hooks, profiling names) as unpickling does.
+        self.optimizer = optimizer
+        super().__setstate__({})
+
+        self.variant = variant
+        self.params = params
+        self.rho = float(rho)
+        self.eta = VARIANTS[variant].eta if eta is None else float(eta)
+        self.bn_stats = bn_stats
+        self.selected = select_parameters(model, params, filter)
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.selected[0][1].device)
+        self.stats: Optional[Stats] = None
+
+        chosen = {id(p) for _, p in self.selected}
+        self._model = model
+        self._outside = [p for p in model.parameters() if id(p) not in chosen]
+        self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
+        self._ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self._eps: Optional[list[Tensor]] = None
+        self._norms: Optional[tuple[Tensor, Tensor]] = None
+        self._rng: Optional[_RandomState] = None
+        self._saved: list[Tensor] = []
+        self._stepped = True
+
+    # What a torch optimizer has, all of it the base optimizer's.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's groups, also after its ``load_state_dict`` replaced the list."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of the base optimizer's parameters."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state: SAM itself keeps nothing from one update to the next."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer. What is perturbed was fixed at construction and does not change."""
+        self.optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"SAM({self.describe()}; {self.optimizer!r})"
+
+    def describe(self) -> str:
+        """One line: variant, rho, eta, and how many tensors and parameters of how many are perturbed."""
+        parameters = list(unwrap(self._model).parameters())
+        eta = "" if self.eta is None else f", eta={self.eta:g}"
+        return (
+            f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}: perturbs {len(self.selected)} of "
+            f"{len(parameters)} tensors, {sum(p.numel() for _, p in self.selected):,} of "
+            f"{sum(p.numel() for p in parameters):,} parameters")
+
+    # The step, in the three forms that loops need.
+
+    def minimize(self, loss_fn: LossFn) -> Tensor:
+        """One update: zeroes gradients, both passes, base step.
+
+        Args:
+            loss_fn: Computes the mean loss of the batch, a 0-dim tensor, and nothing else. It is called twice.
+
+        Returns:
+            The loss at w, detached.
+
+        Raises:
+            ValueError: The loss does not depend on any selected parameter.
+        """
+        self.zero_grad()
+        loss = self.backward(loss_fn)
+        self.step()
+        return loss
+
+    def step(self, closure: Optional[Callable[[], Tensor]] = None) -> Tensor:  # type: ignore[override]
+        """One update by PyTorch's convention, or the base step that follows :meth:`backward`.
+
+        Args:
+            closure: Zeroes gradients, computes the loss, calls ``backward()``, returns the loss; it is called twice.
+                None takes the base optimizer's step with the gradients that :meth:`backward` left.
+
+        Returns:
+            The loss at w, detached (without a closure: that of the last :meth:`backward`).
+
+        Raises:
+            ValueError: There is no closure and :meth:`backward` did not run since the last step, or the closure
+                leaves no gradient in any selected parameter.
+        """
+        if closure is not None:
+            with torch.enable_grad():
+                with self.ascent():
+                    loss = closure()
+                with self.perturbed():
+                    loss_perturbed = closure()
+            self._record(loss, loss_perturbed)
+        elif self._stepped:
+            raise ValueError(
+                "SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) "
+                "before it, or use SAM.minimize(loss_fn)")
+        self.optimizer.step()
+        self._stepped = True
+        assert self.stats is not None
+        return self.stats.loss
+
+    def backward(
+            self,
+            loss_fn: LossFn,
+            *,
+            weigh: Optional[Callable[[Tensor], Tensor]] = None,
+            scaler: Optional[torch.amp.GradScaler] = None,
+    ) -> Tensor:
+        """Both passes of one (micro-)batch: what ``loss_fn().backward()`` is in a plain loop.
+
+        Adds G to ``.grad`` and leaves the weights as they were, so clipping, GradScaler and gradient accumulation go
+        on from there as without SAM. Under accumulation each call has its own eps (mSAM); wrap all but the last call
+        in ``ddp.no_sync()`` as usual.
+
+        Args:
+            loss_fn: Computes the mean loss of the batch, a 0-dim tensor. It is called twice.
+            weigh: Applied to the loss at w + eps before its backward, e.g. ``lambda loss: loss / accumulation_steps``.
+                The ascent uses the loss as it is: eps does not depend on such factors.
+            scaler: Its loss scale is applied in both passes and divided out of g.
+
+        Returns:
+            The loss at w, detached, not weighed.
+
+        Raises:
+            ValueError: The loss does not depend on any selected parameter.
+        """
+        with torch.enable_grad():
+            loss = self._ascend(loss_fn, scaler)
+            with self.perturbed():
+                loss_perturbed = loss_fn()
+                weighed = loss_perturbed if weigh is None else weigh(loss_perturbed)
+                (weighed if scaler is None else scaler.scale(weighed)).backward()
+        return self._record(loss, loss_perturbed)
+
+    def _ascend(self, loss_fn: LossFn, scaler: Optional[torch.amp.GradScaler]) -> Tensor:
+        # in a function of its own, so that nothing of the first graph is alive during the second forward
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=self.selected[0][1].device))
+        with self.ascent(scale):
+            loss = loss_fn()
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
+                    f"({self.selected[0][0]}, ...): select others by params (--sam-params) or filter (--sam-filter)")
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss.detach()
+
+    def _record(self, loss: Tensor, loss_perturbed: Tensor) -> Tensor:
+        assert self._norms is not None
+        self.stats = Stats(loss.detach(), loss_perturbed.detach(), *self._norms)
+        self._stepped = False
+        return self.stats.loss
+
+    # The two halves.
+
+    @contextmanager
+    def ascent(self, grad_scale: Union[None, float, Tensor] = None) -> Iterator[None]:
+        """The pass at w: run the loss's forward and backward inside; on the way out eps is computed.
+
+        Inside, parameters outside S do not require gradients, gradients are not synchronised, and the selected
+        parameters' ``.grad`` starts empty; all three are as before afterwards.
+
+        Args:
+            grad_scale: Factor that the gradient carries (a loss scale), divided out of g.
+
+        Raises:
+            ValueError: No gradient arrived in any selected parameter.
+        """
+        params = [p for _, p in self.selected]
+        frozen = [p for p in self._outside if p.requires_grad]
+        accumulated = [p.grad for p in params]
+        self._eps = None
+        self._rng = _RandomState({p.device for p in params})
+        for p in params:
+            p.grad = None
+        for p in frozen:
+            p.requires_grad_(False)
+        try:
+            with ExitStack() as stack:
+                for ddp in self._ddp:
+                    stack.enter_context(ddp.no_sync())
+                yield
+            self._compute_eps(params, grad_scale)
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+            for p, grad in zip(params, accumulated):
+                p.grad = grad
+            # weights cast inside an autocast region around both passes are stale in the second
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _compute_eps(self, params: list[nn.Parameter], grad_scale: Union[None, float, Tensor]) -> None:
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            raise ValueError(
+                f"no gradient reached any of the {len(params)} perturbed parameters ({self.selected[0][0]}, ...): the "
+                f"closure must call backward(), on a loss that depends on them")
+        dense = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+        if grad_scale is not None:
+            inverse = 1.0 / grad_scale
+            dense = list(torch._foreach_mul(dense, inverse))
+        eps, grad_norm = perturbation(self.variant, params, dense, self.rho, self.eta, self._is_weight)
+        self.nonfinite = self.nonfinite.to(grad_norm.device) + ~torch.isfinite(grad_norm)
+        self._norms = grad_norm, global_norm(eps)
+        self._eps = eps
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """The pass at w + eps: run the loss's forward and backward inside; w is copied back on the way out.
+
+        Raises:
+            ValueError: :meth:`ascent` did not run before.
+        """
+        eps, rng = self._eps, self._rng
+        if eps is None or rng is None:
+            raise ValueError("SAM.perturbed() needs an eps: run the loss and its backward() inside SAM.ascent() first")
+        self._eps = self._rng = None
+        params = [p for _, p in self.selected]
+        statistics = _Statistics(self._model) if self.bn_stats == "clean" else None
+        self._save(params)
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(params, [e.to(p.dtype) for e, p in zip(eps, params)])
+            del eps
+            rng.restore()
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, self._saved)
+            if statistics is not None:
+                statistics.restore()
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _save(self, params: list[nn.Parameter]) -> None:
+        if any(s.device != p.device or s.dtype != p.dtype for s, p in zip(self._saved, params)):
+            self._saved = []
+        if not self._saved:
+            self._saved = [torch.empty_like(p) for p in params]
+        torch._foreach_copy_(self._saved, params)
+
+
+class _Statistics:
+    """The running statistics of a model's normalization layers, to be put back after a pass."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = [b for m in model.modules() if m.training and is_norm(m) for b in m.buffers(recurse=False)]
+        self.values = [b.clone() for b in self.buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.values)
+
+
+class _RandomState:
+    """The state of every generator that a forward pass may draw from."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in _NO_GENERATOR}
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+_NO_GENERATOR = ("cpu", "meta")  # the CPU's generator is always kept
+
+
+def _check_number(name: str, value: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} (--sam-{name}) must be a finite number >= 0")
