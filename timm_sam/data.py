@@ -1,0 +1,298 @@
+"""Options -> data sets and loaders, through timm's factories."""
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Optional
+
+import torch
+from timm import utils
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, NaFlexMixup, create_dataset, create_loader, \
+    create_naflex_loader
+
+from .options import OptionError
+
+_logger = logging.getLogger("train")
+
+
+@dataclass
+class Data:
+    """What an epoch needs to know of its data.
+
+    Attributes:
+        train: Training loader.
+        eval: Validation loader, or None without a validation split.
+        mixup: Applied to each batch by the loop; None when the loader mixes, or nothing does.
+        reference_batch_size: Batch size that learning rate and loss scaling refer to: --batch-size, or the average of
+            a size schedule.
+        loss_scale: How losses of batches of other sizes are weighed: ``none``, ``sqrt`` or ``linear``.
+        naflex: Whether batches are NaFlex dictionaries.
+    """
+
+    train: Any
+    eval: Any
+    mixup: Optional[Callable]
+    reference_batch_size: float
+    loss_scale: str
+    naflex: bool
+
+    def set_epoch(self, epoch: int, args: argparse.Namespace) -> None:
+        """Tells samplers and iterable data sets the epoch; turns mixup off when its time is over."""
+        for holder in (self.train.dataset, self.train.batch_sampler, self.train.sampler):
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+                if holder is not self.train.dataset:
+                    break
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            if args.prefetcher and getattr(self.train, "mixup_enabled", False):
+                self.train.mixup_enabled = False
+            elif self.mixup is not None:
+                self.mixup.mixup_enabled = False
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def create_data(
+        args: argparse.Namespace,
+        data_config: Mapping[str, Any],
+        patch_size: Optional[tuple[int, int]],
+        device: torch.device,
+        model_dtype: Optional[torch.dtype],
+) -> Data:
+    """Builds the data sets and loaders of both splits.
+
+    Args:
+        args: All options; ``num_classes`` is resolved.
+        data_config: Of ``timm.data.resolve_data_config``.
+        patch_size: The model's patch size (height, width), where it has one; for --naflex-loader.
+        device: Where batches go.
+        model_dtype: Type of the images, float32 if None.
+
+    Raises:
+        OptionError: A data set is missing or empty, or does not fit the number of classes.
+    """
+    train_set, eval_set = _datasets(args, data_config)
+    common = dict(
+        mean=data_config["mean"],
+        std=data_config["std"],
+        pin_memory=args.pin_mem,
+        img_dtype=model_dtype or torch.float32,
+        device=device,
+        distributed=args.distributed,
+        use_prefetcher=args.prefetcher,
+    )
+    mixup_options = _mixup_options(args) if mixup_active(args) else None
+    mixup = None
+    if args.naflex_loader:
+        patch_size = patch_size or (16, 16)
+        train = _naflex_train_loader(args, train_set, data_config, patch_size, mixup_options, common)
+        reference, loss_scale = float(args.batch_size), args.naflex_loss_scale
+    else:
+        collate = None
+        if mixup_options is not None and args.prefetcher:
+            collate = FastCollateMixup(**mixup_options)
+        elif mixup_options is not None:
+            mixup = Mixup(**mixup_options)
+        train = _train_loader(args, train_set, data_config, collate, common)
+        reference, loss_scale = float(args.batch_size), "none"
+        if args.train_img_sizes is not None:
+            reference, loss_scale = train.batch_sampler.average_batch_size, args.variable_batch_loss_scale
+    return Data(
+        train=train,
+        eval=None if eval_set is None else _eval_loader(args, eval_set, data_config, patch_size, common),
+        mixup=mixup,
+        reference_batch_size=reference,
+        loss_scale=loss_scale,
+        naflex=args.naflex_loader,
+    )
+
+
+def _datasets(args: argparse.Namespace, data_config: Mapping[str, Any]) -> tuple[Any, Any]:
+    img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    common = dict(
+        root=args.data_dir,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=img_mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+
+    def create(flag: str, split: str, **kwargs: Any) -> Any:
+        try:
+            return create_dataset(args.dataset, split=split, **common, **kwargs)
+        except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
+            raise OptionError(
+                f"{flag} {split} of --data-dir {args.data_dir} --dataset {args.dataset or '(folder)'}: {e}; check the "
+                f"folder and the split's name") from e
+
+    train_set = create(
+        "--train-split", args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples)
+    eval_set = None
+    if args.val_split:
+        eval_set = create("--val-split", args.val_split, is_training=False, num_samples=args.val_num_samples)
+    _check_classes(args, train_set, eval_set)
+    return train_set, eval_set
+
+
+def _class_to_idx(dataset: Any) -> Optional[dict[str, int]]:
+    for holder in (getattr(dataset, "reader", None), dataset):
+        classes = getattr(holder, "class_to_idx", None)
+        if isinstance(classes, dict) and classes:
+            return classes
+    return None
+
+
+def _check_classes(args: argparse.Namespace, train_set: Any, eval_set: Any) -> None:
+    train_classes = _class_to_idx(train_set)
+    if train_classes is None:
+        return
+    needed = max(train_classes.values()) + 1
+    if needed > args.num_classes:
+        raise OptionError(
+            f"--num-classes {args.num_classes}: the training split below --data-dir {args.data_dir} has {needed} "
+            f"classes; use --num-classes {needed}")
+    if needed < args.num_classes and utils.is_primary(args):
+        _logger.warning(
+            f"The training split has {needed} classes, the model {args.num_classes} outputs; --num-classes {needed} "
+            f"makes them equal.")
+    eval_classes = _class_to_idx(eval_set)
+    for name, index in (eval_classes or {}).items():
+        if train_classes.get(name, index) != index:
+            missing = sorted(set(train_classes) - set(eval_classes or {}))[:3]
+            raise OptionError(
+                f"--val-split {args.val_split} of --data-dir {args.data_dir} numbers class {name!r} as {index}, the "
+                f"training split as {train_classes[name]}: its folders differ"
+                f"{' (missing: ' + ', '.join(missing) + ')' if missing else ''}; add them, or give --class-map FILE")
+
+
+def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def _augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config["interpolation"]
+    return dict(
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=interpolation,
+        num_workers=args.workers,
+        worker_seeding=args.worker_seeding,
+    )
+
+
+def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+                  collate: Optional[Callable], common: Mapping[str, Any]) -> Any:
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    progressive = args.train_size_schedule == "progressive"
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=data_config["input_size"],
+            input_size_choices=args.train_img_sizes,
+            batch_size_choices=args.train_batch_sizes,
+            batch_choice_weights=args.train_size_probs,
+            batch_choice_seed=args.seed,
+            batch_choice_schedule=args.train_size_schedule,
+            batch_schedule_epochs=args.epochs if progressive else None,
+            batch_schedule_spread=args.train_size_schedule_spread,
+            batch_schedule_random_mix=args.train_size_random_mix,
+            num_batches=args.train_batches_per_epoch,
+            collate_fn=collate,
+            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            **common,
+            **_augmentation(args, data_config),
+        )
+    except (ValueError, AssertionError) as e:
+        raise OptionError(f"the training loader refuses its options: {e}; see the flags it names in --help") from e
+    if args.train_img_sizes is not None and utils.is_primary(args):
+        sampler = loader.batch_sampler
+        _logger.info(
+            f"Scheduled image sizes {args.train_img_sizes} ({args.train_size_schedule}) with batch sizes "
+            f"{sampler.batch_sizes}: {len(sampler)} batches per epoch, {sampler.average_batch_size:.2f} on average.")
+    return loader
+
+
+def _naflex_train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+                         patch_size: tuple[int, int], mixup_options: Optional[dict[str, Any]],
+                         common: Mapping[str, Any]) -> Any:
+    mixup = None
+    if mixup_options is not None:
+        # NaFlexMixup mixes per batch and has no cutmix bounds
+        mixup = NaFlexMixup(**{k: v for k, v in mixup_options.items() if k not in ("mode", "cutmix_minmax")})
+    patches: dict[str, Any] = dict(patch_size=patch_size)
+    if args.naflex_patch_sizes:
+        patches = dict(patch_size_choices=args.naflex_patch_sizes)
+        if args.naflex_patch_size_probs:
+            patches["patch_size_choice_probs"] = args.naflex_patch_size_probs
+    if utils.is_primary(args):
+        _logger.info(f"NaFlex loader, patch sizes {args.naflex_patch_sizes or patch_size}, sequence lengths "
+                     f"{args.naflex_train_seq_lens}.")
+    return create_naflex_loader(
+        dataset=dataset,
+        train_seq_lens=args.naflex_train_seq_lens,
+        mixup_fn=mixup,
+        rank=args.rank,
+        world_size=args.world_size,
+        patchify_channels_last=not args.naflex_patchify_channels_first,
+        **patches,
+        **common,
+        **_augmentation(args, data_config),
+    )
+
+
+def _eval_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+                 patch_size: Optional[tuple[int, int]], common: Mapping[str, Any]) -> Any:
+    workers = args.workers
+    if args.distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
+        workers = min(2, workers)  # every worker pads its last batch; few workers keep the padding small
+    kwargs: dict[str, Any] = dict(
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        num_workers=workers,
+        crop_pct=data_config["crop_pct"],
+        **common,
+    )
+    if args.naflex_loader:
+        return create_naflex_loader(
+            dataset=dataset,
+            patch_size=patch_size,
+            max_seq_len=args.naflex_max_seq_len,
+            patchify_channels_last=not args.naflex_patchify_channels_first,
+            **kwargs,
+        )
+    return create_loader(dataset, input_size=data_config["input_size"], **kwargs)

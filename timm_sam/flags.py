@@ -1,0 +1,457 @@
+"""The command line of ``train.py``: every flag of timm's own training script, with the same names and defaults.
+
+One function per group adds its flags to the parser. Help texts leave out the defaults; give the parser
+``argparse.ArgumentDefaultsHelpFormatter`` to print them. Flags stand on their own here: what they do together (for
+example that ``--naflex-loader`` excludes ``--train-img-sizes``) is checked by the training script.
+"""
+import argparse
+
+from timm.utils import ParseKwargs
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all training flags and the positional ``data`` to ``parser``, one titled group after the other.
+
+    Each call makes its own default lists and dicts, so that two parsers never share one.
+    """
+    _add_dataset(parser)
+    _add_model(parser)
+    _add_input(parser)
+    _add_execution(parser)
+    _add_device(parser)
+    _add_optimizer(parser)
+    _add_learning_rate(parser)
+    _add_schedule(parser)
+    _add_augmentation(parser)
+    _add_mixing(parser)
+    _add_loss(parser)
+    _add_dropout(parser)
+    _add_batchnorm(parser)
+    _add_ema(parser)
+    _add_misc(parser)
+    _add_output(parser)
+    _add_scheduled_sizes(parser)
+    _add_naflex(parser)
+    _add_distillation(parser)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="?", metavar="DIR",
+                        help="root folder of the dataset, used when --data-dir is not given (deprecated)")
+    add = parser.add_argument_group("Dataset").add_argument
+    add("--data-dir", metavar="DIR",
+        help="root folder of the dataset; image folders hold one sub-folder per split, then one per class")
+    add("--dataset", metavar="TYPE/NAME", default="",
+        help="dataset source: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME; empty for image folder or tar")
+    add("--train-split", metavar="NAME", default="train",
+        help="split to train on; for image folders a sub-folder, train and training stand for each other")
+    add("--val-split", metavar="NAME", default="validation",
+        help="split to validate on; val, valid, eval and the like match too, an empty string turns validation off")
+    add("--train-num-samples", type=int, metavar="N",
+        help="size of the training split in samples, for streamed datasets (hfids/, tfds/, wds/)")
+    add("--val-num-samples", type=int, metavar="N",
+        help="size of the validation split in samples, for streamed datasets (hfids/, tfds/, wds/)")
+    add("--dataset-download", action="store_true",
+        help="let torch/, tfds/ and hfids/ datasets download what is missing")
+    add("--class-map", type=str, metavar="FILE", default="",
+        help="class to index map: a .txt file with one class name per line, or a .pkl file with a dict")
+    add("--input-img-mode", type=str, metavar="MODE",
+        help="PIL mode images are converted to; None means RGB for three input channels, L for any other number")
+    add("--input-key", type=str, metavar="KEY",
+        help="field that holds the image; for wds/ and image folders, file extensions separated by semicolons")
+    add("--target-key", type=str, metavar="KEY",
+        help="field that holds the label, in datasets with named fields")
+    add("--dataset-trust-remote-code", action="store_true",
+        help="allow Hugging Face datasets to run the loading code of their own repository on this machine")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Model and checkpoints").add_argument
+    add("--model", type=str, metavar="NAME", default="resnet50",
+        help="timm architecture to train, with an optional .TAG that names its weights; see timm.list_models()")
+    add("--pretrained", action="store_true",
+        help="start from the published weights of the model, or from --pretrained-path")
+    add("--pretrained-path", type=str, metavar="FILE",
+        help="with --pretrained: load this file in place of the published weights, all but its classifier")
+    add("--initial-checkpoint", type=str, metavar="FILE", default="",
+        help="load these weights once the model is built; they have to fit it, and training starts at epoch 0")
+    add("--resume", type=str, metavar="FILE", default="",
+        help="continue the run saved in this checkpoint: weights, optimizer, AMP loss scaler, EMA and epoch")
+    add("--no-resume-opt", action="store_true",
+        help="with --resume: start with a fresh optimizer and AMP loss scaler")
+    add("--num-classes", type=int, metavar="N",
+        help="number of classes the classifier predicts; None keeps the model's own")
+    add("--gp", type=str, metavar="POOL",
+        help="global pooling before the classifier: avg, max, avgmax, catavgmax, in ViTs token; None keeps the model's")
+    add("--in-chans", type=int, metavar="N",
+        help="number of image channels; None takes them from --input-size, else 3")
+    add("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", default={},
+        help="further arguments for the model's constructor; values are read as Python literals, else as strings")
+    add("--head-init-scale", type=float, metavar="X",
+        help="multiply the classifier's initial weight and bias by this factor")
+    add("--head-init-bias", type=float, metavar="X",
+        help="set every bias of the classifier to this value at the start, e.g. a negative one for --bce-loss")
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Input size, normalization and batch size").add_argument
+    add("--img-size", type=int, metavar="PIXELS",
+        help="side of the square input (--input-size wins); a fixed-size ViT also needs --model-kwargs img_size=N")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"),
+        help="channels, height and width of the input, e.g. 3 224 224")
+    add("--crop-pct", type=float, metavar="FRACTION",
+        help="validation only: share of the resized image's side that the center crop keeps; None takes the model's")
+    add("--mean", type=float, nargs="+", metavar="X",
+        help="normalization mean on a 0 to 1 scale, one value per channel or one for all; None takes the model's")
+    add("--std", type=float, nargs="+", metavar="X",
+        help="normalization standard deviation, one value per channel or one for all; None takes the model's")
+    add("--interpolation", type=str, metavar="NAME", default="",
+        help="validation resize: nearest, bilinear, bicubic, box, hamming or lanczos; empty takes the model's")
+    add("-b", "--batch-size", type=int, metavar="N", default=128,
+        help="training images per process and per step, before gradient accumulation")
+    add("-vb", "--validation-batch-size", type=int, metavar="N",
+        help="validation images per process and per step; None uses --batch-size")
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Memory, accumulation and compilation")
+    add = group.add_argument
+    add("--channels-last", action="store_true",
+        help="keep model and images in NHWC memory layout, often faster for convolutions under AMP")
+    add("--fuser", type=str, metavar="NAME", default="",
+        help="TorchScript fuser: te, old (or legacy), nvfuser (or nvf); empty leaves torch's choice")
+    add("--grad-accum-steps", type=int, metavar="N", default=1,
+        help="batches whose gradients are averaged into one optimizer update")
+    add("--grad-checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, more time")
+    add("--fast-norm", action="store_true",
+        help="run LayerNorm and GroupNorm in the AMP dtype rather than in float32, and use APEX kernels if installed")
+    add("--torchcompile-mode", type=str, metavar="MODE",
+        help="mode for --torchcompile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs")
+    compiler = group.add_mutually_exclusive_group()
+    compiler.add_argument("--torchscript", action="store_true",
+                          help="compile the whole model with torch.jit.script")
+    compiler.add_argument("--torchcompile", type=str, nargs="?", const="inductor", metavar="BACKEND",
+                          help="compile with torch.compile; without a value the backend is inductor")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Device, precision and distributed training").add_argument
+    add("--device", type=str, metavar="NAME", default="cuda",
+        help="torch device, e.g. cuda, cuda:1 or cpu; distributed runs replace the index by the local rank")
+    add("--amp", action="store_true",
+        help="automatic mixed precision: float32 weights, forward pass in --amp-dtype")
+    add("--amp-dtype", type=str, metavar="DTYPE", default="float16",
+        help="dtype for --amp: float16 (with loss scaling on CUDA) or bfloat16")
+    add("--model-dtype", type=str, metavar="DTYPE",
+        help="dtype of weights and inputs: float32, bfloat16 or float16 (not advised); --amp needs float32 or None")
+    add("--no-ddp-bb", action="store_true",
+        help="do not let DistributedDataParallel broadcast buffers (such as BatchNorm statistics) at each forward pass")
+    add("--synchronize-step", action="store_true",
+        help="wait for the CUDA or NPU device after each optimizer update")
+    add("--local_rank", type=int, metavar="N", default=0,
+        help="accepted for old launchers and ignored: ranks are read from the environment that torchrun or SLURM sets")
+    add("--device-modules", type=str, nargs="+", metavar="MODULE",
+        help="Python modules to import before the device is set up, for out-of-tree backends")
+
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Optimizer").add_argument
+    add("--opt", type=str, metavar="NAME", default="sgd",
+        help="timm optimizer, e.g. sgd (Nesterov), momentum, adamw or lamb; lookahead_NAME wraps it in Lookahead")
+    add("--opt-eps", type=float, metavar="EPS",
+        help="epsilon of the optimizers that have one; None keeps the optimizer's own")
+    add("--opt-betas", type=float, nargs="+", metavar="BETA",
+        help="betas of Adam-like optimizers, mostly two values; None keeps the optimizer's own")
+    add("--momentum", type=float, metavar="M", default=0.9,
+        help="momentum of the optimizers that have one, such as sgd and rmsprop")
+    add("--weight-decay", type=float, metavar="W", default=2e-5,
+        help="weight decay; biases, norm scales and what the model exempts get none")
+    add("--clip-grad", type=float, metavar="X",
+        help="clip gradients at this norm, value or factor, as --clip-mode says; None does not clip")
+    add("--clip-mode", type=str, metavar="MODE", default="norm",
+        help="norm: overall L2 norm; value: each element; agc: each unit's norm relative to its weights, head exempt")
+    add("--layer-decay", type=float, metavar="X",
+        help="learning-rate factor per layer from the head down to the stem, e.g. 0.75; None treats all layers alike")
+    add("--layer-decay-min-scale", type=float, metavar="X", default=0,
+        help="smallest factor --layer-decay may give to a layer")
+    add("--layer-decay-no-opt-scale", type=float, metavar="X",
+        help="freeze the layers whose --layer-decay factor falls below this; None freezes no layer")
+    add("--opt-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", default={},
+        help="further arguments for the optimizer's constructor; values are read as Python literals, else as strings")
+
+
+def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Learning rate").add_argument
+    add("--lr", type=float, metavar="LR",
+        help="peak learning rate, taken as it is; wins over --lr-base, which is used when this is None or 0")
+    add("--lr-base", type=float, metavar="LR", default=0.1,
+        help="learning rate at a global batch of --lr-base-size, scaled to the real one as --lr-base-scale says")
+    add("--lr-base-size", type=int, metavar="N", default=256,
+        help="global batch size (all processes and accumulation steps) that --lr-base is meant for")
+    add("--lr-base-scale", type=str, metavar="RULE", default="",
+        help="scaling rule for --lr-base: linear or sqrt; empty: sqrt if --opt contains ada or lamb, else linear")
+    add("--lr-noise", type=float, nargs="+", metavar=("START", "END"),
+        help="add noise to the learning rate from START to END, or from START on, as fractions of the schedule")
+    add("--lr-noise-pct", type=float, metavar="X", default=0.67,
+        help="redraw relative noise that is not below this size, as a fraction of the learning rate")
+    add("--lr-noise-std", type=float, metavar="X", default=1.0,
+        help="standard deviation of the relative noise that --lr-noise turns on")
+    add("--warmup-lr", type=float, metavar="LR", default=1e-5,
+        help="learning rate at the start of the linear warmup")
+    add("--min-lr", type=float, metavar="LR", default=0,
+        help="lowest learning rate of the cosine, tanh, poly, wsd, rsqrt and plateau schedules")
+
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Schedule").add_argument
+    add("--sched", type=str, metavar="NAME", default="cosine",
+        help="learning-rate schedule: cosine, tanh, poly, step, multistep, plateau, wsd, rsqrt, constant or none")
+    add("--sched-on-updates", action="store_true",
+        help="move the schedule at each optimizer update rather than each epoch (not with plateau)")
+    add("--lr-cycle-mul", type=float, metavar="X", default=1.0,
+        help="cosine, tanh, poly: each cycle is this many times as long as the one before")
+    add("--lr-cycle-decay", type=float, metavar="X", default=0.5,
+        help="cosine, tanh, poly: each cycle peaks at this fraction of the one before")
+    add("--lr-cycle-limit", type=int, metavar="N", default=1,
+        help="cosine, tanh, poly: number of cycles; more than one lengthens the run beyond --epochs")
+    add("--lr-k-decay", type=float, metavar="K", default=1.0,
+        help="cosine, poly: exponent on training progress; above 1 the learning rate stays high for longer")
+    add("--epochs", type=int, metavar="N", default=300,
+        help="epochs in the schedule; --cooldown-epochs, --warmup-prefix and more cycles add to them")
+    add("--epoch-repeats", type=float, metavar="N", default=0.0,
+        help="passes over the data per training epoch, for streamed tfds/ and hfids/ datasets; 0 and 1 mean one")
+    add("--start-epoch", type=int, metavar="N",
+        help="epoch to start at, counted from 0; wins over the one in the --resume checkpoint")
+    add("--decay-milestones", type=int, nargs="+", metavar="EPOCH", default=[90, 180, 270],
+        help="multistep: epochs, in rising order, at which the learning rate is multiplied by --decay-rate")
+    add("--decay-epochs", type=float, metavar="N", default=90,
+        help="step: epochs between decays; wsd, rsqrt: length of the final decay, below 1 as a share of the schedule")
+    add("--warmup-epochs", type=int, metavar="N", default=5,
+        help="epochs of linear warmup from --warmup-lr; 0 for none")
+    add("--warmup-prefix", action="store_true",
+        help="put the warmup in front of --epochs, instead of within them")
+    add("--cooldown-epochs", type=int, metavar="N", default=0,
+        help="cosine, tanh, poly, wsd, rsqrt: epochs at --min-lr after the schedule has ended")
+    add("--patience-epochs", type=int, metavar="N", default=10,
+        help="plateau: epochs without a better --eval-metric before the learning rate is cut")
+    add("--decay-rate", "--dr", type=float, metavar="X", default=0.1,
+        help="step, multistep, plateau: factor of each decay; poly: the power")
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Augmentation").add_argument
+    add("--no-aug", action="store_true",
+        help="train on plain resized center crops; of all augmentation only Mixup and CutMix still apply")
+    add("--train-crop-mode", type=str, metavar="MODE",
+        help="rrc: random resized crop; rkrc, rkrr: ratio-keeping resize, then center or random crop; None means rrc")
+    add("--scale", type=float, nargs="+", metavar=("MIN", "MAX"), default=[0.08, 1.0],
+        help="range of the random crop's area, as fractions of the image's area")
+    add("--ratio", type=float, nargs="+", metavar=("MIN", "MAX"), default=[3 / 4, 4 / 3],
+        help="range of the random crop's aspect ratio")
+    add("--hflip", type=float, metavar="P", default=0.5,
+        help="probability of a horizontal flip")
+    add("--vflip", type=float, metavar="P", default=0.0,
+        help="probability of a vertical flip")
+    add("--color-jitter", type=float, metavar="X", default=0.4,
+        help="strength of random brightness, contrast and saturation; off under --aa, except for its 3a variants")
+    add("--color-jitter-prob", type=float, metavar="P",
+        help="probability of the color jitter; None applies it to every image")
+    add("--grayscale-prob", type=float, metavar="P",
+        help="probability of turning the image gray; None for never")
+    add("--gaussian-blur-prob", type=float, metavar="P",
+        help="probability of a Gaussian blur (kernel of 23 pixels); None for never")
+    add("--aa", type=str, metavar="POLICY",
+        help="AutoAugment v0, v0r, original, originalr or 3a; RandAugment, as rand-m9-mstd0.5; AugMix, as augmix-m5-w4")
+    add("--aug-repeats", type=float, metavar="N", default=0,
+        help="differently augmented copies of each image across processes, distributed runs only; 0 for none")
+    add("--aug-splits", type=int, metavar="N", default=0,
+        help="views of each image in a batch, the first without --aa and color changes: 0 for off, else at least 2")
+    add("--reprob", type=float, metavar="P", default=0.0,
+        help="probability of random erasing")
+    add("--remode", type=str, metavar="MODE", default="pixel",
+        help="what erased areas are filled with: const (zero), rand (one random color) or pixel (noise)")
+    add("--recount", type=int, metavar="N", default=1,
+        help="largest number of areas erased in one image")
+    add("--resplit", action="store_true",
+        help="no random erasing in the first augmentation split, or in the first half batch without --aug-splits")
+    add("--train-interpolation", type=str, metavar="NAME", default="random",
+        help="training resize: random (bilinear or bicubic) or a name as for --interpolation; empty: as validation")
+
+
+def _add_mixing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Mixup and CutMix").add_argument
+    add("--mixup", type=float, metavar="ALPHA", default=0.0,
+        help="alpha of Mixup's Beta distribution; 0 turns Mixup off")
+    add("--cutmix", type=float, metavar="ALPHA", default=0.0,
+        help="alpha of CutMix's Beta distribution; 0 turns CutMix off")
+    add("--cutmix-minmax", type=float, nargs="+", metavar=("MIN", "MAX"),
+        help="turn CutMix on and draw the box's sides from this range, as fractions of the image's, not from --cutmix")
+    add("--mixup-prob", type=float, metavar="P", default=1.0,
+        help="share of batches (or pairs, or images: --mixup-mode) that get mixed at all")
+    add("--mixup-switch-prob", type=float, metavar="P", default=0.5,
+        help="probability of CutMix rather than Mixup, when both are on")
+    add("--mixup-mode", type=str, metavar="MODE", default="batch",
+        help="draw the mixing per batch, per pair or per elem (image); with the prefetcher also half")
+    add("--mixup-off-epoch", type=int, metavar="N", default=0,
+        help="stop Mixup and CutMix from this epoch on; 0 keeps them to the end")
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Loss").add_argument
+    add("--smoothing", type=float, metavar="X", default=0.1,
+        help="label smoothing, the share of the target spread over all classes: 0 for none, below 1")
+    add("--jsd-loss", action="store_true",
+        help="cross-entropy on the first view plus Jensen-Shannon divergence of all views; needs --aug-splits")
+    add("--bce-loss", action="store_true",
+        help="binary cross-entropy; takes effect only with Mixup, CutMix or label smoothing")
+    add("--bce-sum", action="store_true",
+        help="with --bce-loss: sum over classes and average over images, rather than average over both")
+    add("--bce-target-thresh", type=float, metavar="X",
+        help="with --bce-loss: targets above this become 1, all others 0; None keeps them soft")
+    add("--bce-pos-weight", type=float, metavar="X",
+        help="with --bce-loss: weight of the positive term of each class; None means 1")
+
+
+def _add_dropout(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Dropout").add_argument
+    add("--drop", type=float, metavar="P", default=0.0,
+        help="dropout probability before the classifier")
+    add("--drop-connect", type=float, metavar="P",
+        help="deprecated and without effect, use --drop-path")
+    add("--drop-path", type=float, metavar="P",
+        help="stochastic depth: probability of skipping a residual branch; None keeps the model's own")
+    add("--drop-block", type=float, metavar="P",
+        help="DropBlock probability, for models that have it (such as ResNets); None keeps the model's own")
+
+
+def _add_batchnorm(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Batch normalization").add_argument
+    add("--bn-momentum", type=float, metavar="X",
+        help="BatchNorm momentum, for EfficientNet-like models; None keeps the model's own")
+    add("--bn-eps", type=float, metavar="X",
+        help="BatchNorm epsilon, for EfficientNet-like models; None keeps the model's own")
+    add("--sync-bn", action="store_true",
+        help="distributed: BatchNorm statistics over all processes, no --dist-bn; not with --split-bn or --torchscript")
+    add("--dist-bn", type=str, metavar="HOW", default="reduce",
+        help="distributed, running statistics synced each epoch: reduce (average), broadcast (rank 0's) or empty")
+    add("--split-bn", action="store_true",
+        help="own BatchNorm layers for each augmentation split; needs --aug-splits or --resplit")
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Exponential moving average of the weights").add_argument
+    add("--model-ema", action="store_true",
+        help="keep a moving average of the weights and validate it too; its result ranks the checkpoints")
+    add("--model-ema-force-cpu", action="store_true",
+        help="keep the moving average on the CPU to save device memory; it is then not validated")
+    add("--model-ema-decay", type=float, metavar="X", default=0.9998,
+        help="share of the old average kept at each optimizer update, below 1")
+    add("--model-ema-warmup", action="store_true",
+        help="raise the decay gradually from 0 to --model-ema-decay")
+
+
+def _add_misc(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Seeds, data loading and evaluation").add_argument
+    add("--seed", type=int, metavar="N", default=42,
+        help="random seed; each process adds its rank")
+    add("--worker-seeding", type=str, metavar="MODE", default="all",
+        help="what is seeded in loader workers: all, or part to leave NumPy as it is (reproduces some old results)")
+    add("-j", "--workers", type=int, metavar="N", default=4,
+        help="data loader worker processes per training process")
+    add("--pin-mem", action="store_true",
+        help="let the loader use page-locked memory, which may speed up copies to the device")
+    add("--no-prefetcher", action="store_true",
+        help="normalize and erase on the CPU and copy batches without overlap, rather than on the device ahead of time")
+    add("--use-multi-epochs-loader", action="store_true",
+        help="keep loader workers alive between epochs; not with --naflex-loader or --train-img-sizes")
+    add("--val-interval", type=int, metavar="N", default=1,
+        help="epochs from one validation and checkpoint to the next; the last epoch always has them")
+    add("--eval-metric", type=str, metavar="NAME", default="top1",
+        help="metric that ranks checkpoints: top1, top5 (higher is better) or loss; loss if there is no validation")
+    add("--tta", type=int, metavar="N", default=0,
+        help="average the outputs of each N consecutive validation inputs, for loaders that repeat them; 0 for off")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Logging and output").add_argument
+    add("--output", type=str, metavar="DIR", default="",
+        help="folder for the run folders; empty means ./output/train")
+    add("--experiment", type=str, metavar="NAME", default="",
+        help="name of this run's folder under --output; empty builds one from time, model and image size")
+    add("--log-interval", type=int, metavar="N", default=50,
+        help="optimizer updates from one training log line to the next")
+    add("--recovery-interval", type=int, metavar="N", default=0,
+        help="optimizer updates from one recovery checkpoint to the next; 0 writes none")
+    add("--checkpoint-hist", type=int, metavar="N", default=10,
+        help="keep this many checkpoints, those best by --eval-metric; at least 1")
+    add("--save-images", action="store_true",
+        help="save the current input batch as an image into the run folder at each log line")
+    add("--log-wandb", action="store_true",
+        help="log metrics to Weights & Biases; needs the wandb package")
+    add("--wandb-project", type=str, metavar="NAME",
+        help="Weights & Biases project to log to")
+    add("--wandb-tags", type=str, nargs="+", metavar="TAG", default=[],
+        help="tags of the Weights & Biases run")
+    add("--wandb-resume-id", type=str, metavar="ID", default="",
+        help="id of the Weights & Biases run to continue; needs --resume")
+
+
+def _add_scheduled_sizes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Training at several image sizes").add_argument
+    add("--train-img-sizes", type=int, nargs="+", metavar="PIXELS",
+        help="square image sizes, one of which is picked for each batch; None trains at one size")
+    add("--train-batch-sizes", type=int, nargs="+", metavar="N",
+        help="one batch size per entry of --train-img-sizes, in the same order; None uses --batch-size throughout")
+    add("--train-size-probs", type=float, nargs="+", metavar="WEIGHT",
+        help="how often each of --train-img-sizes is picked, as weights that need not sum to 1; None: all alike")
+    add("--train-size-schedule", type=str, choices=("constant", "progressive"), default="constant",
+        help="constant: same odds in every epoch; progressive: from the first size to the last over --epochs")
+    add("--train-size-schedule-spread", type=float, metavar="X", default=0.65,
+        help="progressive: standard deviation, in positions of the size list, around the current one; 0: nearest only")
+    add("--train-size-random-mix", type=float, metavar="FRACTION", default=0.1,
+        help="progressive: fraction of batches, 0 to 1, whose size is picked evenly from all sizes")
+    add("--train-batches-per-epoch", "--train-steps-per-epoch", type=int, metavar="N",
+        help="with --train-img-sizes: batches per epoch, before gradient accumulation; None follows the dataset's size")
+    add("--variable-batch-loss-scale", type=str, choices=("none", "sqrt", "linear"), default="none",
+        help="with --train-img-sizes: weigh the loss by batch size over average batch size, or by the root of that")
+
+
+def _add_naflex(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("NaFlex: native aspect ratio and variable sequence length").add_argument
+    add("--naflex-loader", action="store_true",
+        help="feed patch sequences of varying length; needs a NaFlex model")
+    add("--naflex-train-seq-lens", type=int, nargs="+", metavar="N", default=[128, 256, 576, 784, 1024],
+        help="training sequence lengths in patches; a batch holds up to --batch-size times the longest in tokens")
+    add("--naflex-max-seq-len", type=int, metavar="N", default=576,
+        help="sequence length in patches for validation")
+    add("--naflex-patch-sizes", type=int, nargs="+", metavar="PIXELS",
+        help="patch sizes to pick from in training, e.g. 8 12 16 24 32; None uses the model's own")
+    add("--naflex-patch-size-probs", type=float, nargs="+", metavar="P",
+        help="probability of each of --naflex-patch-sizes; None: all alike")
+    add("--naflex-loss-scale", type=str, choices=("none", "sqrt", "linear"), default="linear",
+        help="with --naflex-loader: weigh the loss by batch size over --batch-size, or by the root of that")
+    add("--naflex-patchify-channels-first", action="store_true",
+        help="flatten patches as channel, row, column rather than row, column, channel")
+
+
+def _add_distillation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Knowledge distillation").add_argument
+    add("--kd-model-name", type=str, metavar="NAME",
+        help="timm model, with its published weights, that teaches --model; None trains without a teacher")
+    add("--kd-distill-type", type=str, choices=("logit", "feature", "token"), default="logit",
+        help="what is matched: class logits, pooled features (MSE), or the distillation head of DeiT-like models")
+    add("--kd-loss-type", type=str, metavar="NAME", default="kl",
+        help="loss of logit distillation; kl (KL divergence) is the only one")
+    add("--distill-loss-weight", type=float, metavar="W",
+        help="weight of the distillation loss; None: 1 minus --task-loss-weight, or 1 if that is None too")
+    add("--task-loss-weight", type=float, metavar="W",
+        help="weight of the classification loss; None means 1")
+    add("--kd-temperature", type=float, metavar="T", default=4.0,
+        help="softmax temperature of logit and soft token distillation, usually 1 to 4")
+    add("--kd-student-feature-dim", type=int, metavar="N",
+        help="feature distillation: width of the student's features; None reads it from the model")
+    add("--kd-teacher-feature-dim", type=int, metavar="N",
+        help="feature distillation: width of the teacher's features; None reads it from the model")
+    add("--kd-token-distill-type", type=str, choices=("soft", "hard"), default="soft",
+        help="token distillation: soft matches the teacher's probabilities, hard its most likely class")
