@@ -1,5 +1,5 @@
 """What the tests of SAM share: a tiny network, its batches, base optimizers, and the ways to do one SAM update."""
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

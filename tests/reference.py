@@ -6,7 +6,8 @@ torch and none of `timm_sam`. Which parameters are perturbed is decided by the c
 
 Where the paper's text and its Table 9 disagree, biases of `elementwise_l2_orig` have T = 1 (Section 3.2).
 """
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn

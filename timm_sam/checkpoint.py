@@ -1,0 +1,164 @@
+"""Checkpoints in timm's format: what timm's script writes resumes here, and the other way round."""
+import argparse
+import logging
+import os
+import pickle
+from typing import Any, Callable, Optional
+
+import torch
+from timm import utils
+from timm.scheduler import PlateauLRScheduler
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.utils.summary import trim_summary
+
+from .options import OptionError
+
+_logger = logging.getLogger("train")
+
+# what torch.load and load_state_dict raise for files that are torn, foreign, malicious or of another model
+LOAD_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError, OSError)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error without line breaks, cut at ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def resume(
+        path: str,
+        task: TrainingTask,
+        optimizer: Optional[torch.optim.Optimizer],
+        scaler: Any,
+        verbose: bool,
+) -> Optional[int]:
+    """Loads model, optimizer and loss scale from a training checkpoint of this project or timm.
+
+    Args:
+        path: The file.
+        task: Receives the weights.
+        optimizer: Receives its state, unless None.
+        scaler: Receives the loss scale, unless None.
+        verbose: Whether to log.
+
+    Returns:
+        The epoch to go on with, or None if the file names none.
+
+    Raises:
+        OptionError: The file cannot be read, or is of another model or optimizer.
+    """
+    try:
+        return resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler, log_info=verbose)
+    except LOAD_ERRORS as e:
+        raise OptionError(
+            f"--resume {path} cannot be resumed: {one_line(e)}; give a whole checkpoint of this model and optimizer "
+            f"(or --no-resume-opt)") from e
+
+
+def resume_ema(path: str, task: TrainingTask) -> None:
+    """Loads the averaged weights, or the plain ones if the file has no others.
+
+    Raises:
+        OptionError: They do not fit the model.
+    """
+    try:
+        load_task_ema_checkpoint(task, path)
+    except LOAD_ERRORS as e:
+        raise OptionError(f"--resume {path}: its averaged weights cannot be loaded: {one_line(e)}; leave out "
+                          f"--model-ema, or give a whole checkpoint") from e
+
+
+def resume_schedule(path: Optional[str], scheduler: Any, start_epoch: int, updates_per_epoch: int,
+                    on_updates: bool) -> None:
+    """Brings a new scheduler to where an uninterrupted run has it at the start of ``start_epoch``."""
+    if scheduler is None or start_epoch == 0:
+        return
+    saved = load_checkpoint_metadata(path) if path else {}
+    state, metric = saved.get("schedule"), saved.get("metric")
+    if isinstance(scheduler, PlateauLRScheduler):
+        # the others are functions of the epoch; this one has a history, and cannot step without a metric
+        if state is not None:
+            scheduler.lr_scheduler.load_state_dict(state)
+            scheduler.step(start_epoch, metric)
+    elif on_updates:
+        scheduler.step_update(start_epoch * updates_per_epoch)
+    else:
+        scheduler.step(start_epoch)
+
+
+class _Source:
+    """What the saver asks for a checkpoint's entries: those of the task, and the schedule's history."""
+
+    def __init__(self, task: TrainingTask, schedule: Callable[[], Any]) -> None:
+        self.task = task
+        self.schedule = schedule
+
+    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
+        state = self.task.get_checkpoint_state(ema=ema, **kwargs)
+        scheduler = self.schedule()
+        if not ema and isinstance(scheduler, PlateauLRScheduler):
+            state["schedule"] = scheduler.lr_scheduler.state_dict()
+        return state
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Refuses to write a new run over another one.
+
+    Raises:
+        OptionError: The experiment's folder has results that the run would not continue.
+    """
+    folder = os.path.join(args.output or os.path.join(".", "output", "train"), args.experiment)
+    if not args.experiment or not os.path.isdir(folder) or _inside(args.resume, folder):
+        return
+    if any(name == "summary.csv" or name.endswith(".pth.tar") for name in os.listdir(folder)):
+        raise OptionError(
+            f"--experiment {args.experiment}: {folder} holds another run; choose another name, or go on with "
+            f"--resume {os.path.join(folder, 'last.pth.tar')}")
+
+
+def _inside(path: str, folder: str) -> bool:
+    return bool(path) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(folder)
+
+
+def create_output(
+        args: argparse.Namespace,
+        name: str,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        schedule: Callable[[], Any],
+        decreasing: bool,
+        start_epoch: int,
+        args_text: str,
+) -> tuple[str, CheckpointSaver]:
+    """Makes the run's folder with ``args.yaml``, and timm's saver in it.
+
+    Args:
+        args: All options.
+        name: The folder's name if ``--experiment`` gives none.
+        task: Whose weights are saved.
+        optimizer: The base optimizer.
+        scaler: The loss scaler, or None.
+        schedule: Returns the scheduler.
+        decreasing: Whether a lower metric is better.
+        start_epoch: Rows of an earlier ``summary.csv`` from this epoch on are dropped.
+        args_text: The options as they were given (:func:`dump_args`).
+
+    Returns:
+        The folder's path and the saver.
+    """
+    folder = utils.get_outdir(args.output or os.path.join(".", "output", "train"), args.experiment or name)
+    saver = CheckpointSaver(
+        model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler, checkpoint_dir=folder,
+        recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,
+        task=_Source(task, schedule))
+    if _inside(args.resume, folder):
+        saver.load_state_dict_from_checkpoint(args.resume)
+        trim_summary(os.path.join(folder, "summary.csv"), start_epoch)
+    with open(os.path.join(folder, "args.yaml"), "w", encoding="utf-8") as f:
+        f.write(args_text)
+    return folder, saver
+
+

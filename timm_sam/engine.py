@@ -1,0 +1,325 @@
+"""One epoch of training, plain or with SAM, and evaluation.
+
+Nothing here reads the device between two log lines: losses and norms stay tensors until they are printed.
+"""
+import argparse
+import datetime
+import logging
+import os
+import time
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+
+import torch
+import torchvision.utils
+from timm import utils
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from .data import Data
+from .sam import SAM
+
+_logger = logging.getLogger("train")
+
+
+@dataclass
+class Run:
+    """What stays the same from epoch to epoch."""
+
+    args: argparse.Namespace
+    task: TrainingTask
+    data: Data
+    optimizer: torch.optim.Optimizer
+    sam: Optional[SAM]
+    scaler: Optional[torch.amp.GradScaler]
+    autocast: Callable[[], AbstractContextManager]
+    device: torch.device
+    model_dtype: Optional[torch.dtype]
+    scheduler: Any = None
+    saver: Any = None
+    output_dir: Optional[str] = None
+    first_update: int = 0
+    total_updates: int = 0
+    started: float = field(default_factory=time.time)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        steps = self.args.grad_accum_steps
+        return (len(self.data.train) + steps - 1) // steps
+
+    def time_left(self, updates: int) -> datetime.timedelta:
+        """Expected time to the end of training, evaluation included, after ``updates`` of all updates."""
+        per_update = (time.time() - self.started) / max(1, updates - self.first_update)
+        return datetime.timedelta(seconds=round(per_update * (self.total_updates - updates)))
+
+    def uses_sam(self, epoch: int, update: int) -> bool:
+        """Whether the ``update``-th update of all (from 0) is perturbed."""
+        args = self.args
+        return (
+            self.sam is not None
+            and epoch >= args.sam_start_epoch
+            and (args.sam_end_epoch is None or epoch < args.sam_end_epoch)
+            and update % args.sam_every == 0)
+
+
+class _Meters:
+    """Running averages whose values stay on the device until :meth:`flush`."""
+
+    def __init__(self, *names: str) -> None:
+        self.meters = {name: utils.AverageMeter() for name in names}
+        self.waiting: list[tuple[str, Tensor, float, int]] = []
+
+    def update(self, name: str, value: Tensor, n: int, factor: float = 1) -> None:
+        self.waiting.append((name, value.detach(), factor, n))
+
+    def flush(self) -> None:
+        if self.waiting:
+            values = torch.stack([value.double() for _, value, _, _ in self.waiting]).tolist()
+            for (name, _, factor, n), value in zip(self.waiting, values):
+                self.meters[name].update(value * factor, n)
+            self.waiting.clear()
+
+    def __getitem__(self, name: str) -> utils.AverageMeter:
+        return self.meters[name]
+
+
+def _to_device(batch: Any, device: torch.device, dtype: Optional[torch.dtype]) -> Any:
+    if isinstance(batch, dict):
+        return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in batch.items()}
+    return batch.to(device=device, dtype=dtype)
+
+
+def _mean_over_ranks(value: float, device: torch.device, args: argparse.Namespace) -> float:
+    if not args.distributed:
+        return value
+    tensor = torch.tensor([value], device=device, dtype=torch.float32)
+    return utils.reduce_tensor(tensor, args.world_size).item()
+
+
+class _Weigher:
+    """Turns the mean loss of a (micro-)batch into its share of the update's loss."""
+
+    def __init__(self, run: Run, batch_size: int, accum_steps: int) -> None:
+        args, data = run.args, run.data
+        self.accum_steps = accum_steps
+        self.batch_size = batch_size
+        self.scale = 1.0
+        self.rank_scale: Optional[Tensor] = None
+        if data.loss_scale != "none":
+            self.scale = batch_size / data.reference_batch_size
+            if data.loss_scale == "sqrt":
+                self.scale = self.scale ** 0.5
+        self.global_batch_size: Any = batch_size * args.world_size
+        if data.naflex and args.distributed:
+            # ranks have different batch sizes, DDP averages over ranks: weigh each by its samples
+            total = utils.reduce_tensor(torch.tensor(batch_size, device=run.device, dtype=torch.float32), 1)
+            self.global_batch_size = total
+            self.rank_scale = args.world_size * batch_size / total
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        if self.accum_steps > 1:
+            loss = loss / self.accum_steps
+        if self.scale != 1.0:
+            loss = self.scale * loss
+        if self.rank_scale is not None:
+            loss = loss * self.rank_scale
+        return loss
+
+
+def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
+    """Trains for one epoch.
+
+    Returns:
+        ``loss``, the average over samples (the one at w, with SAM), and with SAM ``sam_loss`` (at w + eps),
+        ``sam_grad_norm``, ``sam_eps_norm`` (averages over the perturbed batches) and ``sam_nonfinite`` (batches whose
+        gradient was not finite, of all ranks).
+    """
+    args, task, data, optimizer, device = run.args, run.task, run.data, run.optimizer, run.device
+    data.set_epoch(epoch, args)
+    second_order = getattr(optimizer, "is_second_order", False)
+    module = task.get_trainable_module()
+    assert module is not None
+    module.train()
+
+    meters = _Meters("loss", "sam_loss", "sam_grad_norm", "sam_eps_norm")
+    update_time, data_time = utils.AverageMeter(), utils.AverageMeter()
+    batches, accum_steps = len(data.train), args.grad_accum_steps
+    last_accum_steps = batches % accum_steps
+    num_updates = epoch * run.updates_per_epoch
+    nonfinite_before = None if run.sam is None else run.sam.nonfinite
+    samples: Any = 0
+    optimizer.zero_grad()
+    data_start = update_start = time.time()
+
+    for batch_idx, (input, target) in enumerate(data.train):
+        last_batch = batch_idx == batches - 1
+        need_update = last_batch or (batch_idx + 1) % args.grad_accum_steps == 0
+        update_idx = batch_idx // args.grad_accum_steps
+        if batch_idx >= batches - last_accum_steps:
+            accum_steps = last_accum_steps
+
+        if not args.prefetcher:
+            input, target = _to_device(input, device, run.model_dtype), target.to(device=device)
+            if data.mixup is not None:
+                input, target = data.mixup(input, target)
+        if args.channels_last and not data.naflex:
+            input = input.contiguous(memory_format=torch.channels_last)
+        data_time.update(accum_steps * (time.time() - data_start))
+        batch_size = input["patches"].shape[0] if data.naflex else input.shape[0]
+        weigh = _Weigher(run, batch_size, accum_steps)
+
+        def forward(input: Any = input, target: Tensor = target) -> Tensor:
+            with run.autocast():
+                return task(input, target)["loss"]
+
+        with nullcontext() if need_update else task.no_sync():
+            if run.sam is not None and run.uses_sam(epoch, num_updates):
+                loss = run.sam.backward(forward, weigh=weigh, scaler=run.scaler)
+                for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), run.sam.stats[1:]):
+                    meters.update(name, value, batch_size)
+            else:
+                loss = forward()
+                weighed = weigh(loss)
+                (weighed if run.scaler is None else run.scaler.scale(weighed)).backward(create_graph=second_order)
+                loss = loss.detach()
+        # dividing before reading is what timm does: the digits of the average depend on it
+        meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, batch_size, accum_steps)
+        samples = samples + weigh.global_batch_size
+        if not need_update:
+            data_start = time.time()
+            continue
+
+        _step(run)
+        num_updates += 1
+        optimizer.zero_grad()
+        task.update_ema(step=num_updates)
+        if args.synchronize_step and device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+        now = time.time()
+        update_time.update(now - update_start)
+        update_start = now
+
+        if update_idx % args.log_interval == 0 or last_batch:
+            meters.flush()
+            _log_update(run, epoch, update_idx, num_updates, meters, update_time, data_time, float(samples))
+            if args.save_images and run.output_dir and not data.naflex:
+                torchvision.utils.save_image(
+                    input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
+        if run.saver is not None and args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
+            run.saver.save_recovery(epoch, batch_idx=update_idx)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
+        samples = 0
+        data_start = time.time()
+
+    if hasattr(optimizer, "sync_lookahead"):
+        optimizer.sync_lookahead()
+    meters.flush()
+    metrics = OrderedDict(loss=_mean_over_ranks(meters["loss"].avg, device, args))
+    if run.sam is not None:
+        for name in ("sam_loss", "sam_grad_norm", "sam_eps_norm"):
+            average = meters[name].avg if meters[name].count else float("nan")
+            metrics[name] = _mean_over_ranks(average, device, args)
+        new = float(run.sam.nonfinite - nonfinite_before)
+        metrics["sam_nonfinite"] = round(_mean_over_ranks(new, device, args) * args.world_size)
+    return metrics
+
+
+def _step(run: Run) -> None:
+    """Clips, and takes the base optimizer's step: the weights are the unperturbed ones, the gradients true to scale."""
+    args = run.args
+    if args.clip_grad is not None:
+        if run.scaler is not None:
+            run.scaler.unscale_(run.optimizer)
+        utils.dispatch_clip_grad(
+            run.task.get_clip_parameters(exclude_head="agc" in args.clip_mode), value=args.clip_grad,
+            mode=args.clip_mode)
+    if run.scaler is None:
+        run.optimizer.step()
+    else:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+
+def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters: _Meters,
+                update_time: utils.AverageMeter, data_time: utils.AverageMeter, samples: float) -> None:
+    args = run.args
+    now = {name: _mean_over_ranks(meter.val, run.device, args) for name, meter in meters.meters.items()}
+    loss_avg = _mean_over_ranks(meters["loss"].avg, run.device, args)
+    if not utils.is_primary(args):
+        return
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    sam = ""
+    if meters["sam_loss"].count:
+        sam = (f"SAM loss: {now['sam_loss']:#.3g} ({meters['sam_loss'].avg:#.3g})  "
+               f"|g|: {now['sam_grad_norm']:#.3g}  |eps|: {now['sam_eps_norm']:#.3g}  ")
+        nonfinite = int(run.sam.nonfinite) if run.sam is not None else 0
+        if nonfinite:
+            sam += f"non-finite: {nonfinite}  "
+    updates = run.updates_per_epoch
+    _logger.info(
+        f"Train: {epoch} [{update_idx:>4d}/{updates} ({100. * (update_idx + 1) / updates:>3.0f}%)]  "
+        f"Loss: {now['loss']:#.3g} ({loss_avg:#.3g})  {sam}"
+        f"Time: {update_time.val:.3f}s, {samples / update_time.val:>7.2f}/s  "
+        f"({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  "
+        f"LR: {sum(rates) / len(rates):.3e}  "
+        f"Data: {data_time.val:.3f} ({data_time.avg:.3f})  "
+        f"Left: {run.time_left(num_updates)}")
+
+
+def evaluate(run: Run, model: nn.Module, suffix: str = "") -> "OrderedDict[str, float]":
+    """Evaluates a model on the validation loader.
+
+    Args:
+        run: Its validation loader, precision and device.
+        model: Images (or NaFlex batches) -> logits.
+        suffix: Marks the log lines.
+
+    Returns:
+        ``loss`` (cross entropy), ``top1`` and ``top5`` in percent, averages over samples.
+    """
+    args, device = run.args, run.device
+    loss_fn = nn.CrossEntropyLoss().to(device)
+    meters = _Meters("loss", "top1", "top5")
+    batch_time = utils.AverageMeter()
+    model.eval()
+    last_idx = len(run.data.eval) - 1
+    end = time.time()
+    with torch.inference_mode():
+        for batch_idx, (input, target) in enumerate(run.data.eval):
+            if not args.prefetcher:
+                input, target = _to_device(input, device, run.model_dtype), target.to(device=device)
+            if args.channels_last and not run.data.naflex:
+                input = input.contiguous(memory_format=torch.channels_last)
+            with run.autocast():
+                output = model(input)
+                if isinstance(output, (tuple, list)):
+                    output = output[0]
+                if args.tta > 1:  # consecutive rows are views of one image
+                    output = output.unfold(0, args.tta, args.tta).mean(dim=2)
+                    target = target[0:target.size(0):args.tta]
+                loss = loss_fn(output, target)
+            values = [loss, *utils.accuracy(output, target, topk=(1, 5))]
+            if args.distributed:
+                values = [utils.reduce_tensor(value.detach(), args.world_size) for value in values]
+            for name, value in zip(("loss", "top1", "top5"), values):
+                meters.update(name, value, output.shape[0])
+
+            if batch_idx == last_idx or batch_idx % args.log_interval == 0:
+                meters.flush()
+                batch_time.update(time.time() - end)
+                if utils.is_primary(args):
+                    loss_m, top1, top5 = meters["loss"], meters["top1"], meters["top5"]
+                    _logger.info(
+                        f"Test{suffix}: [{batch_idx:>4d}/{last_idx}]  "
+                        f"Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
+                        f"Loss: {loss_m.val:>7.3f} ({loss_m.avg:>6.3f})  "
+                        f"Acc@1: {top1.val:>7.3f} ({top1.avg:>7.3f})  "
+                        f"Acc@5: {top5.val:>7.3f} ({top5.avg:>7.3f})")
+            else:
+                batch_time.update(time.time() - end)
+            end = time.time()
+    meters.flush()
+    return OrderedDict((name, meters[name].avg) for name in ("loss", "top1", "top5"))
