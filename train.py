@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Optional, Sequence
+from typing import Any
 
 import torch
 from timm import utils
@@ -39,7 +40,7 @@ def build_parser() -> OptionParser:
     return build_train_parser("train.py")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs training; returns the exit code (0, or 2 for a mistake in the options)."""
     parser = build_parser()
     args = parse_args(parser, argv)

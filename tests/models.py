@@ -1,11 +1,19 @@
-"""What the tests of SAM share: a tiny network, its batches, base optimizers, and the ways to do one SAM update."""
+"""What the tests of SAM share: a tiny network, its batches, base optimizers, and the ways to do one SAM update.
+
+One thread: more only wait for each other on tensors this small.
+"""
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from reference import plain_step
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+
+from timm_sam import SAM
+
+torch.set_num_threads(1)
 
 ALL = [
     'cls_token', 'gamma',
@@ -103,11 +111,11 @@ def storage(model: nn.Module) -> list[int]:
     return [p.data_ptr() for p in model.parameters()]
 
 
-def by_minimize(sam, loss_fn) -> Tensor:
+def by_minimize(sam: SAM, loss_fn: BatchLoss) -> Tensor:
     return sam.minimize(loss_fn)
 
 
-def by_closure(sam, loss_fn) -> Tensor:
+def by_closure(sam: SAM, loss_fn: BatchLoss) -> Tensor:
     def closure():
         sam.zero_grad()
         loss = loss_fn()
@@ -117,14 +125,14 @@ def by_closure(sam, loss_fn) -> Tensor:
     return sam.step(closure)
 
 
-def by_backward(sam, loss_fn) -> Tensor:
+def by_backward(sam: SAM, loss_fn: BatchLoss) -> Tensor:
     sam.zero_grad()
     loss = sam.backward(loss_fn)
     sam.step()
     return loss
 
 
-def by_primitives(sam, loss_fn) -> Tensor:
+def by_primitives(sam: SAM, loss_fn: BatchLoss) -> Tensor:
     sam.zero_grad()
     with sam.ascent():
         loss = loss_fn()
@@ -136,3 +144,20 @@ def by_primitives(sam, loss_fn) -> Tensor:
 
 
 WAYS = {'minimize': by_minimize, 'closure': by_closure, 'backward': by_backward, 'primitives': by_primitives}
+
+
+def one_step(way: str, sam: SAM, model: nn.Module, seed: int = 0, **loss_options) -> BatchLoss:
+    """One SAM update on the batch of a seed; returns its loss function, which remembers the weights of both passes."""
+    loss_fn = BatchLoss(model, batch(seed, dtype=model.head.weight.dtype), **loss_options)
+    torch.manual_seed(seed)
+    WAYS[way](sam, loss_fn)
+    return loss_fn
+
+
+def sam_on(model: nn.Module, optimizer: str = 'sgd', rho: float = 0.5, **options) -> SAM:
+    return SAM(OPTIMIZERS[optimizer](model), model, rho=rho, **options)
+
+
+def one_plain_step(model: nn.Module, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    plain_step(model, OPTIMIZERS['sgd'](model), BatchLoss(model, batch(seed, dtype=model.head.weight.dtype)))

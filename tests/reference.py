@@ -1,8 +1,8 @@
 """The step of "Normalization Layers Are All That Sharpness-Aware Minimization Needs", written down slowly.
 
 A transcription for tests to compare with: one tensor at a time, every formula under its number in the paper
-(https://arxiv.org/abs/2306.04226), two complete forward and backward passes, nothing fused, cached or shared. It imports
-torch and none of `timm_sam`. Which parameters are perturbed is decided by the caller, as a list of names.
+(https://arxiv.org/abs/2306.04226), two complete forward and backward passes, nothing fused, cached or shared. It
+imports torch and none of `timm_sam`. Which parameters are perturbed is decided by the caller, as a list of names.
 
 Where the paper's text and its Table 9 disagree, biases of `elementwise_l2_orig` have T = 1 (Section 3.2).
 """
@@ -93,8 +93,11 @@ def sam_gradients(
         rho: float,
         eta: float | None = None,
 ) -> Gradients:
-    """Both passes of SAM over one batch: g at w, eps of Eq. (5), G at w + eps. The weights end as they began, the running
-    statistics of BatchNorm as the pass at w left them, and both passes draw the same random numbers."""
+    """Both passes of SAM over one batch: g at w, eps of Eq. (5), G at w + eps (Eq. (3)).
+
+    The weights end as they began, the running statistics of BatchNorm as the pass at w left them, and both passes draw
+    the same random numbers.
+    """
     params = dict(model.named_parameters())
     weights = {name: p.detach().clone() for name, p in params.items()}
 

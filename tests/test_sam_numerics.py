@@ -1,4 +1,6 @@
 """SAM against the slow transcription in `reference.py`, in float64, after every step."""
+import math
+
 import pytest
 import torch
 from models import (
@@ -10,6 +12,9 @@ from models import (
     assert_identical,
     batch,
     buffers,
+    one_plain_step,
+    one_step,
+    sam_on,
     weights,
 )
 from reference import base_step, perturbation, plain_step, sam_gradients, sam_step
@@ -189,7 +194,7 @@ def test_two_micro_batches_average_two_sam_gradients(variant):
 def test_backward_adds_to_gradients_it_does_not_look_at(variant, params):
     model, sam, twin, _ = twins(variant=variant, params=params, rho=RHO[variant])
     before = weights(model)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.grad = torch.full_like(p, 100.0)
     torch.manual_seed(0)
     sam.backward(BatchLoss(model, batch(1)))
@@ -230,6 +235,8 @@ def test_loss_scale_does_not_change_the_update(variant, eta, power, dtype):
             twin, base, BatchLoss(twin, batch(step, dtype=dtype)), SELECTIONS['all'], variant, RHO[variant], eta)
         rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-4, 1e-6)
         assert_close(loss, expected.loss, rtol, atol)
+        assert_close(sam.stats.grad_norm, total_norm(expected.ascent).double(), rtol, atol)
+        assert_close(sam.stats.loss_perturbed, expected.loss_perturbed, rtol, atol)
         assert_close(weights(model), weights(twin), rtol, atol)
 
 
@@ -286,3 +293,57 @@ def test_transcription_of_orig_keeps_biases_and_bare_parameters_unnormalised():
     assert_close(eps['norm.weight'], torch.tensor([9 / norm]), rtol=1e-6)
     assert_close(eps['norm.bias'], torch.tensor([1 / norm]), rtol=1e-6)
     assert_close(eps['cls_token'], torch.tensor([1 / norm]), rtol=1e-6)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('params', SELECTIONS)
+@pytest.mark.parametrize('variant', RHO)
+def test_zero_gradient_gives_no_perturbation(variant, params, way):
+    model = TinyNet()
+    sam = sam_on(model, variant=variant, params=params)
+    first, second = one_step(way, sam, model, on_call={1: lambda loss: loss * 0}).weights_seen
+    assert_identical(first, second)
+    assert all(torch.isfinite(w).all() for w in weights(model).values())
+    assert sam.nonfinite == 0
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('variant', RHO)
+def test_one_nonfinite_entry_of_the_gradient_gives_no_perturbation_and_is_counted(variant, value, way):
+    model, plain = TinyNet(), TinyNet()
+    sam = sam_on(model, variant=variant)
+    poison = {1: lambda loss: loss + value * model.norm.bias[1]}
+    first, second = one_step(way, sam, model, on_call=poison).weights_seen
+    assert_identical(first, second)
+    assert sam.nonfinite == 1
+    one_plain_step(plain)
+    assert_identical(weights(model), weights(plain))
+
+    first, second = one_step(way, sam, model, seed=1).weights_seen
+    assert not torch.equal(first['norm.weight'], second['norm.weight'])
+    assert sam.nonfinite == 1
+
+
+@pytest.mark.parametrize('factor', [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize('variant', RHO)
+def test_gradients_whose_squares_leave_float32_never_make_weights_nonfinite(variant, factor):
+    model = TinyNet()
+    sam = sam_on(model, variant=variant, params='all')
+    _, second = one_step('backward', sam, model, on_call={1: lambda loss: loss * factor}).weights_seen
+    assert all(torch.isfinite(w).all() for w in second.values())
+
+
+def test_overflow_of_the_loss_scale_is_counted_and_skips_the_base_step():
+    model = TinyNet()
+    sam = sam_on(model)
+    before = weights(model)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 120)
+    loss_fn = BatchLoss(model, batch(0, dtype=torch.float32), on_call=dict.fromkeys([1, 2], lambda loss: loss * 1e9))
+    sam.backward(loss_fn, scaler=scaler)
+    scaler.step(sam)
+    scaler.update()
+    assert sam.nonfinite == 1
+    assert_identical(loss_fn.weights_seen[1], before)
+    assert_identical(weights(model), before)
+    assert scaler.get_scale() < 2.0 ** 120

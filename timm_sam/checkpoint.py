@@ -3,7 +3,8 @@ import argparse
 import logging
 import os
 import pickle
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm import utils
@@ -30,10 +31,10 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 def resume(
         path: str,
         task: TrainingTask,
-        optimizer: Optional[torch.optim.Optimizer],
+        optimizer: torch.optim.Optimizer | None,
         scaler: Any,
         verbose: bool,
-) -> Optional[int]:
+) -> int | None:
     """Loads model, optimizer and loss scale from a training checkpoint of this project or timm.
 
     Args:
@@ -70,7 +71,7 @@ def resume_ema(path: str, task: TrainingTask) -> None:
                           f"--model-ema, or give a whole checkpoint") from e
 
 
-def resume_schedule(path: Optional[str], scheduler: Any, start_epoch: int, updates_per_epoch: int,
+def resume_schedule(path: str | None, scheduler: Any, start_epoch: int, updates_per_epoch: int,
                     on_updates: bool) -> None:
     """Brings a new scheduler to where an uninterrupted run has it at the start of ``start_epoch``."""
     if scheduler is None or start_epoch == 0:

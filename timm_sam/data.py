@@ -1,13 +1,21 @@
 """Options -> data sets and loaders, through timm's factories."""
 import argparse
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional
+from typing import Any
 
 import torch
 from timm import utils
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, NaFlexMixup, create_dataset, create_loader, \
-    create_naflex_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    NaFlexMixup,
+    create_dataset,
+    create_loader,
+    create_naflex_loader,
+)
 
 from .options import OptionError
 
@@ -30,7 +38,7 @@ class Data:
 
     train: Any
     eval: Any
-    mixup: Optional[Callable]
+    mixup: Callable | None
     reference_batch_size: float
     loss_scale: str
     naflex: bool
@@ -56,9 +64,9 @@ def mixup_active(args: argparse.Namespace) -> bool:
 def create_data(
         args: argparse.Namespace,
         data_config: Mapping[str, Any],
-        patch_size: Optional[tuple[int, int]],
+        patch_size: tuple[int, int] | None,
         device: torch.device,
-        model_dtype: Optional[torch.dtype],
+        model_dtype: torch.dtype | None,
 ) -> Data:
     """Builds the data sets and loaders of both splits.
 
@@ -139,7 +147,7 @@ def _datasets(args: argparse.Namespace, data_config: Mapping[str, Any]) -> tuple
     return train_set, eval_set
 
 
-def _class_to_idx(dataset: Any) -> Optional[dict[str, int]]:
+def _class_to_idx(dataset: Any) -> dict[str, int] | None:
     for holder in (getattr(dataset, "reader", None), dataset):
         classes = getattr(holder, "class_to_idx", None)
         if isinstance(classes, dict) and classes:
@@ -214,7 +222,7 @@ def _augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> d
 
 
 def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
-                  collate: Optional[Callable], common: Mapping[str, Any]) -> Any:
+                  collate: Callable | None, common: Mapping[str, Any]) -> Any:
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     progressive = args.train_size_schedule == "progressive"
@@ -247,7 +255,7 @@ def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[s
 
 
 def _naflex_train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
-                         patch_size: tuple[int, int], mixup_options: Optional[dict[str, Any]],
+                         patch_size: tuple[int, int], mixup_options: dict[str, Any] | None,
                          common: Mapping[str, Any]) -> Any:
     mixup = None
     if mixup_options is not None:
@@ -275,7 +283,7 @@ def _naflex_train_loader(args: argparse.Namespace, dataset: Any, data_config: Ma
 
 
 def _eval_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
-                 patch_size: Optional[tuple[int, int]], common: Mapping[str, Any]) -> Any:
+                 patch_size: tuple[int, int] | None, common: Mapping[str, Any]) -> Any:
     workers = args.workers
     if args.distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
         workers = min(2, workers)  # every worker pads its last batch; few workers keep the padding small

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from .options import OptionError, OptionParser, report
 
@@ -72,7 +72,7 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
     return {split: len(indices) for split, indices in splits.items()}
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(prog="python -m timm_sam.digits", description="Writes scikit-learn's digits as PNG folders.")
     parser.add_argument("folder", metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, default=32, metavar="N", help="height and width of the images in pixels")

@@ -8,9 +8,10 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 import torchvision.utils
@@ -32,14 +33,14 @@ class Run:
     task: TrainingTask
     data: Data
     optimizer: torch.optim.Optimizer
-    sam: Optional[SAM]
-    scaler: Optional[torch.amp.GradScaler]
+    sam: SAM | None
+    scaler: torch.amp.GradScaler | None
     autocast: Callable[[], AbstractContextManager]
     device: torch.device
-    model_dtype: Optional[torch.dtype]
+    model_dtype: torch.dtype | None
     scheduler: Any = None
     saver: Any = None
-    output_dir: Optional[str] = None
+    output_dir: str | None = None
     first_update: int = 0
     total_updates: int = 0
     started: float = field(default_factory=time.time)
@@ -85,7 +86,7 @@ class _Meters:
         return self.meters[name]
 
 
-def _to_device(batch: Any, device: torch.device, dtype: Optional[torch.dtype]) -> Any:
+def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(batch, dict):
         return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in batch.items()}
     return batch.to(device=device, dtype=dtype)
@@ -106,7 +107,7 @@ class _Weigher:
         self.accum_steps = accum_steps
         self.batch_size = batch_size
         self.scale = 1.0
-        self.rank_scale: Optional[Tensor] = None
+        self.rank_scale: Tensor | None = None
         if data.loss_scale != "none":
             self.scale = batch_size / data.reference_batch_size
             if data.loss_scale == "sqrt":
@@ -155,7 +156,8 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
 
     for batch_idx, (input, target) in enumerate(data.train):
         last_batch = batch_idx == batches - 1
-        need_update = last_batch or (batch_idx + 1) % args.grad_accum_steps == 0
+        # with accum_steps as the batch before left it, as in timm's script: a short last group may step in between
+        need_update = last_batch or (batch_idx + 1) % accum_steps == 0
         update_idx = batch_idx // args.grad_accum_steps
         if batch_idx >= batches - last_accum_steps:
             accum_steps = last_accum_steps

@@ -3,9 +3,10 @@ import argparse
 import copy
 import difflib
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Callable, Optional
+from typing import Any
 
 import timm
 import torch
@@ -15,8 +16,13 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEn
 from timm.models import create_model, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask, \
-    TrainingTask
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
 from torch import nn
 
 from .checkpoint import LOAD_ERRORS, one_line
@@ -34,7 +40,7 @@ class LossScaler(torch.amp.GradScaler):
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> tuple[
-        Optional[torch.dtype], Callable[[], AbstractContextManager], Optional[LossScaler]]:
+        torch.dtype | None, Callable[[], AbstractContextManager], LossScaler | None]:
     """The type of the weights (None: float32), the autocast context of a forward pass, and the loss scaler.
 
     Only float16 needs a scaler: bfloat16 has the exponents of float32.
@@ -91,6 +97,9 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             if path:
                 raise OptionError(f"{flag} {path} cannot be loaded into {args.model}: {one_line(e)}; give a checkpoint "
                                   f"of this model") from e
+        if args.pretrained:
+            raise OptionError(f"--pretrained: the weights of {args.model} cannot be had: {one_line(e)}; check the "
+                              f"network, or give a file by --pretrained-path") from e
         raise
     if args.head_init_scale is not None:
         with torch.no_grad():
@@ -119,7 +128,7 @@ def _check_model_name(flag: str, name: str) -> None:
 
 
 def place_model(args: argparse.Namespace, model: nn.Module, device: torch.device,
-                dtype: Optional[torch.dtype]) -> nn.Module:
+                dtype: torch.dtype | None) -> nn.Module:
     """Splits, moves, synchronises and scripts the model, as the options say."""
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -151,7 +160,7 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
 
 
 def create_task(args: argparse.Namespace, model: nn.Module, loss: nn.Module, device: torch.device,
-                dtype: Optional[torch.dtype]) -> TrainingTask:
+                dtype: torch.dtype | None) -> TrainingTask:
     """The classification task, or one of timm's distillation tasks.
 
     Raises:
@@ -170,7 +179,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, loss: nn.Module, dev
             return FeatureDistillationTask(student_feature_dim=args.kd_student_feature_dim,
                                            teacher_feature_dim=args.kd_teacher_feature_dim, **common)
         return TokenDistillationTask(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-    except (ValueError, AssertionError) as e:
+    except (ValueError, AssertionError, RuntimeError, OSError) as e:
         raise OptionError(f"--kd-model-name {args.kd_model_name} with --kd-distill-type {args.kd_distill_type}: "
                           f"{one_line(e)}; choose another teacher, student or type") from e
 
@@ -210,7 +219,7 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
     return optimizer
 
 
-def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> Optional[SAM]:
+def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> SAM | None:
     """SAM around the optimizer, or None without --sam-variant.
 
     Raises:

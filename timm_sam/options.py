@@ -1,4 +1,4 @@
-"""The command line of train.py: timm's flags, the SAM group, YAML defaults, and the checks that name flag and remedy."""
+"""The command line of train.py: timm's flags, the SAM group, YAML defaults, and checks that name flag and remedy."""
 import argparse
 import difflib
 import math
@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import time
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -74,7 +75,7 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
     add("--sam-end-epoch", type=_epoch, default=None, metavar="N", help="first epoch without SAM again; none: never")
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line over the YAML file that ``-c`` names over the flags' defaults.
 
     Raises:
@@ -88,7 +89,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
             parser.set_defaults(**load_yaml(config, parser))
         # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
         sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
-        args = parser.parse_args(argv, argparse.Namespace(**{dest: _UNSET for dest in sam_dests}))
+        args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
         given = [dest for dest in sam_dests if getattr(args, dest) is not _UNSET]
         for dest in sam_dests:
             if dest not in given:
@@ -100,7 +101,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     return args
 
 
-def _asks_for_help(argv: Optional[Sequence[str]]) -> bool:
+def _asks_for_help(argv: Sequence[str] | None) -> bool:
     return any(a in ("-h", "--help") for a in (sys.argv[1:] if argv is None else argv))
 
 
@@ -288,7 +289,8 @@ def _rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
          f"--split-bn needs splits, got --aug-splits {args.aug_splits}: add --aug-splits 2"),
         (args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"),
         (mixup and args.aug_splits > 1 and not args.no_prefetcher and not args.naflex_loader,
-         f"--aug-splits {args.aug_splits} cannot be mixed with --mixup/--cutmix in the prefetcher: add --no-prefetcher"),
+         f"--aug-splits {args.aug_splits} and --mixup/--cutmix do not go together in the prefetcher: add "
+         "--no-prefetcher"),
         (args.naflex_loader and args.aug_splits > 1,
          f"--aug-splits {args.aug_splits} does not work with --naflex-loader: leave one of the two out"),
         (args.naflex_loader and args.train_img_sizes is not None,
@@ -321,6 +323,6 @@ def _class_map_exists(args: argparse.Namespace) -> bool:
     return os.path.exists(args.class_map) or os.path.exists(os.path.join(args.data_dir or "", args.class_map))
 
 
-def _local(path: Optional[str]) -> Optional[str]:
+def _local(path: str | None) -> str | None:
     """A path of this machine; None for what timm fetches from elsewhere (``hf-hub:``, ``https://``)."""
     return None if path and re.match(r"[a-z][a-z0-9+.-]*:", path) else path

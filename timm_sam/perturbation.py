@@ -11,8 +11,8 @@ Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226: Eq. (5) and Table 9 (App
 no module, no optimizer, no host synchronisation.
 """
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ class Variant:
         title: The name used in the paper's tables.
     """
 
-    normalizer: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[bool]], Optional[Tensors]]
+    normalizer: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[bool]], Tensors | None]
     p: float
-    eta: Optional[float]
+    eta: float | None
     title: str
 
 
@@ -77,9 +77,13 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """l2 norm over all elements of all tensors, as a 0-dim tensor on the device of the first."""
+    """l2 norm over all elements of all tensors, as a 0-dim float64 tensor on the device of the first.
+
+    Squares of float32 gradients leave float32's range long before the gradients do. Where there is no float64 (mps),
+    the result is float32.
+    """
     device = tensors[0].device
-    norms = torch._foreach_norm(list(tensors))
+    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if device.type == "mps" else torch.float64)
     return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
 
 
@@ -89,8 +93,8 @@ def perturbation(
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         rho: float,
-        eta: Optional[float] = None,
-        is_weight: Optional[Sequence[bool]] = None,
+        eta: float | None = None,
+        is_weight: Sequence[bool] | None = None,
 ) -> tuple[Tensors, Tensor]:
     """The perturbation of one m-batch (Eq. (5), Table 9).
 

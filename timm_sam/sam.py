@@ -14,8 +14,9 @@ of g before eps), accumulated gradients (never part of g).
 import math
 import random
 import sys
-from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Union
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,16 +85,12 @@ class SAM(torch.optim.Optimizer):
             variant: str = "sam",
             params: str = "onlynorm",
             rho: float,
-            eta: Optional[float] = None,
-            filter: Optional[str] = None,
+            eta: float | None = None,
+            filter: str | None = None,
             bn_stats: str = "clean",
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if getattr(optimizer, "is_second_order", False):
-            raise ValueError(
-                f"optimizer={type(optimizer).__name__} differentiates the gradient again, at a point that SAM has left "
-                f"by then: use a first-order optimizer, such as adamw")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} (--sam-variant) is unknown: use one of {', '.join(VARIANTS)}")
         if bn_stats not in BN_STATS:
@@ -115,16 +112,18 @@ class SAM(torch.optim.Optimizer):
         self.bn_stats = bn_stats
         self.selected = select_parameters(model, params, filter)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.selected[0][1].device)
-        self.stats: Optional[Stats] = None
+        self.stats: Stats | None = None
 
         chosen = {id(p) for _, p in self.selected}
         self._model = model
         self._outside = [p for p in model.parameters() if id(p) not in chosen]
+        # AdaHessian differentiates the gradient again in its step
+        self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
         self._ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        self._eps: Optional[list[Tensor]] = None
-        self._norms: Optional[tuple[Tensor, Tensor]] = None
-        self._rng: Optional[_RandomState] = None
+        self._eps: list[Tensor] | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
+        self._rng: _RandomState | None = None
         self._saved: list[Tensor] = []
         self._stepped = True
 
@@ -158,6 +157,9 @@ class SAM(torch.optim.Optimizer):
         """Adds a group to the base optimizer. What is perturbed was fixed at construction and does not change."""
         self.optimizer.add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)  # Optimizer's own leaves out all but groups, state and defaults
+
     def __repr__(self) -> str:
         return f"SAM({self.describe()}; {self.optimizer!r})"
 
@@ -189,7 +191,7 @@ class SAM(torch.optim.Optimizer):
         self.step()
         return loss
 
-    def step(self, closure: Optional[Callable[[], Tensor]] = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One update by PyTorch's convention, or the base step that follows :meth:`backward`.
 
         Args:
@@ -223,8 +225,8 @@ class SAM(torch.optim.Optimizer):
             self,
             loss_fn: LossFn,
             *,
-            weigh: Optional[Callable[[Tensor], Tensor]] = None,
-            scaler: Optional[torch.amp.GradScaler] = None,
+            weigh: Callable[[Tensor], Tensor] | None = None,
+            scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
         """Both passes of one (micro-)batch: what ``loss_fn().backward()`` is in a plain loop.
 
@@ -249,10 +251,10 @@ class SAM(torch.optim.Optimizer):
             with self.perturbed():
                 loss_perturbed = loss_fn()
                 weighed = loss_perturbed if weigh is None else weigh(loss_perturbed)
-                (weighed if scaler is None else scaler.scale(weighed)).backward()
+                (weighed if scaler is None else scaler.scale(weighed)).backward(create_graph=self._second_order)
         return self._record(loss, loss_perturbed)
 
-    def _ascend(self, loss_fn: LossFn, scaler: Optional[torch.amp.GradScaler]) -> Tensor:
+    def _ascend(self, loss_fn: LossFn, scaler: torch.amp.GradScaler | None) -> Tensor:
         # in a function of its own, so that nothing of the first graph is alive during the second forward
         scale = None if scaler is None else scaler.scale(torch.ones((), device=self.selected[0][1].device))
         with self.ascent(scale):
@@ -273,7 +275,7 @@ class SAM(torch.optim.Optimizer):
     # The two halves.
 
     @contextmanager
-    def ascent(self, grad_scale: Union[None, float, Tensor] = None) -> Iterator[None]:
+    def ascent(self, grad_scale: None | float | Tensor = None) -> Iterator[None]:
         """The pass at w: run the loss's forward and backward inside; on the way out eps is computed.
 
         Inside, parameters outside S do not require gradients, gradients are not synchronised, and the selected
@@ -309,7 +311,7 @@ class SAM(torch.optim.Optimizer):
             torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def _compute_eps(self, params: list[nn.Parameter], grad_scale: Union[None, float, Tensor]) -> None:
+    def _compute_eps(self, params: list[nn.Parameter], grad_scale: None | float | Tensor) -> None:
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             raise ValueError(
@@ -343,7 +345,9 @@ class SAM(torch.optim.Optimizer):
                 torch._foreach_add_(params, [e.to(p.dtype) for e, p in zip(eps, params)])
             del eps
             rng.restore()
-            yield
+            buffers = statistics.buffers if statistics is not None else []
+            with _keep_graph_valid([*params, *buffers]) if self._second_order else nullcontext():
+                yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(params, self._saved)
@@ -358,6 +362,16 @@ class SAM(torch.optim.Optimizer):
         if not self._saved:
             self._saved = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(self._saved, params)
+
+
+def _keep_graph_valid(tensors: list[Tensor]) -> AbstractContextManager:
+    """Makes the graph of the pass inside keep copies of ``tensors``, which are about to change back."""
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+
+    def pack(saved: Tensor) -> Tensor:
+        return saved.clone() if saved.untyped_storage().data_ptr() in storages else saved
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
 
 
 class _Statistics:

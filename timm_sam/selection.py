@@ -5,28 +5,25 @@ This file holds the project's only list of normalization types.
 """
 import re
 from collections import Counter
-from typing import Optional
 
-import timm.layers
+from timm import layers
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 SELECTIONS = ("onlynorm", "all", "nonorm")
 
-# Base classes only: their subclasses (LayerNorm2d, BatchNormAct2d, SyncBatchNormAct, the NoBias and Fp32 forms, ...)
-# count as well. Names are looked up because older torch and timm releases lack some of them.
-_TORCH_NORMS = (
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d", "InstanceNorm2d",
-    "InstanceNorm3d", "LayerNorm", "GroupNorm", "RMSNorm",
-)
-_TIMM_NORMS = (
-    "RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm", "SimpleNormFp32", "SimpleNorm2d",
-    "SimpleNorm2dFp32", "GlobalResponseNorm", "InplaceAbn", "FrozenBatchNormAct2d", "EvoNorm2dB0", "EvoNorm2dB1",
-    "EvoNorm2dB2", "EvoNorm2dS0", "EvoNorm2dS1", "EvoNorm2dS2", "FilterResponseNormAct2d", "FilterResponseNormTlu2d",
-)
-NORM_TYPES: tuple[type[nn.Module], ...] = tuple(
-    getattr(home, name) for home, names in ((nn, _TORCH_NORMS), (timm.layers, _TIMM_NORMS))
-    for name in names if hasattr(home, name)
+# Base classes only: their subclasses (LayerNorm2d, BatchNormAct2d, SyncBatchNormAct, the NoBias forms, ...) count too.
+NORM_TYPES: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    layers.RmsNorm, layers.RmsNormFp32, layers.RmsNorm2d, layers.RmsNorm2dFp32,
+    layers.SimpleNorm, layers.SimpleNormFp32, layers.SimpleNorm2d, layers.SimpleNorm2dFp32,
+    GlobalResponseNorm, layers.InplaceAbn, layers.FrozenBatchNormAct2d,
+    layers.EvoNorm2dB0, layers.EvoNorm2dB1, layers.EvoNorm2dB2,
+    layers.EvoNorm2dS0, layers.EvoNorm2dS1, layers.EvoNorm2dS2,
+    layers.FilterResponseNormAct2d, layers.FilterResponseNormTlu2d,
 )
 
 
@@ -66,7 +63,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def select_parameters(
         model: nn.Module,
         params: str = "onlynorm",
-        filter: Optional[str] = None,
+        filter: str | None = None,
 ) -> list[tuple[str, nn.Parameter]]:
     """The parameters that SAM perturbs.
 

@@ -1,0 +1,128 @@
+"""What the tests of the scripts share: a small image folder, and train.py run in process."""
+import contextlib
+import csv
+import io
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tests start
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # train.py is a script at the top, not part of the package
+
+import train
+
+torch.set_num_threads(1)
+
+COLORS = {'blue': (60, 60, 200), 'green': (60, 200, 60), 'red': (200, 60, 60), 'yellow': (190, 190, 60)}
+PER_CLASS = {'train': 10, 'validation': 4}
+LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+def write_image_folder(root, classes=COLORS, splits=PER_CLASS, seed=0):
+    """``root/<split>/<class>/<i>.png``: noise around the color of the class, 16 to 24 pixels a side."""
+    generator = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for name in classes:
+            folder = Path(root, split, name)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = generator.integers(16, 25, 2)
+                pixels = generator.normal(COLORS[name], 40, (height, width, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.png')
+    return Path(root)
+
+
+@dataclass
+class Finished:
+    """A run that is over: exit code, what it printed, and where it ran. ``run`` is its folder."""
+
+    code: int
+    out: str
+    err: str
+    cwd: Path
+
+    @property
+    def run(self):
+        return self.cwd / 'out' / 'run'
+
+    @property
+    def last_line(self):
+        return self.err.rstrip('\n').rsplit('\n', 1)[-1]
+
+    def log(self, start):
+        """The lines of the log that begin with ``start``."""
+        return [line for line in self.err.splitlines() if line.startswith(start)]
+
+    def summary(self):
+        with open(self.run / 'summary.csv', newline='') as f:
+            return list(csv.DictReader(f))
+
+    def checkpoint(self, name='last'):
+        # our own file of a moment ago; the scripts themselves never load with weights_only=False
+        return torch.load(self.run / f'{name}.pth.tar', weights_only=False)
+
+
+@contextlib.contextmanager
+def working_directory(path):
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _logging_as_before():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='session')
+def base(image_folder):
+    """The start of a command line that trains for one epoch of 5 updates; what follows it overrides it."""
+    return (f'--device cpu --data-dir {image_folder} --num-classes 4 --model test_resnet --img-size 32 -b 8 -j 0 '
+            '--epochs 1 --warmup-epochs 0 --lr 0.05 --log-interval 1 --output out --experiment run')
+
+
+@pytest.fixture(scope='session')
+def run_in(base):
+    """Runs train.py in process: ``run_in(folder, '--epochs 2')``."""
+    def run(cwd, command=''):
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, working_directory(cwd), _logging_as_before(), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            for name in LAUNCHER:
+                patch.delenv(name, raising=False)
+            try:
+                code = train.main(shlex.split(f'{base} {command}'))
+            except SystemExit as e:
+                code = e.code
+        return Finished(code, out.getvalue(), err.getvalue(), Path(cwd))
+    return run
+
+
+@pytest.fixture
+def run_train(run_in, tmp_path):
+    """Runs train.py in process and in ``tmp_path``: ``run_train('--epochs 2')``."""
+    return lambda command='': run_in(tmp_path, command)

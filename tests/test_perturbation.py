@@ -1,0 +1,74 @@
+"""The perturbations as pure functions, at the edges of floating point."""
+import pytest
+import torch
+
+from timm_sam.perturbation import VARIANTS, global_norm, perturbation
+
+SHAPES = ((4, 3), (4,), (1, 1, 5))
+
+
+def params_and_grads(scale: float, dtype: torch.dtype = torch.float32) -> tuple[list, list]:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(2, *shape, generator=generator) for shape in SHAPES]
+    return [d[0].to(dtype) for d in draw], [(d[1] * scale).to(dtype) for d in draw]
+
+
+@pytest.mark.parametrize('scale', [1e-35, 1e-25, 1e-10, 1.0, 1e10, 1e25, 1e35])
+def test_norm_of_eps_is_rho_for_gradients_of_any_float32_size(scale):
+    params, grads = params_and_grads(scale)
+    eps, grad_norm = perturbation('sam', params, grads, 0.5)
+    assert float(global_norm(eps)) == pytest.approx(0.5, rel=1e-6)
+    assert float(grad_norm) == pytest.approx(float(torch.cat([g.double().flatten() for g in grads]).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_half_precision_is_computed_in_float32(variant, dtype):
+    params, grads = params_and_grads(1e-4, dtype)
+    eps, _ = perturbation(variant, params, grads, 0.5)
+    wide, _ = perturbation(variant, [p.float() for p in params], [g.float() for g in grads], 0.5)
+    assert all(e.dtype == torch.float32 for e in eps)
+    assert all(torch.equal(e, w) for e, w in zip(eps, wide))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('bad', [float('inf'), float('-inf'), float('nan')])
+def test_one_bad_entry_makes_every_eps_zero(variant, bad):
+    params, grads = params_and_grads(1.0)
+    grads[1][2] = bad
+    eps, grad_norm = perturbation(variant, params, grads, 0.5)
+    assert not torch.isfinite(grad_norm)
+    assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_arguments_are_left_alone(variant):
+    params, grads = params_and_grads(1.0)
+    kept = [t.clone() for t in (*params, *grads)]
+    perturbation(variant, params, grads, 0.5)
+    assert all(torch.equal(t, k) for t, k in zip((*params, *grads), kept))
+
+
+@pytest.mark.parametrize('variant', ['elementwise_l2', 'elementwise_linf', 'layerwise_l2'])
+def test_zero_weights_are_not_perturbed_by_adaptive_variants(variant):
+    params, grads = params_and_grads(1.0)
+    params[0].zero_()
+    eps, _ = perturbation(variant, params, grads, 0.5)
+    assert torch.equal(eps[0], torch.zeros_like(eps[0]))
+    assert eps[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize('variant', ['elementwise_l2', 'layerwise_l2'])
+def test_all_weights_zero_gives_zero_eps_without_nan(variant):
+    params, grads = params_and_grads(1.0)
+    eps, _ = perturbation(variant, [torch.zeros_like(p) for p in params], grads, 0.5)
+    assert all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
+def test_only_weights_are_scaled_by_the_original_asam():
+    params, grads = params_and_grads(1.0)
+    eps, _ = perturbation('elementwise_l2_orig', params, grads, 0.5, eta=0.25, is_weight=[True, False, False])
+    t = [params[0].abs() + 0.25, torch.ones_like(params[1]), torch.ones_like(params[2])]
+    norm = torch.cat([(a * g).flatten() for a, g in zip(t, grads)]).norm()
+    for e, a, g in zip(eps, t, grads):
+        torch.testing.assert_close(e, 0.5 * a ** 2 * g / norm)
