@@ -207,14 +207,14 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
     except KeyboardInterrupt:
         _logger.warning("Interrupted.")
 
-    if primary and best_metric is not None:
-        _logger.info(f"*** Best metric: {best_metric} (epoch {best_epoch})")
-        for name in ("summary.csv", "args.yaml", "last.pth.tar", "model_best.pth.tar"):
-            _logger.info(f"Wrote {os.path.join(run.output_dir or '', name)}")
     if primary:
         worst_first = sorted(results, key=lambda r: r.get("validation", r["train"]).get(eval_metric, 0),
                              reverse=eval_metric == "loss")
-        print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}")
+        print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}", flush=True)
+    if primary and best_metric is not None:
+        for name in ("args.yaml", "summary.csv", "last.pth.tar", "model_best.pth.tar"):
+            _logger.info(f"Wrote {os.path.join(run.output_dir or '', name)}")
+        _logger.info(f"*** Best metric: {eval_metric} {best_metric} (epoch {best_epoch})")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py is a script at the top, not part of the package
-
-import train
 
 torch.set_num_threads(1)
 
@@ -44,16 +43,12 @@ def write_image_folder(root, classes=COLORS, splits=PER_CLASS, seed=0):
 
 @dataclass
 class Finished:
-    """A run that is over: exit code, what it printed, and where it ran. ``run`` is its folder."""
+    """A run that is over: exit code, what it printed, and where it ran."""
 
     code: int
     out: str
     err: str
     cwd: Path
-
-    @property
-    def run(self):
-        return self.cwd / 'out' / 'run'
 
     @property
     def last_line(self):
@@ -63,13 +58,16 @@ class Finished:
         """The lines of the log that begin with ``start``."""
         return [line for line in self.err.splitlines() if line.startswith(start)]
 
-    def summary(self):
-        with open(self.run / 'summary.csv', newline='') as f:
+    def folder(self, experiment='run'):
+        return self.cwd / 'out' / experiment
+
+    def summary(self, experiment='run'):
+        with open(self.folder(experiment) / 'summary.csv', newline='') as f:
             return list(csv.DictReader(f))
 
-    def checkpoint(self, name='last'):
+    def checkpoint(self, experiment='run', name='last'):
         # our own file of a moment ago; the scripts themselves never load with weights_only=False
-        return torch.load(self.run / f'{name}.pth.tar', weights_only=False)
+        return torch.load(self.folder(experiment) / f'{name}.pth.tar', weights_only=False)
 
 
 @contextlib.contextmanager
@@ -80,6 +78,14 @@ def working_directory(path):
         yield
     finally:
         os.chdir(before)
+
+
+@contextlib.contextmanager
+def quiet_about_timm():
+    """timm's image data sets leave it to the garbage collector to close the files they read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'unclosed file <_io\..*\.png', ResourceWarning)
+        yield
 
 
 @contextlib.contextmanager
@@ -108,10 +114,12 @@ def base(image_folder):
 @pytest.fixture(scope='session')
 def run_in(base):
     """Runs train.py in process: ``run_in(folder, '--epochs 2')``."""
+    import train
+
     def run(cwd, command=''):
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, working_directory(cwd), _logging_as_before(), \
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                quiet_about_timm(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             for name in LAUNCHER:
                 patch.delenv(name, raising=False)
             try:

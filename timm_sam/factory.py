@@ -129,13 +129,20 @@ def _check_model_name(flag: str, name: str) -> None:
 
 def place_model(args: argparse.Namespace, model: nn.Module, device: torch.device,
                 dtype: torch.dtype | None) -> nn.Module:
-    """Splits, moves, synchronises and scripts the model, as the options say."""
+    """Splits, moves, synchronises and scripts the model, as the options say.
+
+    Raises:
+        OptionError: The device cannot do it.
+    """
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.distributed and args.sync_bn:
+        if device.type == "cpu":
+            raise OptionError("--sync-bn: torch synchronizes batch normalization on accelerators only; leave it out "
+                              "with --device cpu")
         args.dist_bn = ""  # statistics are the same on all ranks already
         model = convert_sync_batchnorm(model)
         if utils.is_primary(args):

@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# one thread per process: two ranks share two cores
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-slow lint clean
+
+# From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
+train: $(INSTALLED) data/digits
+	$(BIN)/torchrun --standalone --nproc-per-node 2 train.py \
+		-c hparams/digits/resnet10t_sam_on.yaml --data-dir data/digits
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+$(INSTALLED): setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "timm_sam needs Python >= 3.10: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[digits,test]'
+	touch $@
+
+data/digits: | $(INSTALLED)
+	$(BIN)/python -m timm_sam.digits $@
+
+clean:
+	rm -rf $(VENV) data/digits
