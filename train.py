@@ -7,11 +7,13 @@ The run from top to bottom: options, model, data, task, optimizer, SAM, epochs. 
 own training, digit for digit.
 """
 import argparse
+import gc
 import importlib
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -52,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(parser.prog, e)
         return 2
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
     return 0
 
 
@@ -149,10 +150,23 @@ def prepare_process(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def leave_process_group() -> None:
+    """Ends this rank's part in the process group, if there is one.
+
+    gloo's destructor joins its threads while it holds Python's lock. A thread that has just finished the last collective
+    may need that lock to let go of its tensors, and then both wait for ever (seen with timm's script on two CPU ranks):
+    so whatever holds the group goes first, and the threads get a moment without the lock.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        time.sleep(0.1)
+        torch.distributed.destroy_process_group()
+
+
 def default_name(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
     """Name of the output folder without ``--experiment``: time, model, image size."""
-    time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{time}-{safe_model_name(args.model)}-{data_config['input_size'][-1]}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{now}-{safe_model_name(args.model)}-{data_config['input_size'][-1]}"
 
 
 def start_wandb(args: argparse.Namespace, name: str) -> None:

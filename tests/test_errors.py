@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import LAUNCHER, PER_CLASS, ROOT, write_image_folder
+from conftest import COLORS, LAUNCHER, PER_CLASS, ROOT, write_image_folder
 
 SAM = '--sam-variant sam --sam-rho 0.05'
 
@@ -56,6 +56,8 @@ ROWS = [
     ('--num-classes 3', ['--num-classes 3', '4 classes', '--num-classes 4']),
     ('--num-classes 0', ['--num-classes 0', '>= 1']),
     ('--data-dir shifted', ['--val-split validation', 'shifted', "'green'", 'blue', '--class-map']),
+    ('--data-dir extra', ['--val-split validation', 'extra', "'zebra'"]),
+    ('--data-dir extra --num-classes 5', ['--val-split validation', 'extra', "'zebra'"]),
     ('--class-map nofile.txt', ['--class-map nofile.txt', 'does not exist']),
     ('--dataset torch/nosuch', ['--dataset torch/nosuch']),
     ('-b 0', ['--batch-size 0', '>= 1']),
@@ -127,6 +129,14 @@ def shifted(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def extra(tmp_path_factory):
+    """Validation has a class that training lacks, with the next label."""
+    folder = write_image_folder(tmp_path_factory.mktemp('data') / 'extra')
+    shutil.copytree(folder / 'validation' / 'blue', folder / 'validation' / 'zebra')
+    return folder
+
+
 @pytest.fixture
 def refused(run_train, tmp_path):
     """Runs a command line that has to be refused; returns the message."""
@@ -143,10 +153,11 @@ def refused(run_train, tmp_path):
 
 
 @pytest.mark.parametrize('command, words', ROWS, ids=[row[0] for row in ROWS])
-def test_mistake_ends_in_one_line_that_names_it(refused, tmp_path, shifted, command, words):
+def test_mistake_ends_in_one_line_that_names_it(refused, tmp_path, shifted, extra, command, words):
     (tmp_path / 'typo.yaml').write_text('bath_size: 3\n')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'shifted').symlink_to(shifted)
+    (tmp_path / 'extra').symlink_to(extra)
     message = refused(command)
     assert [word for word in words if word not in message] == [], message
 
@@ -352,5 +363,6 @@ def test_two_ranks_say_it_once_and_write_nothing(base, tmp_path):
 
 
 def test_image_folder_of_these_tests_is_as_described(image_folder):
-    counts = {split: {len(list(folder.iterdir())) for folder in (image_folder / split).iterdir()} for split in PER_CLASS}
-    assert counts == {'train': {10}, 'validation': {4}}
+    for split, count in PER_CLASS.items():
+        assert {path.name: len(list(path.iterdir())) for path in (image_folder / split).iterdir()} == dict.fromkeys(
+            COLORS, count)

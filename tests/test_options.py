@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 import yaml
 
+import train
 from timm_sam.options import dump_args, parse_args
 
 TIMM = json.loads((Path(__file__).parent / 'data' / 'train_flags.json').read_text())

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-import train
 from conftest import LAUNCHER, ROOT
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import train
 from timm_sam import SAM, select_parameters
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
@@ -232,11 +232,11 @@ def test_rho_above_0_gives_other_weights(plain, with_sam):
 
 def test_first_update_perturbs_nothing_that_batch_norm_remembers(run_train):
     # the statistics of the first update come from the pass at w alone, and w is the same in both runs
-    first = run_train('--train-batches-per-epoch 1 --experiment plain -b 40')
-    second = run_train(f'--train-batches-per-epoch 1 -b 40 {SAM_ON}')
-    third = run_train(f'--train-batches-per-epoch 1 -b 40 {SAM_ON} --experiment both --sam-bn-stats both')
+    first = run_train('--experiment plain -b 40')  # one update per epoch
+    second = run_train(f'-b 40 {SAM_ON}')
+    third = run_train(f'-b 40 {SAM_ON} --experiment both --sam-bn-stats both')
     assert (first.code, second.code, third.code) == (0, 0, 0)
-    states = [second.checkpoint(name)['state_dict'] for name in ('plain', 'run', 'both')]
+    states = [first.checkpoint(name)['state_dict'] for name in ('plain', 'run', 'both')]
     statistics = [{k: v for k, v in state.items() if 'running' in k or 'num_batches' in k} for state in states]
     assert len(statistics[0]) > 20 and differences(statistics[0], statistics[1]) == []
     assert statistics[2]['conv1.1.num_batches_tracked'] == 2
@@ -398,7 +398,7 @@ SCHEDULES = [
     '--sched poly --min-lr 1e-4',
     '--sched tanh',
     '--sched wsd --decay-epochs 2',
-    '--sched rsqrt --warmup-epochs 1',
+    '--sched rsqrt --decay-epochs 2 --warmup-epochs 1',
     '--sched constant',
     '--sched none',
 ]
@@ -432,7 +432,7 @@ def test_learning_rate_goes_on_from_a_checkpoint_as_if_uninterrupted(run_train, 
 
 
 @plateau_is_deprecated
-@pytest.mark.parametrize('boundary', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('boundary', [2, 4])
 @pytest.mark.parametrize('options', [
     '', '--warmup-epochs 2 --warmup-lr 1e-3', '--cooldown-epochs 1', '--lr-noise 0.2 0.9 --lr-noise-pct 0.5',
     '--eval-metric loss'])
@@ -523,7 +523,7 @@ def test_best_survives_a_resume(run_train, script):
 def test_only_the_best_checkpoints_are_kept(run_train, script):
     script(top1=[40.0, 60.0, 50.0, 30.0])
     done = run_train('--epochs 4 --checkpoint-hist 2')
-    assert {path.name for path in done.folder().glob('checkpoint-*')} == {'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar'}
+    assert {path.name for path in done.folder().glob('checkpoint-*')} == {f'checkpoint-{e}.pth.tar' for e in (1, 2)}
     assert done.checkpoint()['epoch'] == 3
 
 
@@ -615,7 +615,8 @@ def test_sam_trains_with(run_train, options, variant):
     assert all(torch.isfinite(v).all() for v in done.checkpoint()['state_dict'].values())
 
 
-@pytest.mark.parametrize('variant', ['elementwise_l2', 'elementwise_l2_orig', 'elementwise_linf', 'layerwise_l2', 'fisher'])
+@pytest.mark.parametrize('variant', [
+    'elementwise_l2', 'elementwise_l2_orig', 'elementwise_linf', 'layerwise_l2', 'fisher'])
 @pytest.mark.parametrize('params', ['onlynorm', 'all'])
 def test_every_variant_trains(run_train, variant, params):
     done = run_train(f'--sam-variant {variant} --sam-rho 0.01 --sam-params {params} --epochs 2')
@@ -625,11 +626,11 @@ def test_every_variant_trains(run_train, variant, params):
         assert float(row['train_sam_loss']) > float(row['train_loss'])
 
 
-@pytest.mark.parametrize('same', ['--grad-checkpointing', '--torchscript', '--use-multi-epochs-loader'])
-def test_option_that_changes_no_number_changes_none_under_sam(run_train, same):
-    model = '' if same == '--torchscript' else VIT
-    first = run_train(f'{SAM_ON} {model} --experiment first --epochs 2').checkpoint('first')
-    second = run_train(f'{SAM_ON} {model} {same} --epochs 2').checkpoint()
+@pytest.mark.parametrize('same, options', [
+    ('--grad-checkpointing', f'{VIT} --epochs 2'), ('--torchscript', '--epochs 2'), ('--channels-last', '-b 40')])
+def test_option_that_changes_no_number_changes_none_under_sam(run_train, same, options):
+    first = run_train(f'{SAM_ON} {options} --experiment first').checkpoint('first')
+    second = run_train(f'{SAM_ON} {options} {same}').checkpoint()
     assert first['state_dict'].keys() == second['state_dict'].keys()
     for name, value in first['state_dict'].items():
         torch.testing.assert_close(second['state_dict'][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -642,9 +643,10 @@ def test_filter_limits_what_is_perturbed(run_train):
     assert float(done.summary()[0]['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
 
 
-def test_recovery_checkpoint_holds_the_weights_within_an_epoch(run_train, monkeypatch):
+def test_recovery_checkpoint_holds_the_weights_within_an_epoch(run_train):
     done = run_train(f'{SAM_ON} --recovery-interval 2 --experiment old')
-    assert {path.name for path in done.folder('old').glob('recovery*')} == {'recovery-0-1.pth.tar', 'recovery-0-3.pth.tar'}
+    names = {path.name for path in done.folder('old').glob('recovery*')}
+    assert names == {'recovery-0-1.pth.tar', 'recovery-0-3.pth.tar'}
     within, after = done.checkpoint('old', 'recovery-0-3'), done.checkpoint('old')
     assert differences(within['state_dict'], after['state_dict']) != []
     assert run_train('--epochs 2 --resume out/old/recovery-0-3.pth.tar').summary()[0]['epoch'] == '1'
