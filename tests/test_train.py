@@ -633,7 +633,7 @@ def test_option_that_changes_no_number_changes_none_under_sam(run_train, same, o
     second = run_train(f'{SAM_ON} {options} {same}').checkpoint()
     assert first['state_dict'].keys() == second['state_dict'].keys()
     for name, value in first['state_dict'].items():
-        torch.testing.assert_close(second['state_dict'][name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(second['state_dict'][name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_filter_limits_what_is_perturbed(run_train):

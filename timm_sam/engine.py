@@ -4,7 +4,9 @@ Nothing here reads the device between two log lines: losses and norms stay tenso
 """
 import argparse
 import datetime
+import functools
 import logging
+import math
 import os
 import time
 from collections import OrderedDict
@@ -43,6 +45,7 @@ class Run:
     output_dir: str | None = None
     first_update: int = 0
     total_updates: int = 0
+    sharing_logged: bool = False
     started: float = field(default_factory=time.time)
 
     @property
@@ -90,6 +93,16 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> A
     if isinstance(batch, dict):
         return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in batch.items()}
     return batch.to(device=device, dtype=dtype)
+
+
+def _first_samples(batch: Any, fraction: float, splits: int) -> Any:
+    """The first ``ceil(fraction * m)`` of the m samples of a batch, of each of its augmentation splits."""
+    if isinstance(batch, tuple):
+        return tuple(_first_samples(b, fraction, splits) for b in batch)
+    if isinstance(batch, dict):
+        return {k: _first_samples(v, fraction, splits) for k, v in batch.items()}
+    kept = math.ceil(fraction * (len(batch) // splits))
+    return batch[:kept] if splits == 1 else torch.cat([part[:kept] for part in batch.chunk(splits)])
 
 
 def _mean_over_ranks(value: float, device: torch.device, args: argparse.Namespace) -> float:
@@ -178,7 +191,14 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
 
         with nullcontext() if need_update else task.no_sync():
             if run.sam is not None and run.uses_sam(epoch, num_updates):
-                loss = run.sam.backward(forward, weigh=weigh, scaler=run.scaler)
+                ascent = None
+                if args.sam_ascent_fraction < 1:
+                    part = _first_samples((input, target), args.sam_ascent_fraction, max(1, args.aug_splits))
+                    ascent = functools.partial(forward, *part)
+                loss = run.sam.backward(forward, ascent_fn=ascent, weigh=weigh, scaler=run.scaler)
+                if not run.sharing_logged and run.sam.sharing and utils.is_primary(args):
+                    _logger.info(f"SAM forward: {run.sam.sharing}")
+                    run.sharing_logged = True
                 for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), run.sam.stats[1:]):
                     meters.update(name, value, batch_size)
             else:

@@ -236,7 +236,8 @@ def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, modul
         return None
     try:
         sam = SAM(optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho,
-                  eta=args.sam_eta, filter=args.sam_filter, bn_stats=args.sam_bn_stats)
+                  eta=args.sam_eta, filter=args.sam_filter, bn_stats=args.sam_bn_stats,
+                  share_forward=not args.sam_no_shared_forward)
     except ValueError as e:
         raise OptionError(str(e)) from e
     if utils.is_primary(args):

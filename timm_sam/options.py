@@ -69,6 +69,10 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
         help="eta of Table 9; none: the variant's own (elementwise_l2_orig 0.01, fisher 1, other elementwise 0)")
     add("--sam-bn-stats", choices=BN_STATS, default="clean",
         help="which passes update running statistics: the one at w only, or both")
+    add("--sam-ascent-fraction", type=_fraction, default=1.0, metavar="F",
+        help="take the gradient that gives eps from the first F of each batch only")
+    add("--sam-no-shared-forward", action="store_true",
+        help="compute both forward passes in full, also below the first perturbed layer")
     add("--sam-every", type=_positive_int, default=1, metavar="K",
         help="perturb every K-th update, starting with the first; the others are plain")
     add("--sam-start-epoch", type=_epoch, default=0, metavar="N", help="first epoch with SAM")
@@ -168,7 +172,7 @@ def _yaml_value(path: str, action: argparse.Action, value: Any) -> Any:
 
 
 def _type_name(convert: Any) -> str:
-    names = {_non_negative: "number >= 0", _positive_int: "integer >= 1", _epoch: "integer >= 0", str: "text"}
+    names = {_fraction: "number in (0, 1]", _non_negative: "number >= 0", _positive_int: "integer >= 1", _epoch: "integer >= 0", str: "text"}
     return names.get(convert, convert.__name__)
 
 
@@ -196,6 +200,13 @@ def _positive_int(text: str) -> int:
     return _number(text, int, 1, "an integer >= 1")
 
 
+def _fraction(text: str) -> float:
+    value = _number(text, float, 0, "a number in (0, 1]")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text}")
+    return value
+
+
 def _epoch(text: str) -> int:
     return _number(text, int, 0, "an integer >= 0")
 
@@ -211,7 +222,8 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
         OptionError: Options that contradict each other.
     """
     if args.sam_variant is None:
-        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_every": 1, "sam_start_epoch": 0}
+        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
+                   "sam_no_shared_forward": False, "sam_every": 1, "sam_start_epoch": 0}
         for dest, value in vars(args).items():
             if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
                 raise OptionError(

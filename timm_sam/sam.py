@@ -12,8 +12,6 @@ same in both passes), exact restoration (copied back), gradient synchronisation 
 of g before eps), accumulated gradients (never part of g).
 """
 import math
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -23,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .perturbation import VARIANTS, global_norm, perturbation
+from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
+from .sharing import Recording, SharedForward, obstacle
 
 BN_STATS = ("clean", "both")
 LossFn = Callable[[], Tensor]
@@ -59,6 +59,8 @@ class SAM(torch.optim.Optimizer):
         rho: Radius of the perturbation, >= 0.
         eta: eta of Table 9; None takes the variant's default.
         filter: Regular expression that keeps only matching parameter names.
+        share_forward: Whether :meth:`minimize` and :meth:`backward` compute what lies below the first perturbed layer
+            once for both passes, where that is possible; :attr:`sharing` says after the first update.
         bn_stats: ``clean``: running statistics of normalization layers come from the pass at w only; ``both``: both
             passes update them, as the reference implementations do.
 
@@ -88,6 +90,7 @@ class SAM(torch.optim.Optimizer):
             eta: float | None = None,
             filter: str | None = None,
             bn_stats: str = "clean",
+            share_forward: bool = True,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -121,9 +124,19 @@ class SAM(torch.optim.Optimizer):
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
         self._ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.sharing: str | None = None
+        self._shared: SharedForward | None = None
+        if not share_forward:
+            self.sharing = "two full forwards per update: sharing is off"
+        elif bn_stats == "both":
+            self.sharing = "two full forwards per update: both passes update running statistics"
+        elif (reason := obstacle(model)) is not None:
+            self.sharing = f"two full forwards per update: {reason}"
+        else:
+            self._shared = SharedForward(model, [p for _, p in self.selected])
         self._eps: list[Tensor] | None = None
         self._norms: tuple[Tensor, Tensor] | None = None
-        self._rng: _RandomState | None = None
+        self._rng: RandomState | None = None
         self._saved: list[Tensor] = []
         self._stepped = True
 
@@ -174,20 +187,21 @@ class SAM(torch.optim.Optimizer):
 
     # The step, in the three forms that loops need.
 
-    def minimize(self, loss_fn: LossFn) -> Tensor:
+    def minimize(self, loss_fn: LossFn, *, ascent_fn: LossFn | None = None) -> Tensor:
         """One update: zeroes gradients, both passes, base step.
 
         Args:
             loss_fn: Computes the mean loss of the batch, a 0-dim tensor, and nothing else. It is called twice.
+            ascent_fn: Computes the loss that g is taken of, where that is another one, as of a part of the batch.
 
         Returns:
-            The loss at w, detached.
+            The loss at w (of ``ascent_fn``, if given), detached.
 
         Raises:
             ValueError: The loss does not depend on any selected parameter.
         """
         self.zero_grad()
-        loss = self.backward(loss_fn)
+        loss = self.backward(loss_fn, ascent_fn=ascent_fn)
         self.step()
         return loss
 
@@ -225,6 +239,7 @@ class SAM(torch.optim.Optimizer):
             self,
             loss_fn: LossFn,
             *,
+            ascent_fn: LossFn | None = None,
             weigh: Callable[[Tensor], Tensor] | None = None,
             scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
@@ -236,35 +251,73 @@ class SAM(torch.optim.Optimizer):
 
         Args:
             loss_fn: Computes the mean loss of the batch, a 0-dim tensor. It is called twice.
+            ascent_fn: Computes the loss that g is taken of, where that is another one, as of a part of the batch; then
+                ``loss_fn`` is called once, and nothing is shared between the passes.
             weigh: Applied to the loss at w + eps before its backward, e.g. ``lambda loss: loss / accumulation_steps``.
                 The ascent uses the loss as it is: eps does not depend on such factors.
             scaler: Its loss scale is applied in both passes and divided out of g.
 
         Returns:
-            The loss at w, detached, not weighed.
+            The loss at w (of ``ascent_fn``, if given), detached, not weighed.
 
         Raises:
             ValueError: The loss does not depend on any selected parameter.
         """
+        devices = {p.device for _, p in self.selected}
+        recording = None if self._shared is None or ascent_fn is not None else Recording(self._shared, devices)
         with torch.enable_grad():
-            loss = self._ascend(loss_fn, scaler)
+            loss = self._ascend(ascent_fn or loss_fn, scaler, recording)
             with self.perturbed():
-                loss_perturbed = loss_fn()
+                loss_perturbed = self._second_forward(loss_fn, recording)
+                del recording
                 weighed = loss_perturbed if weigh is None else weigh(loss_perturbed)
                 (weighed if scaler is None else scaler.scale(weighed)).backward(create_graph=self._second_order)
         return self._record(loss, loss_perturbed)
 
-    def _ascend(self, loss_fn: LossFn, scaler: torch.amp.GradScaler | None) -> Tensor:
-        # in a function of its own, so that nothing of the first graph is alive during the second forward
+    def _ascend(self, loss_fn: LossFn, scaler: torch.amp.GradScaler | None, recording: Recording | None) -> Tensor:
+        # in a function of its own, so that nothing of the first graph but what is shared is alive in the second forward
         scale = None if scaler is None else scaler.scale(torch.ones((), device=self.selected[0][1].device))
-        with self.ascent(scale):
-            loss = loss_fn()
+        params = [p for _, p in self.selected]
+        with self._ascent(scale, recording):
+            with nullcontext() if recording is None else recording.record():
+                loss = loss_fn()
             if not loss.requires_grad:
                 raise ValueError(
                     f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
                     f"({self.selected[0][0]}, ...): select others by params (--sam-params) or filter (--sam-filter)")
-            (loss if scaler is None else scaler.scale(loss)).backward()
+            # through the selected parameters only: the graph of the shared part is not touched
+            (loss if scaler is None else scaler.scale(loss)).backward(inputs=None if recording is None else params)
         return loss.detach()
+
+    def _second_forward(self, loss_fn: LossFn, recording: Recording | None) -> Tensor:
+        """The loss at w + eps, with what the first pass has computed already."""
+        if recording is None:
+            return loss_fn()
+        if not recording.usable():
+            if self.sharing is None:
+                self.sharing = f"two full forwards per update: {recording.why_not()}"
+            return loss_fn()
+        check = self.sharing is None
+        state = RandomState(recording.devices) if check else None
+        with recording.replay(check):
+            loss = loss_fn()
+        if state is not None and recording.mismatch:
+            self._shared = None
+            self.sharing = f"two full forwards per update: {recording.mismatch} does not repeat its output"
+            state.restore()
+            return loss_fn()
+        if check:
+            total = sum(p.numel() for p in self._model.parameters())
+            self.sharing = (f"one forward for both passes through {len(recording.modules)} modules, "
+                            f"{recording.parameters():,} of {total:,} parameters")
+        return loss
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for ddp in self._ddp:
+                stack.enter_context(ddp.no_sync())
+            yield
 
     def _record(self, loss: Tensor, loss_perturbed: Tensor) -> Tensor:
         assert self._norms is not None
@@ -274,8 +327,7 @@ class SAM(torch.optim.Optimizer):
 
     # The two halves.
 
-    @contextmanager
-    def ascent(self, grad_scale: None | float | Tensor = None) -> Iterator[None]:
+    def ascent(self, grad_scale: None | float | Tensor = None) -> AbstractContextManager[None]:
         """The pass at w: run the loss's forward and backward inside; on the way out eps is computed.
 
         Inside, parameters outside S do not require gradients, gradients are not synchronised, and the selected
@@ -287,24 +339,27 @@ class SAM(torch.optim.Optimizer):
         Raises:
             ValueError: No gradient arrived in any selected parameter.
         """
+        return self._ascent(grad_scale, None)
+
+    @contextmanager
+    def _ascent(self, grad_scale: None | float | Tensor, recording: Recording | None) -> Iterator[None]:
         params = [p for _, p in self.selected]
         frozen = [p for p in self._outside if p.requires_grad]
         accumulated = [p.grad for p in params]
         self._eps = None
-        self._rng = _RandomState({p.device for p in params})
+        self._rng = RandomState({p.device for p in params})
         for p in params:
             p.grad = None
-        for p in frozen:
-            p.requires_grad_(False)
+        if recording is None:
+            _set_requires_grad(frozen, False)
+        else:  # what is shared needs the graph to its own weights
+            recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
         try:
-            with ExitStack() as stack:
-                for ddp in self._ddp:
-                    stack.enter_context(ddp.no_sync())
+            with self._no_sync():
                 yield
             self._compute_eps(params, grad_scale)
         finally:
-            for p in frozen:
-                p.requires_grad_(True)
+            _set_requires_grad(frozen, True)
             for p, grad in zip(params, accumulated):
                 p.grad = grad
             # weights cast inside an autocast region around both passes are stale in the second
@@ -374,6 +429,11 @@ def _keep_graph_valid(tensors: list[Tensor]) -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
 
 
+def _set_requires_grad(params: list[nn.Parameter], value: bool) -> None:
+    for p in params:
+        p.requires_grad_(value)
+
+
 class _Statistics:
     """The running statistics of a model's normalization layers, to be put back after a pass."""
 
@@ -386,28 +446,6 @@ class _Statistics:
     def restore(self) -> None:
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.values)
-
-
-class _RandomState:
-    """The state of every generator that a forward pass may draw from."""
-
-    def __init__(self, devices: set[torch.device]) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in _NO_GENERATOR}
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self.numpy = None if numpy is None else numpy.random.get_state()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-
-_NO_GENERATOR = ("cpu", "meta")  # the CPU's generator is always kept
 
 
 def _check_number(name: str, value: float) -> None:

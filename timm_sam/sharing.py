@@ -1,0 +1,258 @@
+"""One forward for two passes: what lies below the first perturbed layer is computed once.
+
+The passes of SAM differ only in the selected parameters. Everything that a network computes before it first calls a
+module that owns one of them is the same in both, so the first pass keeps the outputs of such modules, with their graph,
+and the second answers with them. No model needs to know: modules without a perturbed parameter below them are taken in
+the order in which they are called, and anything between modules is simply computed again.
+
+What makes this safe, update by update: recording ends with the first call of a module that owns a perturbed parameter;
+outputs are used in the second pass of the same batch only; if a perturbed module was never called (its parameters are
+used in some other way) or a kept output was changed in place afterwards, nothing is shared. The first time, the modules
+compute their outputs again all the same, and must find what was kept.
+"""
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .random_state import RandomState
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why the forward of ``model`` cannot be shared, in a few words, or None if it can."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return "the model is scripted"
+        if hasattr(module, "_orig_mod"):
+            return "the model is compiled as a whole"
+        if getattr(module, "grad_checkpointing", False) is True:
+            return "gradient checkpointing computes the forward again"
+    return None
+
+
+class SharedForward:
+    """The modules of a model whose calls can be shared, and those that end sharing.
+
+    Args:
+        model: The model, inside or outside of DDP.
+        selected: The perturbed parameters.
+    """
+
+    def __init__(self, model: nn.Module, selected: list[nn.Parameter]) -> None:
+        chosen = {id(p) for p in selected}
+        self.owners = [m for m in model.modules() if any(id(p) in chosen for p in m.parameters(recurse=False))]
+        self.free: list[nn.Module] = []
+        with_perturbed = {id(m) for m in model.modules() if any(id(p) in chosen for p in m.parameters())}
+        self._collect(model, with_perturbed)
+
+    def _collect(self, module: nn.Module, with_perturbed: set[int]) -> None:
+        """Adds the largest callable parts without perturbed parameters; a Sequential may be called or iterated over."""
+        if id(module) not in with_perturbed and not isinstance(module, _LISTS):
+            self.free.append(module)
+            if not isinstance(module, nn.Sequential):
+                return
+        for child in module.children():
+            self._collect(child, with_perturbed)
+
+
+class _Kept(NamedTuple):
+    """The output of one call, the random state after it, and its tensors with their versions at that time."""
+
+    output: Any
+    random_state: RandomState
+    versions: list[tuple[Tensor, int]]
+
+
+class Recording:
+    """The outputs of one first pass.
+
+    Args:
+        shared: Which modules take part.
+        devices: Where random numbers may be drawn.
+
+    Attributes:
+        on_perturbed: Called once, just before the first perturbed module runs.
+        modules: Those whose outputs are kept.
+    """
+
+    def __init__(self, shared: SharedForward, devices: set[torch.device]) -> None:
+        self.shared = shared
+        self.devices = devices
+        self.on_perturbed: Callable[[], None] = lambda: None
+        self.outputs: dict[int, deque[_Kept]] = {}
+        self.modules: list[nn.Module] = []
+        self.depth = 0
+        self.ended = False
+        self.uncalled = {id(m) for m in shared.owners}
+        self.mismatch = ""
+        self.versions: list[tuple[Tensor, int]] = []
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """The first pass runs inside."""
+        with _patched(self.shared.owners, self._ending), _patched(self.shared.free, self._recording):
+            yield
+        self._end()
+
+    @contextmanager
+    def replay(self, check: bool = False) -> Iterator[None]:
+        """The second pass runs inside.
+
+        Args:
+            check: Compute the outputs as well, without a graph, and set :attr:`mismatch` to the class of the module
+                that finds another one than was kept. Reads the device.
+        """
+        queues = {key: deque(outputs) for key, outputs in self.outputs.items()}
+        self.depth = 0
+        # an activation in place changes what the module before it returned: that is not what it returns again
+        changed = {id(t) for outputs in self.outputs.values() for kept in outputs for t, v in kept.versions
+                   if t._version != v}
+
+        def replaying(module: nn.Module, forward: Callable) -> Callable:
+            def answer(*args: Any, **kwargs: Any) -> Any:
+                queue = queues.get(id(module))
+                if self.depth == 0 and queue:
+                    kept = queue.popleft()
+                    if check and not self.mismatch:
+                        self._check(module, forward, args, kwargs, kept, changed)
+                    kept.random_state.restore()
+                    return kept.output
+                return self._nested(forward, args, kwargs)
+
+            return answer
+
+        with _patched(self.modules, replaying):
+            yield
+
+    @torch.no_grad()
+    def _check(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any], kept: "_Kept",
+               changed: set[int]) -> None:
+        inputs, outputs = _tensors([args, kwargs]), _tensors(kept.output)
+        if inputs is None or outputs is None or any(id(t) in changed for t in (*inputs, *outputs)):
+            return
+        copies = [t.clone() for t in inputs]  # it may work in place
+        again = self._nested(forward, *_replaced((args, kwargs), iter(copies)))
+        if not _close(outputs, _tensors(again) or []):
+            self.mismatch = type(module).__name__
+
+    def _recording(self, module: nn.Module, forward: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.ended or self.depth or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            output = self._nested(forward, args, kwargs)
+            tensors = _tensors(output)
+            if tensors is None:
+                self._end()  # nothing that is known to be safe to keep
+                return output
+            if id(module) not in self.outputs:
+                self.outputs[id(module)] = deque()
+                self.modules.append(module)
+            kept = _Kept(output, RandomState(self.devices), [(t, t._version) for t in tensors])
+            self.outputs[id(module)].append(kept)
+            return output
+
+        return call
+
+    def _ending(self, module: nn.Module, forward: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._end()
+            self.uncalled.discard(id(module))
+            return forward(*args, **kwargs)
+
+        return call
+
+    def _nested(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.depth += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.depth -= 1
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.versions = [
+                (t, t._version) for outputs in self.outputs.values() for kept in outputs for t, _ in kept.versions]
+            self.on_perturbed()
+
+    def usable(self) -> bool:
+        """Whether the second pass may be answered from this recording."""
+        return not self.why_not()
+
+    def why_not(self) -> str:
+        """Why it may not; empty if it may."""
+        if not self.outputs:
+            return "the first layer is perturbed"
+        if self.uncalled:
+            return "perturbed parameters are used without calling the module that owns them"
+        if any(t._version != v for t, v in self.versions):
+            return "what lies below the first perturbed layer is changed in place above it"
+        return ""
+
+    def parameters(self) -> int:
+        """Number of parameters of the modules that were recorded."""
+        return sum(p.numel() for p in {p for m in self.modules for p in m.parameters()})
+
+
+@contextmanager
+def _patched(modules: list[nn.Module], wrap: Callable[[nn.Module, Callable], Callable]) -> Iterator[None]:
+    """Replaces the forward of each module while inside."""
+    earlier = [m.__dict__.get("forward") for m in modules]
+    for module in modules:
+        module.__dict__["forward"] = wrap(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, earlier):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two outputs are the same but for the choice of kernels, which may depend on whether there is a graph."""
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b):
+        tolerance = 1e-2 if x.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        scale = float(x.detach().abs().amax()) if x.numel() and x.is_floating_point() else 0.0
+        if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+            return False
+    return True
+
+
+def _replaced(nested: Any, tensors: Iterator[Tensor]) -> Any:
+    """``nested`` with its tensors replaced in the order of :func:`_tensors`."""
+    if isinstance(nested, Tensor):
+        return next(tensors)
+    if isinstance(nested, dict):
+        return {key: _replaced(value, tensors) for key, value in nested.items()}
+    if isinstance(nested, (list, tuple)):
+        items = [_replaced(item, tensors) for item in nested]
+        return type(nested)(*items) if hasattr(nested, "_fields") else type(nested)(items)
+    return nested
+
+
+def _tensors(output: Any) -> list[Tensor] | None:
+    """All tensors in nested lists, tuples and dictionaries; None if there is anything else that may hold one."""
+    if isinstance(output, Tensor):
+        return [output]
+    if output is None or isinstance(output, (bool, int, float, str)):
+        return []
+    if isinstance(output, dict):
+        output = list(output.values())
+    if not isinstance(output, (list, tuple)):
+        return None
+    found: list[Tensor] = []
+    for item in output:
+        inner = _tensors(item)
+        if inner is None:
+            return None
+        found += inner
+    return found
