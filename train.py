@@ -96,9 +96,7 @@ def train(args: argparse.Namespace, args_text: str) -> None:
         if args.resume:
             checkpoint.resume_ema(args.resume, task)
     if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if task.has_ema():
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        factory.compile_task(args, task)
     eval_model = task.get_eval_model()
     if args.distributed:
         task.prepare_distributed(device_ids=None if device.type == "cpu" else [device],

@@ -23,6 +23,9 @@ SAM = [
     {'flags': ['--sam-eta'], 'dest': 'sam_eta', 'action': 'StoreAction', 'default': None},
     {'flags': ['--sam-bn-stats'], 'dest': 'sam_bn_stats', 'action': 'StoreAction', 'default': 'clean',
      'choices': ['clean', 'both']},
+    {'flags': ['--sam-ascent-fraction'], 'dest': 'sam_ascent_fraction', 'action': 'StoreAction', 'default': 1.0},
+    {'flags': ['--sam-no-shared-forward'], 'dest': 'sam_no_shared_forward', 'action': 'StoreTrueAction', 'nargs': 0,
+     'const': True, 'default': False},
     {'flags': ['--sam-every'], 'dest': 'sam_every', 'action': 'StoreAction', 'default': 1},
     {'flags': ['--sam-start-epoch'], 'dest': 'sam_start_epoch', 'action': 'StoreAction', 'default': 0},
     {'flags': ['--sam-end-epoch'], 'dest': 'sam_end_epoch', 'action': 'StoreAction', 'default': None},
@@ -122,7 +125,8 @@ def test_deprecated_positional_folder_stands_in_for_data_dir(tmp_path):
 
 @pytest.mark.parametrize('flag, value', [
     ('--sam-rho', 0.0), ('--sam-rho', 0.05), ('--sam-rho', 1e-4), ('--sam-eta', 0.0), ('--sam-eta', 2.5),
-    ('--sam-every', 1), ('--sam-every', 7), ('--sam-start-epoch', 0), ('--sam-start-epoch', 4), ('--sam-end-epoch', 9),
+    ('--sam-ascent-fraction', 1.0), ('--sam-ascent-fraction', 0.25), ('--sam-every', 1), ('--sam-every', 7),
+    ('--sam-start-epoch', 0), ('--sam-start-epoch', 4), ('--sam-end-epoch', 9),
 ])
 def test_sam_numbers_are_read(parse, flag, value):
     args = parse(f'--sam-variant fisher --sam-rho 1 {flag} {value}')
@@ -135,6 +139,12 @@ def test_sam_numbers_are_read(parse, flag, value):
 def test_sam_radius_and_eta_are_finite_and_not_negative(refuse, flag, value):
     message = refuse(f'--sam-variant fisher --sam-rho 1 {flag}={value}')
     assert flag in message and f'must be a finite number >= 0, got {value}'.strip() in message
+
+
+@pytest.mark.parametrize('value', ['0', '-0.5', '1.01', 'nan', 'inf', 'x', ''])
+def test_sam_ascent_fraction_is_above_0_and_at_most_1(refuse, value):
+    message = refuse(f'--sam-variant sam --sam-rho 1 --sam-ascent-fraction={value}')
+    assert '--sam-ascent-fraction' in message and f'must be a number in (0, 1], got {value}'.strip() in message
 
 
 @pytest.mark.parametrize('flag, least', [('--sam-every', 1), ('--sam-start-epoch', 0), ('--sam-end-epoch', 0)])
@@ -196,7 +206,8 @@ def test_null_in_yaml_is_none(parse, config):
 
 def test_yaml_may_hold_the_neutral_values_of_sam_without_a_variant(parse, config):
     args = parse(config('sam_variant: null\nsam_rho: null\nsam_params: onlynorm\nsam_bn_stats: clean\nsam_every: 1\n'
-                        'sam_start_epoch: 0\nsam_end_epoch: null\nsam_eta: null\nsam_filter: null\n'))
+                        'sam_ascent_fraction: 1\nsam_no_shared_forward: false\nsam_start_epoch: 0\n'
+                        'sam_end_epoch: null\nsam_eta: null\nsam_filter: null\n'))
     assert args.sam_variant is None
 
 
@@ -252,6 +263,8 @@ def test_unknown_yaml_key_is_named_with_a_suggestion(refuse, config, text, words
     ('sam_rho: -1', 'sam_rho', '-1', 'number >= 0'),
     ('sam_rho: .nan', 'sam_rho', 'nan', 'number >= 0'),
     ('sam_rho: .inf', 'sam_rho', 'inf', 'number >= 0'),
+    ('sam_ascent_fraction: 0', 'sam_ascent_fraction', '0', 'number in (0, 1]'),
+    ('sam_no_shared_forward: 1', 'sam_no_shared_forward', '1', 'true or false'),
     ('sam_every: 0', 'sam_every', '0', 'integer >= 1'),
     ('sam_every: 2.5', 'sam_every', '2.5', 'integer >= 1'),
     ('sam_start_epoch: -1', 'sam_start_epoch', '-1', 'integer >= 0'),
@@ -293,7 +306,7 @@ def test_config_that_cannot_be_read_is_named(refuse, path, words):
 COMMANDS = [
     '',
     '--sam-variant fisher --sam-rho 0.5 --sam-eta 2 --sam-params all --sam-filter "layer[34]\\." --sam-bn-stats both '
-    '--sam-every 3 --sam-start-epoch 1 --sam-end-epoch 5',
+    '--sam-every 3 --sam-start-epoch 1 --sam-end-epoch 5 --sam-ascent-fraction 0.25 --sam-no-shared-forward',
     '--scale 0.5 1 --ratio 1 --mean 0.5 --input-size 3 64 32 --opt-betas 0.9 0.99 --cutmix-minmax 0.2 0.8',
     "--model-kwargs img_size=32 layers=[1,2] name=x flag=True none=None p=1e-3 word='on' --opt-kwargs caution=True",
     "--wandb-tags 1 1e3 true null '' --wandb-project 007",

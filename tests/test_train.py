@@ -21,7 +21,7 @@ from timm.task import ClassificationTask, resume_task_checkpoint
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from timm_sam import SAM, select_parameters
+from timm_sam import SAM, engine, select_parameters
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'
@@ -188,9 +188,17 @@ def test_start_line_states_variant_rho_eta_and_counts(run_train, params):
     chosen = [p for _, p in select_parameters(model, params)]
     every = list(model.parameters())
     done = run_train(f'--sam-variant fisher --sam-rho 0.05 --sam-params {params} --epochs 1')
-    line, = done.log('SAM ')
+    line, = done.log('SAM fisher')
     assert line == (f'SAM fisher, rho=0.05, eta=1, params={params}: perturbs {len(chosen)} of {len(every)} tensors, '
                     f'{sum(p.numel() for p in chosen):,} of {sum(p.numel() for p in every):,} parameters')
+
+
+def test_time_left_counts_only_the_updates_of_this_run(monkeypatch):
+    # 10 of the updates 100 to 129 took 20 seconds: the other 20 take 40
+    monkeypatch.setattr(engine.time, 'time', lambda: 1020.0)
+    nothing = dict.fromkeys(('args', 'task', 'data', 'optimizer', 'sam', 'scaler', 'autocast', 'device', 'model_dtype'))
+    run = engine.Run(**nothing, first_update=100, total_updates=130, started=1000.0)
+    assert str(run.time_left(110)) == '0:00:40' and str(run.time_left(130)) == '0:00:00'
 
 
 def test_plain_run_does_not_mention_sam(plain):
@@ -636,9 +644,39 @@ def test_option_that_changes_no_number_changes_none_under_sam(run_train, same, o
         torch.testing.assert_close(second['state_dict'][name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize('options', [
+    '--drop 0.1 --drop-path 0.1 --sam-filter layer[34]',
+    '--drop 0.1 --drop-path 0.1 --sam-filter layer[34] --grad-accum-steps 2 --sam-every 2 --sam-bn-stats both',
+    f'{VIT} --drop 0.1 --drop-path 0.1 --sam-filter blocks.[45] --mixup 0.2 --clip-grad 1',
+    f'{VIT} --sam-filter blocks.[45] --grad-checkpointing --amp --amp-dtype bfloat16',
+])
+def test_shared_forward_changes_no_weight(run_train, options):
+    two = run_train(f'{SAM_ON} {options} --epochs 2 --sam-no-shared-forward --experiment two')
+    one = run_train(f'{SAM_ON} {options} --epochs 2')
+    assert (one.code, two.code) == (0, 0)
+    assert differences(one.checkpoint('two')['state_dict'], one.checkpoint()['state_dict']) == []
+    assert one.summary() == two.summary('two')
+
+
+def test_log_says_once_how_much_of_the_forward_is_shared(run_train):
+    done = run_train(f'{SAM_ON} --sam-filter layer4')
+    assert len(done.log('SAM forward: one forward for both passes through')) == 1
+    without = run_train(f'{SAM_ON} --sam-filter layer4 --sam-no-shared-forward --experiment two')
+    line, = without.log('SAM forward')
+    assert line.startswith('SAM forward: two full forwards') and without.code == 0
+
+
+def test_ascent_on_a_part_of_the_batch_gives_another_perturbation_of_the_same_size(run_train):
+    whole = run_train(f'{SAM_ON} --experiment whole')
+    part = run_train(f'{SAM_ON} --sam-ascent-fraction 0.25')
+    assert differences(part.checkpoint('whole')['state_dict'], part.checkpoint()['state_dict']) != []
+    for row in (whole.summary('whole')[0], part.summary()[0]):
+        assert finite(row) and float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
+
+
 def test_filter_limits_what_is_perturbed(run_train):
     done = run_train(f'{SAM_ON} --sam-filter layer4')
-    line, = done.log('SAM ')
+    line, = done.log('SAM sam')
     assert 'perturbs 6 of 47 tensors' in line
     assert float(done.summary()[0]['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
 

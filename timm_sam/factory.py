@@ -28,6 +28,7 @@ from torch import nn
 from .checkpoint import LOAD_ERRORS, one_line
 from .data import Data, mixup_active
 from .options import OptionError
+from .regions import compile_regions
 from .sam import SAM
 
 _logger = logging.getLogger("train")
@@ -224,6 +225,30 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
         values = ", ".join(f"{k}: {v}" for k, v in defaults.items())
         _logger.info(f"Optimizer {type(optimizer).__name__} ({args.opt}): {values}")
     return optimizer
+
+
+def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
+    """Compiles the task's model: as a whole, or in regions where the passes of SAM have something to share.
+
+    Raises:
+        OptionError: Nothing is selected.
+    """
+    options = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+    # without a filter the first normalization layer is perturbed, and there is next to nothing below it
+    shares = (args.sam_variant is not None and args.sam_filter is not None and not args.sam_no_shared_forward
+              and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1)
+    if shares:
+        try:
+            regions = compile_regions(task.get_trainable_module(), args.sam_params, args.sam_filter, **options)
+        except ValueError as e:
+            raise OptionError(str(e)) from e
+    else:
+        task.compile(**options)
+    if task.has_ema():
+        task.compile_ema(**options)
+    if utils.is_primary(args):
+        parts = f"{regions} regions of the model" if shares else "the model"
+        _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {args.torchcompile_mode}")
 
 
 def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> SAM | None:

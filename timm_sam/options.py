@@ -172,7 +172,8 @@ def _yaml_value(path: str, action: argparse.Action, value: Any) -> Any:
 
 
 def _type_name(convert: Any) -> str:
-    names = {_fraction: "number in (0, 1]", _non_negative: "number >= 0", _positive_int: "integer >= 1", _epoch: "integer >= 0", str: "text"}
+    names = {_fraction: "number in (0, 1]", _non_negative: "number >= 0", _positive_int: "integer >= 1",
+             _epoch: "integer >= 0", str: "text"}
     return names.get(convert, convert.__name__)
 
 

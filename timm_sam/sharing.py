@@ -44,20 +44,23 @@ class SharedForward:
     """
 
     def __init__(self, model: nn.Module, selected: list[nn.Parameter]) -> None:
-        chosen = {id(p) for p in selected}
-        self.owners = [m for m in model.modules() if any(id(p) in chosen for p in m.parameters(recurse=False))]
+        self.chosen = {id(p) for p in selected}
+        self.owners: list[nn.Module] = []
         self.free: list[nn.Module] = []
-        with_perturbed = {id(m) for m in model.modules() if any(id(p) in chosen for p in m.parameters())}
-        self._collect(model, with_perturbed)
+        self._collect(model, below_free=False)
 
-    def _collect(self, module: nn.Module, with_perturbed: set[int]) -> None:
-        """Adds the largest callable parts without perturbed parameters; a Sequential may be called or iterated over."""
-        if id(module) not in with_perturbed and not isinstance(module, _LISTS):
+    def _collect(self, module: nn.Module, below_free: bool) -> None:
+        holds = any(id(p) in self.chosen for p in module.parameters())
+        compiled = _call_attribute(module) != "forward"  # one graph: nothing inside can be told apart
+        if holds and (compiled or any(id(p) in self.chosen for p in module.parameters(recurse=False))):
+            self.owners.append(module)
+        elif not holds and not isinstance(module, _LISTS):
             self.free.append(module)
-            if not isinstance(module, nn.Sequential):
-                return
-        for child in module.children():
-            self._collect(child, with_perturbed)
+            # the largest parts without perturbed parameters; but a Sequential may be called or iterated over
+            below_free = not isinstance(module, nn.Sequential)
+        if not compiled and not below_free:
+            for child in module.children():
+                self._collect(child, below_free)
 
 
 class _Kept(NamedTuple):
@@ -201,18 +204,26 @@ class Recording:
 
 @contextmanager
 def _patched(modules: list[nn.Module], wrap: Callable[[nn.Module, Callable], Callable]) -> Iterator[None]:
-    """Replaces the forward of each module while inside."""
-    earlier = [m.__dict__.get("forward") for m in modules]
+    """Replaces what a call of each module runs, while inside."""
+    earlier = []
     for module in modules:
-        module.__dict__["forward"] = wrap(module, module.forward)
+        name = _call_attribute(module)
+        earlier.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = wrap(module, getattr(module, name))
     try:
         yield
     finally:
-        for module, forward in zip(modules, earlier):
-            if forward is None:
-                del module.__dict__["forward"]
+        for module, name, value in reversed(earlier):
+            if value is None:
+                del module.__dict__[name]
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__[name] = value
+
+
+def _call_attribute(module: nn.Module) -> str:
+    """Where a module keeps what its call runs; ``module.compile()`` moves it."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    return "forward" if compiled is None else "_compiled_call_impl"
 
 
 def _close(a: list[Tensor], b: list[Tensor]) -> bool:

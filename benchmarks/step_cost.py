@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""What one update costs with SAM in its forms, over a plain update: time, FLOPs, memory.
+
+    python benchmarks/step_cost.py --model resnet50 --batch-size 8 --channels-last
+    python benchmarks/step_cost.py --device cuda --amp --channels-last --batch-size 128 --markdown table.md
+
+All forms run in one process on the same batch, in turns; a ratio is that of a form to the plain update of the same
+round, reported as median with minimum and maximum. The FLOP bound is what torch.utils.flop_counter counts in the form's
+update over what it counts in a plain one: no implementation that does this arithmetic can be cheaper. The peer is
+``SAM`` of the package pytorch-optimizer, used as its documentation says (extra ``benchmark``).
+"""
+import argparse
+import copy
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sam import SAM, compile_regions
+from timm_sam.options import OptionError, OptionParser, report
+
+try:
+    import pytorch_optimizer
+except ImportError:
+    pytorch_optimizer = None
+
+LATE = {"resnet50": "layer4", "vit_small_patch32_224": r"blocks\.(8|9|10|11)\."}
+
+
+@dataclass
+class Form:
+    """One way to do an update."""
+
+    name: str
+    update: Callable[[], Any]
+    model: nn.Module
+    times: list[float] = field(default_factory=list)
+    flops: int = 0
+    memory: int = 0
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(prog="step_cost.py", description="Measures the cost of SAM's forms over a plain update.")
+    add = parser.add_argument
+    add("--model", default="resnet50", help="model of timm")
+    add("--batch-size", type=int, default=8, help="samples per update")
+    add("--img-size", type=int, default=224, help="height and width in pixels")
+    add("--late", default=None, metavar="REGEX", help="late norm layers; none: known for " + ", ".join(LATE))
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--amp", action="store_true", help="autocast to bfloat16")
+    add("--channels-last", action="store_true", help="channels-last memory layout")
+    add("--torchcompile", action="store_true", help="compile with inductor, as train.py does")
+    add("--rounds", type=int, default=15, help="times each form is measured")
+    add("--warmup", type=int, default=3, help="updates of each form before")
+    add("--threads", type=int, default=None, help="threads of torch on the CPU; none: torch's choice")
+    add("--forms", nargs="+", default=None, metavar="NAME", help="only these forms, by a part of their names")
+    add("--markdown", default=None, metavar="FILE", help="write the table there, too")
+    return parser
+
+
+def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) -> list[Form]:
+    """All forms, each with its own copy of the same model, on the same batch."""
+    torch.manual_seed(0)
+    late = args.late or LATE.get(args.model)
+    if late is None:
+        raise OptionError(f"--late is missing: name the late norm layers of {args.model} by a regular expression")
+    kwargs = {"img_size": args.img_size} if hasattr(timm.create_model(args.model), "patch_embed") else {}
+    original = timm.create_model(args.model, **kwargs).to(device).train()
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    y = torch.randint(original.num_classes, (args.batch_size,), device=device)
+    if args.channels_last:
+        original, x = original.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    quarter = -(-args.batch_size // 4)
+
+    def make(name: str, filter: str | None = None, fraction: int | None = None, **sam: Any) -> Form:
+        model = copy.deepcopy(original)
+        called: Callable = model
+        if compiled and filter is not None and sam.get("share_forward", True):
+            compile_regions(model, filter=filter)
+        elif compiled:
+            called = torch.compile(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def loss(n: int | None = None) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+                return F.cross_entropy(called(x[:n]), y[:n])
+
+        def plain() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        if not sam:
+            return Form(name, plain, model)
+        wrapped = SAM(optimizer, called if isinstance(called, nn.Module) else model, filter=filter, **sam)
+        ascent = None if fraction is None else lambda: loss(fraction)
+        return Form(name, lambda: wrapped.minimize(loss, ascent_fn=ascent), model)
+
+    forms = [
+        make("plain"),
+        make("SAM, all parameters", variant="sam", params="all", rho=0.05),
+        make("SAM-ON", variant="sam", rho=0.5),
+        make(f"late norm layers ({late}), two forwards", late, rho=0.5, share_forward=False),
+        make(f"late norm layers ({late}), shared forward", late, rho=0.5),
+        make("SAM-ON, ascent on a quarter of the batch", fraction=quarter, rho=0.5),
+    ]
+    if pytorch_optimizer is not None:
+        forms.append(peer(original, x, y, args, device, compiled))
+    if args.forms:
+        forms = [f for i, f in enumerate(forms) if i == 0 or any(part in f.name for part in args.forms)]
+    return forms
+
+
+def peer(original: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, device: torch.device,
+         compiled: bool) -> Form:
+    """SAM of pytorch-optimizer, by the example of its documentation."""
+    model = copy.deepcopy(original)
+    called = torch.compile(model) if compiled else model
+    optimizer = pytorch_optimizer.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=1e-4, momentum=0.9)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+            loss = F.cross_entropy(called(x), y)
+        loss.backward()
+        return loss
+
+    def update() -> None:
+        closure()
+        optimizer.step(closure)
+
+    version = getattr(pytorch_optimizer, "__version__", "")
+    return Form(f"peer: SAM of pytorch-optimizer {version}".rstrip(), update, model)
+
+
+class SavedTensors:
+    """Peak number of bytes that autograd keeps alive for backward passes, parameters not counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda box: box.tensor)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        box = _Box(tensor)
+        key = storage.data_ptr()
+        if key not in self.parameters:
+            self.alive[key] = self.alive.get(key, 0) + 1
+            if self.alive[key] == 1:
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+            weakref.finalize(box, self._free, key, storage.nbytes())
+        return box
+
+    def _free(self, key: int, size: int) -> None:
+        self.alive[key] -= 1
+        if self.alive[key] == 0:
+            self.now -= size
+
+
+class _Box:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def measure_memory(form: Form, device: torch.device) -> int:
+    """Peak bytes of one update: of CUDA's allocator above what is held between updates, else saved for backward."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        form.update()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    tracker = SavedTensors(form.model)
+    with tracker.hooks():
+        form.update()
+    return tracker.peak
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
+    counted = build_forms(args, device, compiled=False)
+    for form in counted:
+        form.update()  # the first update checks the shared forward: it is not like the others
+        with FlopCounterMode(display=False) as counter:
+            form.update()
+        form.flops = counter.get_total_flops()
+        form.memory = measure_memory(form, device)
+    forms = build_forms(args, device, compiled=True) if args.torchcompile else counted
+    for form, by_count in zip(forms, counted):
+        form.flops, form.memory = by_count.flops, by_count.memory
+        for _ in range(args.warmup):
+            form.update()
+        if args.torchcompile and device.type == "cuda":
+            form.memory = measure_memory(form, device)
+    for i in range(args.rounds):
+        order = forms if i % 2 == 0 else forms[::-1]  # a drift of the machine's speed favours no form
+        for form in order:
+            form.times.append(timed(form.update, device))
+    return forms
+
+
+def timed(update: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> str:
+    plain = forms[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kind = "allocated" if device.type == "cuda" else "saved for backward"
+    options = [o for o, on in (("bf16 autocast", args.amp), ("channels last", args.channels_last),
+                               ("torch.compile", args.torchcompile)) if on]
+    lines = [
+        f"`{args.model}`, batch {args.batch_size}, {args.img_size}x{args.img_size}, "
+        f"{', '.join(options) or 'eager float32'}; {name}; torch {torch.__version__}, timm {timm.__version__}, "
+        f"Python {platform.python_version()}; {args.rounds} rounds",
+        "",
+        f"| update | time (ms) | ratio to plain: median (min-max) | FLOP bound | ratio / bound | peak memory {kind} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for form in forms:
+        ratios = [t / p for t, p in zip(form.times, plain.times)]
+        ratio, bound = statistics.median(ratios), form.flops / plain.flops
+        lines.append(
+            f"| {form.name} | {statistics.median(form.times) * 1e3:.1f} "
+            f"| {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) "
+            f"| {bound:.3f} | {ratio / bound:.3f} | {form.memory / plain.memory:.3f}x |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise OptionError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+        device = torch.device(args.device)
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+        text = table(measure(args, device), args, device)
+    except (OptionError, ValueError) as e:
+        report(parser.prog, e)
+        return 2
+    print(text)
+    if args.markdown:
+        with open(args.markdown, "w", encoding="utf-8") as f:
+            f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(sys.argv[1:])}`\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
