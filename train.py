@@ -27,7 +27,8 @@ from timm.models import safe_model_name
 from timm_sam import checkpoint, factory
 from timm_sam.data import create_data
 from timm_sam.engine import Run, evaluate, train_one_epoch
-from timm_sam.options import OptionError, OptionParser, build_train_parser, dump_args, parse_args, report
+from timm_sam.errors import OptionError, report
+from timm_sam.options import OptionParser, build_train_parser, dump_args, parse_args
 
 try:
     import wandb
@@ -131,7 +132,10 @@ def train(args: argparse.Namespace, args_text: str) -> None:
 def prepare_process(args: argparse.Namespace) -> torch.device:
     """Sets up device, process group and seeds of this rank."""
     for module in args.device_modules or ():
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            raise OptionError(f"--device-modules {module} cannot be imported: {e}; install it") from e
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, compile_regions
-from timm_sam.options import OptionError, OptionParser, report
+from timm_sam.errors import OptionError, report
+from timm_sam.options import OptionParser
 
 try:
     import pytorch_optimizer

@@ -72,7 +72,16 @@ ROWS = [
     ('--aa foo', ['foo']),
     ('--jsd-loss', ['--jsd-loss', '--aug-splits 0']),
     ('--aug-splits 1', ['--aug-splits 1']),
-    ('--mixup 0.2 --aug-splits 3', ['--aug-splits 3', '--mixup', '--no-prefetcher']),
+    ('--mixup 0.2 --aug-splits 3', ['--aug-splits 3', '--mixup', 'leave one']),
+    ('--aug-splits 3 --no-prefetcher', ['--aug-splits 3', '--no-prefetcher']),
+    ('--cutmix-minmax 0.1', ['--cutmix-minmax', '0.1', 'two numbers']),
+    ('--smoothing 2', ['--smoothing 2']),
+    ('--in-chans 4', ['--in-chans 4', '--input-img-mode']),
+    ('--mean 0.5 0.5', ['--mean', '3 channels']),
+    ('--decay-epochs 0', ['--decay-epochs 0']),
+    ('--reprob 0.5 --remode foo', ['--remode foo', 'pixel']),
+    ('--experiment ..', ['--experiment ..']),
+    ('--device-modules nope', ['--device-modules nope', 'install']),
     ('--mixup 0.2 --mixup-mode foo', ['--mixup-mode foo', 'batch, pair, elem']),
     ('--mixup 0.2 -b 7', ['--batch-size 7']),  # timm's mixup needs pairs
     # model

@@ -307,7 +307,7 @@ COMMANDS = [
     '',
     '--sam-variant fisher --sam-rho 0.5 --sam-eta 2 --sam-params all --sam-filter "layer[34]\\." --sam-bn-stats both '
     '--sam-every 3 --sam-start-epoch 1 --sam-end-epoch 5 --sam-ascent-fraction 0.25 --sam-no-shared-forward',
-    '--scale 0.5 1 --ratio 1 --mean 0.5 --input-size 3 64 32 --opt-betas 0.9 0.99 --cutmix-minmax 0.2 0.8',
+    '--scale 0.5 1 --ratio 1 1 --mean 0.5 --input-size 3 64 32 --opt-betas 0.9 0.99 --cutmix-minmax 0.2 0.8',
     "--model-kwargs img_size=32 layers=[1,2] name=x flag=True none=None p=1e-3 word='on' --opt-kwargs caution=True",
     "--wandb-tags 1 1e3 true null '' --wandb-project 007",
     "--lr 1e-3 --opt-eps 1e-16 --min-lr 0 --model-ema --torchcompile --seed -1 --class-map '' --val-split ''",

@@ -2,7 +2,6 @@
 import argparse
 import logging
 import os
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +13,15 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.summary import trim_summary
 
-from .options import OptionError
+from .errors import OptionError, one_line
 
 _logger = logging.getLogger("train")
 
-# what torch.load and load_state_dict raise for files that are torn, foreign, malicious or of another model
-LOAD_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError, OSError)
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error without line breaks, cut at ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a checkpoint, in one line: unpickling a torn or foreign file raises almost anything."""
+    if "weights_only" in str(error) or "Weights only" in str(error):
+        return "it is no checkpoint, or holds objects that could run code, which are never loaded"
+    return one_line(error)
 
 
 def resume(
@@ -52,10 +48,10 @@ def resume(
     """
     try:
         return resume_task_checkpoint(task, path, optimizer=optimizer, loss_scaler=scaler, log_info=verbose)
-    except LOAD_ERRORS as e:
+    except Exception as e:
         raise OptionError(
-            f"--resume {path} cannot be resumed: {one_line(e)}; give a whole checkpoint of this model and optimizer "
-            f"(or --no-resume-opt)") from e
+            f"--resume {path} cannot be resumed: {why_unreadable(e)}; give a whole checkpoint of this model and "
+            f"optimizer (or --no-resume-opt)") from e
 
 
 def resume_ema(path: str, task: TrainingTask) -> None:
@@ -66,8 +62,8 @@ def resume_ema(path: str, task: TrainingTask) -> None:
     """
     try:
         load_task_ema_checkpoint(task, path)
-    except LOAD_ERRORS as e:
-        raise OptionError(f"--resume {path}: its averaged weights cannot be loaded: {one_line(e)}; leave out "
+    except Exception as e:
+        raise OptionError(f"--resume {path}: its averaged weights cannot be loaded: {why_unreadable(e)}; leave out "
                           f"--model-ema, or give a whole checkpoint") from e
 
 
@@ -81,7 +77,10 @@ def resume_schedule(path: str | None, scheduler: Any, start_epoch: int, updates_
     if isinstance(scheduler, PlateauLRScheduler):
         # the others are functions of the epoch; this one has a history, and cannot step without a metric
         if state is not None:
-            scheduler.lr_scheduler.load_state_dict(state)
+            scheduler.lr_scheduler.load_state_dict(state["plateau"])
+            scheduler.restore_lr = state["restore_lr"]
+            for group, lr in zip(scheduler.optimizer.param_groups, state["lr"]):
+                group["lr"] = lr
             scheduler.step(start_epoch, metric)
     elif on_updates:
         scheduler.step_update(start_epoch * updates_per_epoch)
@@ -100,7 +99,9 @@ class _Source:
         state = self.task.get_checkpoint_state(ema=ema, **kwargs)
         scheduler = self.schedule()
         if not ema and isinstance(scheduler, PlateauLRScheduler):
-            state["schedule"] = scheduler.lr_scheduler.state_dict()
+            state["schedule"] = dict(
+                plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr,
+                lr=[group["lr"] for group in scheduler.optimizer.param_groups])
         return state
 
 

@@ -1,6 +1,7 @@
 """Options -> data sets and loaders, through timm's factories."""
 import argparse
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from timm.data import (
     create_naflex_loader,
 )
 
-from .options import OptionError
+from .errors import OptionError
 
 _logger = logging.getLogger("train")
 
@@ -143,8 +144,24 @@ def _datasets(args: argparse.Namespace, data_config: Mapping[str, Any]) -> tuple
     eval_set = None
     if args.val_split:
         eval_set = create("--val-split", args.val_split, is_training=False, num_samples=args.val_num_samples)
+    _check_roots(args, train_set, eval_set)
     _check_classes(args, train_set, eval_set)
     return train_set, eval_set
+
+
+def _check_roots(args: argparse.Namespace, train_set: Any, eval_set: Any) -> None:
+    """timm takes the data folder itself where it has no folder for a split: then one split contains the other."""
+    roots = [getattr(getattr(s, "reader", None), "root", None) for s in (train_set, eval_set)]
+    if not all(isinstance(root, (str, os.PathLike)) for root in roots):
+        return
+    train, evaluation = (os.path.realpath(root) for root in roots if root is not None)
+    if os.path.isfile(train) or os.path.commonpath([train, evaluation]) not in (train, evaluation):
+        return
+    at_top = train == os.path.realpath(args.data_dir)
+    flag, split = ("--train-split", args.train_split) if at_top else ("--val-split", args.val_split)
+    raise OptionError(
+        f"{flag} {split}: --data-dir {args.data_dir} has no such folder, so that training and validation images would "
+        f"be mixed; add the folder, name the split, or use --val-split '' to train without validation")
 
 
 def _class_to_idx(dataset: Any) -> dict[str, int] | None:
@@ -170,7 +187,11 @@ def _check_classes(args: argparse.Namespace, train_set: Any, eval_set: Any) -> N
             f"makes them equal.")
     eval_classes = _class_to_idx(eval_set)
     for name, index in (eval_classes or {}).items():
-        if train_classes.get(name, index) != index:
+        if name not in train_classes:
+            raise OptionError(
+                f"--val-split {args.val_split} of --data-dir {args.data_dir} has a class {name!r} that the training "
+                f"split has not; remove its folder, or give --class-map FILE")
+        if train_classes[name] != index:
             missing = sorted(set(train_classes) - set(eval_classes or {}))[:3]
             raise OptionError(
                 f"--val-split {args.val_split} of --data-dir {args.data_dir} numbers class {name!r} as {index}, the "
@@ -246,6 +267,10 @@ def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[s
         )
     except (ValueError, AssertionError) as e:
         raise OptionError(f"the training loader refuses its options: {e}; see the flags it names in --help") from e
+    if hasattr(dataset, "__len__") and len(dataset) and len(loader) == 0:
+        raise OptionError(
+            f"--batch-size {args.batch_size}: the training split has {len(dataset)} images for {args.world_size} "
+            f"process(es), not one full batch; use a smaller one")
     if args.train_img_sizes is not None and utils.is_primary(args):
         sampler = loader.batch_sampler
         _logger.info(

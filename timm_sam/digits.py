@@ -11,7 +11,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from .options import OptionError, OptionParser, report
+from .errors import OptionError, report
+from .options import OptionParser
 
 VALIDATION_SHARE = 0.2
 SPLIT_SEED = 0
@@ -52,7 +53,10 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
             train, test_size=VALIDATION_SHARE, stratify=data.target[train], random_state=SPLIT_SEED)
     splits = {"train": train, "validation": validation}
     parent = os.path.dirname(os.path.abspath(folder))
-    os.makedirs(parent, exist_ok=True)
+    try:
+        os.makedirs(parent, exist_ok=True)
+    except OSError as e:
+        raise OptionError(f"{folder} cannot be made ({e.strerror}): name another folder") from e
     # written aside and moved in one piece: an interrupted export leaves nothing that looks like a data set
     temporary = tempfile.mkdtemp(dir=parent, prefix=".digits-")
     try:

@@ -25,9 +25,9 @@ from timm.task import (
 )
 from torch import nn
 
-from .checkpoint import LOAD_ERRORS, one_line
+from .checkpoint import why_unreadable
 from .data import Data, mixup_active
-from .options import OptionError
+from .errors import OptionError, one_line
 from .regions import compile_regions
 from .sam import SAM
 
@@ -89,19 +89,17 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             **overlay,
             **args.model_kwargs,
         )
-    except TypeError as e:
-        raise OptionError(f"--model {args.model} does not take one of its options ({e}): check --model-kwargs, --gp, "
-                          f"--drop-path, --drop-block, --bn-momentum, --bn-eps") from e
-    except LOAD_ERRORS as e:
+    except Exception as e:  # the name, its keywords and the files: all of it comes from the options
         for flag, path in (("--initial-checkpoint", args.initial_checkpoint),
                            ("--pretrained-path", args.pretrained_path)):
-            if path:
-                raise OptionError(f"{flag} {path} cannot be loaded into {args.model}: {one_line(e)}; give a checkpoint "
-                                  f"of this model") from e
-        if args.pretrained:
+            if path and not isinstance(e, TypeError):
+                raise OptionError(f"{flag} {path} cannot be loaded into {args.model}: {why_unreadable(e)}; give a "
+                                  f"checkpoint of this model") from e
+        if args.pretrained and not isinstance(e, TypeError):
             raise OptionError(f"--pretrained: the weights of {args.model} cannot be had: {one_line(e)}; check the "
                               f"network, or give a file by --pretrained-path") from e
-        raise
+        raise OptionError(
+            f"--model {args.model} cannot be built: {one_line(e)}; check --model-kwargs{_set_model_flags(args)}") from e
     if args.head_init_scale is not None:
         with torch.no_grad():
             model.get_classifier().weight.mul_(args.head_init_scale)
@@ -116,6 +114,13 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         count = sum(p.numel() for p in model.parameters())
         _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters")
     return model
+
+
+def _set_model_flags(args: argparse.Namespace) -> str:
+    """The flags that the model's constructor was given, for a message."""
+    given = {"--gp": args.gp, "--drop-path": args.drop_path, "--drop-block": args.drop_block,
+             "--bn-momentum": args.bn_momentum, "--bn-eps": args.bn_eps, "--in-chans": args.in_chans}
+    return "".join(f", {flag} {value}" for flag, value in given.items() if value is not None)
 
 
 def _check_model_name(flag: str, name: str) -> None:

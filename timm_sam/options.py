@@ -2,27 +2,20 @@
 import argparse
 import difflib
 import math
-import os
-import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import yaml
-from timm.utils import ParseKwargs
 
-from .flags import add_train_flags
+from .checks import check_sam, check_train
+from .errors import OptionError, report
+from .flags import ParseKwargs, add_train_flags
 from .perturbation import VARIANTS
 from .sam import BN_STATS
 from .selection import SELECTIONS
 
 _UNSET = object()
-
-
-class OptionError(ValueError):
-    """A mistake that the user can mend: one line with flag, value and remedy. The scripts exit with code 2."""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -34,14 +27,6 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         report(self.prog, message)
         raise SystemExit(2)
-
-
-def report(prog: str, message: object) -> None:
-    """Prints the one line of an error, once per machine: every rank finds the same mistake."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # the launcher stops all ranks when one is gone: leave rank 0 the time to speak
 
 
 def build_train_parser(prog: str = "train.py") -> OptionParser:
@@ -160,7 +145,7 @@ def _yaml_value(path: str, action: argparse.Action, value: Any) -> Any:
     for v in values:
         text_ok = convert is str and isinstance(v, (str, int, float)) and not isinstance(v, bool)
         if convert is not str and (isinstance(v, bool) or not isinstance(v, (int, float, str))) or \
-                convert is str and not text_ok or convert is int and isinstance(v, float):
+                convert is str and not text_ok or isinstance(v, float) and convert in (int, _positive_int, _epoch):
             raise wrong(f"of type {_type_name(convert)}")
         try:
             out.append(convert(v))  # YAML 1.1 reads 1e-3 as a string; converting makes it the number it looks like
@@ -210,132 +195,3 @@ def _fraction(text: str) -> float:
 
 def _epoch(text: str) -> int:
     return _number(text, int, 0, "an integer >= 0")
-
-
-def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
-    """Checks the SAM group.
-
-    Args:
-        args: All options.
-        given: Names of the SAM options that stand on the command line, whatever their value.
-
-    Raises:
-        OptionError: Options that contradict each other.
-    """
-    if args.sam_variant is None:
-        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
-                   "sam_no_shared_forward": False, "sam_every": 1, "sam_start_epoch": 0}
-        for dest, value in vars(args).items():
-            if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
-                raise OptionError(
-                    f"{_flag(dest)} {value} has no effect without --sam-variant: add --sam-variant sam, or leave "
-                    f"{_flag(dest)} out")
-        return
-    if args.sam_rho is None:
-        raise OptionError(
-            f"--sam-variant {args.sam_variant} needs --sam-rho: add --sam-rho RHO, a number >= 0 (see hparams/ for "
-            f"the values of the paper)")
-    if args.sam_eta is not None and VARIANTS[args.sam_variant].eta is None:
-        raise OptionError(f"--sam-eta {args.sam_eta}: --sam-variant {args.sam_variant} has no eta; leave it out")
-    if args.sam_filter is not None:
-        try:
-            re.compile(args.sam_filter)
-        except re.error as e:
-            raise OptionError(
-                f"--sam-filter {args.sam_filter!r} is not a regular expression ({e}): mend or quote it") from None
-    if args.sam_end_epoch is not None and args.sam_end_epoch <= args.sam_start_epoch:
-        raise OptionError(
-            f"--sam-end-epoch {args.sam_end_epoch} is not after --sam-start-epoch {args.sam_start_epoch}: raise it, or "
-            f"leave it out")
-
-
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
-
-
-def check_train(args: argparse.Namespace) -> None:
-    """Checks timm's options against each other and the machine, before anything is built or written.
-
-    Raises:
-        OptionError: With flag, value and remedy.
-    """
-    args.grad_accum_steps = max(1, args.grad_accum_steps)
-    if args.data and not args.data_dir:
-        args.data_dir = args.data
-    for rule, message in _rules(args):
-        if rule:
-            raise OptionError(message)
-
-
-def _rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Pairs (is broken, what to say)."""
-    dtypes = ("float32", "float16", "bfloat16")
-    half = ("float16", "bfloat16")
-    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    device_type = args.device.split(":")[0]
-    folder = not args.dataset or args.dataset.split("/")[0].lower() in ("folder", "tar")
-    return [
-        (args.batch_size < 1, f"--batch-size {args.batch_size} must be >= 1"),
-        (args.epochs < 1, f"--epochs {args.epochs} must be >= 1"),
-        (args.workers < 0, f"--workers {args.workers} must be >= 0"),
-        (args.log_interval < 1, f"--log-interval {args.log_interval} must be >= 1"),
-        (args.val_interval < 1, f"--val-interval {args.val_interval} must be >= 1"),
-        (args.checkpoint_hist < 1, f"--checkpoint-hist {args.checkpoint_hist} must be >= 1"),
-        (args.num_classes is not None and args.num_classes < 1, f"--num-classes {args.num_classes} must be >= 1"),
-        (args.model_dtype is not None and args.model_dtype not in dtypes,
-         f"--model-dtype {args.model_dtype} is unknown: use one of {', '.join(dtypes)}"),
-        (args.amp and args.amp_dtype not in half,
-         f"--amp-dtype {args.amp_dtype} is unknown: use one of {', '.join(half)}"),
-        (args.amp and args.model_dtype in half,
-         f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out"),
-        (args.clip_mode not in ("norm", "value", "agc"),
-         f"--clip-mode {args.clip_mode} is unknown: use one of norm, value, agc"),
-        (args.dist_bn not in ("", "broadcast", "reduce"),
-         f"--dist-bn {args.dist_bn} is unknown: use broadcast, reduce or ''"),
-        (args.mixup_mode not in ("batch", "pair", "elem"),
-         f"--mixup-mode {args.mixup_mode} is unknown: use one of batch, pair, elem"),
-        (args.aug_splits == 1 or args.aug_splits < 0,
-         f"--aug-splits {args.aug_splits} splits nothing: use 0, or 2 and more"),
-        (args.jsd_loss and args.aug_splits < 2,
-         f"--jsd-loss compares augmentation splits, got --aug-splits {args.aug_splits}: add --aug-splits 3"),
-        (args.split_bn and args.aug_splits < 2 and not args.resplit,
-         f"--split-bn needs splits, got --aug-splits {args.aug_splits}: add --aug-splits 2"),
-        (args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"),
-        (mixup and args.aug_splits > 1 and not args.no_prefetcher and not args.naflex_loader,
-         f"--aug-splits {args.aug_splits} and --mixup/--cutmix do not go together in the prefetcher: add "
-         "--no-prefetcher"),
-        (args.naflex_loader and args.aug_splits > 1,
-         f"--aug-splits {args.aug_splits} does not work with --naflex-loader: leave one of the two out"),
-        (args.naflex_loader and args.train_img_sizes is not None,
-         "--naflex-loader and --train-img-sizes are two ways to vary the image size: leave one out"),
-        (args.naflex_loader and args.use_multi_epochs_loader,
-         "--use-multi-epochs-loader does not work with --naflex-loader: leave one of the two out"),
-        (bool(args.naflex_patch_size_probs) and
-         len(args.naflex_patch_size_probs or ()) != len(args.naflex_patch_sizes or ()),
-         f"--naflex-patch-size-probs has {len(args.naflex_patch_size_probs or ())} values for "
-         f"{len(args.naflex_patch_sizes or ())} --naflex-patch-sizes: give as many"),
-        (args.torchscript and args.torchcompile is not None,
-         "--torchscript and --torchcompile exclude each other: leave one out"),
-        (args.torchscript and args.sync_bn, "--sync-bn cannot be scripted: leave out --torchscript or --sync-bn"),
-        (bool(args.wandb_resume_id) and not args.resume,
-         f"--wandb-resume-id {args.wandb_resume_id} continues a run: add --resume CHECKPOINT"),
-        (device_type == "cuda" and not torch.cuda.is_available() and not args.device_modules,
-         f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver"),
-        (folder and not args.data_dir, "--data-dir is missing: give the folder that holds the train and val folders"),
-        (folder and bool(args.data_dir) and not os.path.exists(args.data_dir or ""),
-         f"--data-dir {args.data_dir} does not exist: give the folder that holds the train and val folders"),
-        (bool(args.class_map) and folder and not _class_map_exists(args),
-         f"--class-map {args.class_map} does not exist: give a text file, relative to --data-dir or absolute"),
-        *((bool(path) and not os.path.isfile(path), f"{flag} {path} is not a file: give the path of a checkpoint")
-          for flag, path in (("--resume", args.resume), ("--initial-checkpoint", _local(args.initial_checkpoint)),
-                             ("--pretrained-path", _local(args.pretrained_path)))),
-    ]
-
-
-def _class_map_exists(args: argparse.Namespace) -> bool:
-    return os.path.exists(args.class_map) or os.path.exists(os.path.join(args.data_dir or "", args.class_map))
-
-
-def _local(path: str | None) -> str | None:
-    """A path of this machine; None for what timm fetches from elsewhere (``hf-hub:``, ``https://``)."""
-    return None if path and re.match(r"[a-z][a-z0-9+.-]*:", path) else path

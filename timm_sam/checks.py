@@ -1,0 +1,197 @@
+"""Checks of the options against each other and the machine, before anything is built or written."""
+import argparse
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+
+from .errors import OptionError
+from .perturbation import VARIANTS
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+METRICS = ("loss", "top1", "top5")
+
+
+def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
+    """Checks the SAM group.
+
+    Args:
+        args: All options.
+        given: Names of the SAM options that stand on the command line, whatever their value.
+
+    Raises:
+        OptionError: Options that contradict each other.
+    """
+    if args.sam_variant is None:
+        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
+                   "sam_no_shared_forward": False, "sam_every": 1, "sam_start_epoch": 0}
+        for dest, value in vars(args).items():
+            if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
+                raise OptionError(
+                    f"{_flag(dest)} {value} has no effect without --sam-variant: add --sam-variant sam, or leave "
+                    f"{_flag(dest)} out")
+        return
+    if args.sam_rho is None:
+        raise OptionError(
+            f"--sam-variant {args.sam_variant} needs --sam-rho: add --sam-rho RHO, a number >= 0 (see hparams/ for "
+            f"the values of the paper)")
+    if args.sam_eta is not None and VARIANTS[args.sam_variant].eta is None:
+        raise OptionError(f"--sam-eta {args.sam_eta}: --sam-variant {args.sam_variant} has no eta; leave it out")
+    if args.sam_filter is not None:
+        try:
+            re.compile(args.sam_filter)
+        except re.error as e:
+            raise OptionError(
+                f"--sam-filter {args.sam_filter!r} is not a regular expression ({e}): mend or quote it") from None
+    if args.sam_end_epoch is not None and args.sam_end_epoch <= args.sam_start_epoch:
+        raise OptionError(
+            f"--sam-end-epoch {args.sam_end_epoch} is not after --sam-start-epoch {args.sam_start_epoch}: raise it, or "
+            f"leave it out")
+
+
+def _flag(dest: str) -> str:
+    return "--" + dest.replace("_", "-")
+
+
+def check_train(args: argparse.Namespace) -> None:
+    """Checks timm's options against each other and the machine, before anything is built or written.
+
+    Raises:
+        OptionError: With flag, value and remedy.
+    """
+    args.grad_accum_steps = max(1, args.grad_accum_steps)
+    if args.data and not args.data_dir:
+        args.data_dir = args.data
+    for rules in (_choices, _ranges, _lengths, _conflicts, _surroundings):
+        for broken, message in rules(args):
+            if broken:
+                raise OptionError(message)
+
+
+Rules = Iterator[tuple[bool, str]]  # (is broken, what to say)
+
+
+def _choices(args: argparse.Namespace) -> Rules:
+    names = {
+        "model_dtype": (None, "float32", "float16", "bfloat16"),
+        "clip_mode": ("norm", "value", "agc"),
+        "dist_bn": ("", "broadcast", "reduce"),
+        "mixup_mode": ("batch", "pair", "elem"),
+        "remode": ("const", "rand", "pixel"),
+        "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
+        "interpolation": ("", *INTERPOLATIONS),
+        "train_interpolation": ("", "random", *INTERPOLATIONS),
+        "input_img_mode": (None, *Image.MODES),
+        "fuser": ("", "te", "old", "nvfuser"),
+        "lr_base_scale": ("", "linear", "sqrt"),
+        "worker_seeding": ("all", "part"),
+        "eval_metric": METRICS,
+    }
+    if args.amp:
+        names["amp_dtype"] = ("float16", "bfloat16")
+    if args.torchcompile is not None:
+        names["torchcompile"] = tuple(torch.compiler.list_backends(exclude_tags=()))
+    for dest, allowed in names.items():
+        value = getattr(args, dest)
+        shown = ", ".join(str(a) for a in allowed if a)
+        yield value not in allowed, f"{_flag(dest)} {value} is unknown: use one of {shown}"
+
+
+def _ranges(args: argparse.Namespace) -> Rules:
+    at_least_one = ("batch_size", "validation_batch_size", "train_batches_per_epoch", "epochs", "log_interval",
+                    "val_interval", "checkpoint_hist", "num_classes", "img_size", "in_chans")
+    for dest in at_least_one:
+        value = getattr(args, dest)
+        yield value is not None and value < 1, f"{_flag(dest)} {value} must be >= 1"
+    for dest in ("workers", "start_epoch", "warmup_epochs", "cooldown_epochs", "recovery_interval"):
+        value = getattr(args, dest)
+        yield value is not None and value < 0, f"{_flag(dest)} {value} must be >= 0"
+    for dest in ("drop", "drop_path", "drop_block", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+        value = getattr(args, dest)
+        yield value is not None and not 0 <= value <= 1, f"{_flag(dest)} {value} is a probability: use 0 to 1"
+    yield not 0 <= args.smoothing < 1, f"--smoothing {args.smoothing} must be >= 0 and < 1"
+    for dest in ("lr", "lr_base", "weight_decay"):
+        value = getattr(args, dest)
+        yield value is not None and not math.isfinite(value), f"{_flag(dest)} {value} must be a finite number"
+    yield args.decay_epochs <= 0, f"--decay-epochs {args.decay_epochs} must be > 0"
+
+
+def _lengths(args: argparse.Namespace) -> Rules:
+    for dest in ("scale", "ratio", "cutmix_minmax"):
+        value = getattr(args, dest)
+        yield value is not None and len(value) != 2, f"{_flag(dest)} {value} must be two numbers, lower and upper"
+    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    for dest in ("mean", "std"):
+        value = getattr(args, dest)
+        yield (value is not None and len(value) not in (1, channels),
+               f"{_flag(dest)} {value} must be one number, or {channels} for {channels} channels")
+    yield (channels not in (1, 3) and args.input_img_mode is None,
+           f"--in-chans {channels}: images are read as RGB or L; name what gives {channels} channels by "
+           f"--input-img-mode, e.g. RGBA for 4")
+    probs, sizes = args.naflex_patch_size_probs or (), args.naflex_patch_sizes or ()
+    yield (bool(probs) and len(probs) != len(sizes),
+           f"--naflex-patch-size-probs has {len(probs)} values for {len(sizes)} --naflex-patch-sizes: give as many")
+
+
+def _conflicts(args: argparse.Namespace) -> Rules:
+    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    splits = args.aug_splits
+    yield (args.amp and args.model_dtype in ("float16", "bfloat16"),
+           f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out")
+    yield splits == 1 or splits < 0, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
+    yield (args.jsd_loss and splits < 2,
+           f"--jsd-loss compares augmentation splits, got --aug-splits {splits}: add --aug-splits 3")
+    yield (args.split_bn and splits < 2 and not args.resplit,
+           f"--split-bn needs splits, got --aug-splits {splits}: add --aug-splits 2")
+    yield args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"
+    yield (mixup and splits > 1,
+           f"--aug-splits {splits} and --mixup/--cutmix do not go together: leave one of the two out")
+    yield (splits > 1 and args.no_prefetcher,
+           f"--aug-splits {splits} are put together by the prefetcher: leave out --no-prefetcher")
+    yield (mixup and not args.naflex_loader and args.batch_size % 2 == 1 and args.train_img_sizes is None,
+           f"--batch-size {args.batch_size} cannot be mixed in pairs by --mixup/--cutmix: use an even number")
+    yield (args.naflex_loader and splits > 1,
+           f"--aug-splits {splits} does not work with --naflex-loader: leave one of the two out")
+    yield (args.naflex_loader and args.train_img_sizes is not None,
+           "--naflex-loader and --train-img-sizes are two ways to vary the image size: leave one out")
+    yield (args.naflex_loader and args.use_multi_epochs_loader,
+           "--use-multi-epochs-loader does not work with --naflex-loader: leave one of the two out")
+    yield (args.torchscript and args.torchcompile is not None,
+           "--torchscript and --torchcompile exclude each other: leave one out")
+    yield args.torchscript and args.sync_bn, "--sync-bn cannot be scripted: leave out --torchscript or --sync-bn"
+    yield (bool(args.wandb_resume_id) and not args.resume,
+           f"--wandb-resume-id {args.wandb_resume_id} continues a run: add --resume CHECKPOINT")
+
+
+def _surroundings(args: argparse.Namespace) -> Rules:
+    """What the machine and its files have to offer."""
+    yield not _is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
+    yield (args.device.split(":")[0] == "cuda" and not torch.cuda.is_available() and not args.device_modules,
+           f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
+    if not args.dataset or args.dataset.split("/")[0].lower() in ("folder", "tar"):
+        yield not args.data_dir, "--data-dir is missing: give the folder that holds the train and val folders"
+        yield (not os.path.exists(args.data_dir or ""),
+               f"--data-dir {args.data_dir} does not exist: give the folder that holds the train and val folders")
+        found = [os.path.exists(path) for path in (args.class_map, os.path.join(args.data_dir or "", args.class_map))]
+        yield (bool(args.class_map) and not any(found),
+               f"--class-map {args.class_map} does not exist: give a text file, relative to --data-dir or absolute")
+    for dest in ("resume", "initial_checkpoint", "pretrained_path"):
+        path = getattr(args, dest)
+        remote = bool(path) and re.match(r"[a-z][a-z0-9+.-]*:", path) is not None  # hf-hub:..., https://...
+        yield (bool(path) and not remote and not os.path.isfile(path),
+               f"{_flag(dest)} {path} is not a file: give the path of a checkpoint")
+    yield os.path.isfile(args.output), f"--output {args.output} is a file: name a folder"
+    parts = args.experiment.split(os.sep)
+    yield (os.path.isabs(args.experiment) or ".." in parts or args.experiment == ".",
+           f"--experiment {args.experiment} is not a name below --output: leave out '..' and leading slashes")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
