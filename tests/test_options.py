@@ -354,3 +354,33 @@ def test_args_yaml_of_timm_is_read(tmp_path):
     assert {dest: args[dest] for dest in options} == options
     assert {dest: args[dest] for dest in args if dest not in options} == {
         **{flag['dest']: flag['default'] for flag in SAM}, 'config': str(path)}
+
+
+# Files that build on others
+
+def test_base_gives_what_a_file_leaves_open(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'common.yaml').write_text('lr: 0.1\nepochs: 7\nopt: adamw\n')
+    (tmp_path / 'sub' / 'middle.yaml').write_text('base: ../common.yaml\nepochs: 8\n')
+    (tmp_path / 'sub' / 'run.yaml').write_text('base: middle.yaml\nlr: 0.2\n')
+    command = ['-c', str(tmp_path / 'sub' / 'run.yaml'), '--device', 'cpu', str(tmp_path)]
+    args = parse_args(train.build_parser(), command)
+    assert (args.lr, args.epochs, args.opt) == (0.2, 8, 'adamw')
+    assert 'base' not in vars(args)
+
+
+@pytest.mark.parametrize('files, words', [
+    ({'a': 'base: b.yaml\n', 'b': 'base: a.yaml\n'}, ['a.yaml', 'its own base']),
+    ({'a': 'base: a.yaml\n'}, ['a.yaml', 'its own base']),
+    ({'a': 'base: nowhere.yaml\n'}, ['nowhere.yaml', 'No such file']),
+    ({'a': 'base: 3\n'}, ['a.yaml', 'base: 3']),
+    ({'a': 'base: b.yaml\n', 'b': 'bath_size: 3\n'}, ['b.yaml', "'bath_size'", "'batch_size'"]),
+])
+def test_mistake_in_bases_names_the_file(tmp_path, capsys, files, words):
+    for name, text in files.items():
+        (tmp_path / f'{name}.yaml').write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse_args(train.build_parser(), ['-c', str(tmp_path / 'a.yaml'), '--device', 'cpu', str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert [word for word in words if word not in error] == []

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -97,9 +98,28 @@ def _asks_for_help(argv: Sequence[str] | None) -> bool:
 def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Reads a YAML file of defaults: ``{dest: value}``, values converted as on the command line.
 
+    The key ``base`` names another such file, relative to this one, whose values this one overrides.
+
     Raises:
-        OptionError: The file cannot be read, is not a mapping, has a key that is no flag, or a value of a wrong type.
+        OptionError: A file cannot be read, is not a mapping, has a key that is no flag, or a value of a wrong type; or
+            files name each other as base.
     """
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    values: dict[str, Any] = {}
+    for file, config in reversed(_read_yaml(path, [])):
+        for key, value in config.items():
+            if key not in actions:
+                close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
+                hint = f"did you mean {close[0]!r}?" if close else "remove it, or see --help for the flags"
+                raise OptionError(f"--config {file}: unknown key {key!r}; {hint}")
+            values[key] = _yaml_value(file, actions[key], value)
+    return values
+
+
+def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
+    """The mapping in a file, followed by those of its bases."""
+    if os.path.realpath(path) in above:
+        raise OptionError(f"--config {path}: is its own base, by {' -> '.join(above)}; remove one 'base'")
     try:
         with open(path, encoding="utf-8") as f:
             config = yaml.safe_load(f)
@@ -108,16 +128,16 @@ def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise OptionError(f"--config {path}: not a YAML file: {e}") from None
     if config is None:
-        return {}
+        config = {}
     if not isinstance(config, dict):
         raise OptionError(f"--config {path}: holds a {type(config).__name__}; write 'flag_name: value' lines")
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    for key in config:
-        if key not in actions:
-            close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it, or see --help for the flags"
-            raise OptionError(f"--config {path}: unknown key {key!r}; {hint}")
-    return {key: _yaml_value(path, actions[key], value) for key, value in config.items()}
+    if "base" not in config:
+        return [(path, config)]
+    base = config.pop("base")
+    if not isinstance(base, str):
+        raise OptionError(f"--config {path}: base: {base!r} is not the path of a YAML file")
+    base = os.path.join(os.path.dirname(path), base)
+    return [(path, config), *_read_yaml(base, [*above, os.path.realpath(path)])]
 
 
 def _yaml_value(path: str, action: argparse.Action, value: Any) -> Any:
