@@ -27,7 +27,7 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
     """
     if args.sam_variant is None:
         neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
-                   "sam_no_shared_forward": False, "sam_every": 1, "sam_start_epoch": 0}
+                   "sam_no_shared_forward": False, "sam_sync": False, "sam_every": 1, "sam_start_epoch": 0}
         for dest, value in vars(args).items():
             if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
                 raise OptionError(

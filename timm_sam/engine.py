@@ -95,14 +95,13 @@ def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> A
     return batch.to(device=device, dtype=dtype)
 
 
-def _first_samples(batch: Any, fraction: float, splits: int) -> Any:
-    """The first ``ceil(fraction * m)`` of the m samples of a batch, of each of its augmentation splits."""
+def _samples(batch: Any, start: int, stop: int, splits: int) -> Any:
+    """Samples ``start`` to ``stop`` of a batch, of each of its augmentation splits."""
     if isinstance(batch, tuple):
-        return tuple(_first_samples(b, fraction, splits) for b in batch)
+        return tuple(_samples(b, start, stop, splits) for b in batch)
     if isinstance(batch, dict):
-        return {k: _first_samples(v, fraction, splits) for k, v in batch.items()}
-    kept = math.ceil(fraction * (len(batch) // splits))
-    return batch[:kept] if splits == 1 else torch.cat([part[:kept] for part in batch.chunk(splits)])
+        return {k: _samples(v, start, stop, splits) for k, v in batch.items()}
+    return batch[start:stop] if splits == 1 else torch.cat([part[start:stop] for part in batch.chunk(splits)])
 
 
 def _mean_over_ranks(value: float, device: torch.device, args: argparse.Namespace) -> float:
@@ -152,7 +151,6 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     """
     args, task, data, optimizer, device = run.args, run.task, run.data, run.optimizer, run.device
     data.set_epoch(epoch, args)
-    second_order = getattr(optimizer, "is_second_order", False)
     module = task.get_trainable_module()
     assert module is not None
     module.train()
@@ -185,29 +183,7 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         batch_size = input["patches"].shape[0] if data.naflex else input.shape[0]
         weigh = _Weigher(run, batch_size, accum_steps)
 
-        def forward(input: Any = input, target: Tensor = target) -> Tensor:
-            with run.autocast():
-                return task(input, target)["loss"]
-
-        with nullcontext() if need_update else task.no_sync():
-            if run.sam is not None and run.uses_sam(epoch, num_updates):
-                ascent = None
-                if args.sam_ascent_fraction < 1:
-                    part = _first_samples((input, target), args.sam_ascent_fraction, max(1, args.aug_splits))
-                    ascent = functools.partial(forward, *part)
-                loss = run.sam.backward(forward, ascent_fn=ascent, weigh=weigh, scaler=run.scaler)
-                if not run.sharing_logged and run.sam.sharing and utils.is_primary(args):
-                    _logger.info(f"SAM forward: {run.sam.sharing}")
-                    run.sharing_logged = True
-                for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), run.sam.stats[1:]):
-                    meters.update(name, value, batch_size)
-            else:
-                loss = forward()
-                weighed = weigh(loss)
-                (weighed if run.scaler is None else run.scaler.scale(weighed)).backward(create_graph=second_order)
-                loss = loss.detach()
-        # dividing before reading is what timm does: the digits of the average depend on it
-        meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, batch_size, accum_steps)
+        _accumulate(run, (input, target), weigh, need_update, run.uses_sam(epoch, num_updates), meters)
         samples = samples + weigh.global_batch_size
         if not need_update:
             data_start = time.time()
@@ -247,6 +223,50 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         new = float(run.sam.nonfinite - nonfinite_before)
         metrics["sam_nonfinite"] = round(_mean_over_ranks(new, device, args) * args.world_size)
     return metrics
+
+
+def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_update: bool, perturb: bool,
+                meters: _Meters) -> None:
+    """Adds the gradient of one (micro-)batch; with --sam-m in chunks, each with its own eps and batch statistics."""
+    args, sam = run.args, run.sam
+    splits = max(1, args.aug_splits)
+    size = weigh.batch_size // splits
+    chunk = min(size, args.sam_m or size)
+
+    def forward(input: Any, target: Tensor) -> Tensor:
+        with run.autocast():
+            return run.task(input, target)["loss"]
+
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        part = batch if chunk == size else _samples(batch, start, stop, splits)
+        count = (stop - start) * splits
+
+        def share(loss: Tensor, count: int = count) -> Tensor:
+            return weigh(loss) if count == weigh.batch_size else weigh(loss) * (count / weigh.batch_size)
+
+        with nullcontext() if need_update and stop == size else run.task.no_sync():
+            if sam is not None and perturb:
+                ascent = None
+                if args.sam_ascent_fraction < 1:
+                    first = math.ceil(args.sam_ascent_fraction * (stop - start))
+                    ascent = functools.partial(forward, *_samples(part, 0, first, splits))
+                loss = sam.backward(functools.partial(forward, *part), ascent_fn=ascent, weigh=share, scaler=run.scaler)
+                assert sam.stats is not None
+                for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), sam.stats[1:]):
+                    meters.update(name, value, count)
+                if not run.sharing_logged and sam.sharing and utils.is_primary(args):
+                    _logger.info(f"SAM forward: {sam.sharing}")
+                    run.sharing_logged = True
+            else:
+                loss = forward(*part)
+                weighed = share(loss)
+                second_order = getattr(run.optimizer, "is_second_order", False)
+                (weighed if run.scaler is None else run.scaler.scale(weighed)).backward(create_graph=second_order)
+                loss = loss.detach()
+        # dividing before reading is what timm does: the digits of the average depend on it
+        accum_steps = weigh.accum_steps
+        meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, count, accum_steps)
 
 
 def _step(run: Run) -> None:

@@ -267,7 +267,7 @@ def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, modul
     try:
         sam = SAM(optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho,
                   eta=args.sam_eta, filter=args.sam_filter, bn_stats=args.sam_bn_stats,
-                  share_forward=not args.sam_no_shared_forward)
+                  share_forward=not args.sam_no_shared_forward, sync=args.sam_sync)
     except ValueError as e:
         raise OptionError(str(e)) from e
     if utils.is_primary(args):

@@ -55,6 +55,10 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
         help="eta of Table 9; none: the variant's own (elementwise_l2_orig 0.01, fisher 1, other elementwise 0)")
     add("--sam-bn-stats", choices=BN_STATS, default="clean",
         help="which passes update running statistics: the one at w only, or both")
+    add("--sam-m", type=_positive_int, default=None, metavar="M",
+        help="samples that share one perturbation: each rank's batch is taken in chunks of M; none: the whole of it")
+    add("--sam-sync", action="store_true",
+        help="average the gradient that gives eps over all ranks, so that they share one perturbation")
     add("--sam-ascent-fraction", type=_fraction, default=1.0, metavar="F",
         help="take the gradient that gives eps from the first F of each batch only")
     add("--sam-no-shared-forward", action="store_true",

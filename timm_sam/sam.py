@@ -61,6 +61,8 @@ class SAM(torch.optim.Optimizer):
         filter: Regular expression that keeps only matching parameter names.
         share_forward: Whether :meth:`minimize` and :meth:`backward` compute what lies below the first perturbed layer
             once for both passes, where that is possible; :attr:`sharing` says after the first update.
+        sync: Whether g is averaged over all ranks of the process group before eps: m-sharpness with m = global batch,
+            for one more collective of the size of the selection. By default each rank has its own eps.
         bn_stats: ``clean``: running statistics of normalization layers come from the pass at w only; ``both``: both
             passes update them, as the reference implementations do.
 
@@ -91,6 +93,7 @@ class SAM(torch.optim.Optimizer):
             filter: str | None = None,
             bn_stats: str = "clean",
             share_forward: bool = True,
+            sync: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -124,6 +127,7 @@ class SAM(torch.optim.Optimizer):
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
         self._ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.sync = sync
         self.sharing: str | None = None
         self._shared: SharedForward | None = None
         if not share_forward:
@@ -376,10 +380,22 @@ class SAM(torch.optim.Optimizer):
         if grad_scale is not None:
             inverse = 1.0 / grad_scale
             dense = list(torch._foreach_mul(dense, inverse))
+        if self.sync:
+            dense = self._averaged(dense)
         eps, grad_norm = perturbation(self.variant, params, dense, self.rho, self.eta, self._is_weight)
         self.nonfinite = self.nonfinite.to(grad_norm.device) + ~torch.isfinite(grad_norm)
         self._norms = grad_norm, global_norm(eps)
         self._eps = eps
+
+    def _averaged(self, grads: list[Tensor]) -> list[Tensor]:
+        """The mean over all ranks, by one collective; the gradients themselves without a process group."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return grads
+        group = self._ddp[0].process_group if self._ddp else None
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat, group=group)
+        flat /= torch.distributed.get_world_size(group)
+        return [part.view_as(g).to(g.dtype) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
