@@ -24,9 +24,9 @@ from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.models import safe_model_name
 
-from timm_sam import checkpoint, factory
+from timm_sam import checkpoint, factory, restart
 from timm_sam.data import create_data
-from timm_sam.engine import Run, evaluate, train_one_epoch
+from timm_sam.engine import Preempted, Run, evaluate, train_one_epoch
 from timm_sam.errors import OptionError, report
 from timm_sam.options import OptionParser, build_train_parser, dump_args, parse_args
 
@@ -44,7 +44,7 @@ def build_parser() -> OptionParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs training; returns the exit code (0, or 2 for a mistake in the options)."""
+    """Runs training; returns the exit code: 0, 2 for a mistake in the options, 75 when SIGTERM stopped the run."""
     parser = build_parser()
     args = parse_args(parser, argv)
     utils.setup_default_logging()
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptionError as e:
         report(parser.prog, e)
         return 2
+    except Preempted:
+        _logger.warning("Stopped by SIGTERM with a checkpoint written; go on with --resume auto.")
+        return restart.EXIT_PREEMPTED
     finally:
         leave_process_group()
     return 0
@@ -68,8 +71,10 @@ def train(args: argparse.Namespace, args_text: str) -> None:
 
     Raises:
         OptionError: Something that only shows when it is built does not fit.
+        Preempted: SIGTERM came, and a checkpoint is written.
     """
     device = prepare_process(args)
+    checkpoint.resolve_auto(args)
     primary = utils.is_primary(args)
     model_dtype, autocast, scaler = factory.precision(args, device)
 
@@ -81,6 +86,7 @@ def train(args: argparse.Namespace, args_text: str) -> None:
 
     # data
     data = create_data(args, data_config, patch_size, device, model_dtype)
+    data.train, tracked = restart.track(data.train)
     factory.resolve_lr(args, data)
 
     # task and optimizer; the order of resume, EMA, compile and DDP matters: each sees the module of the one before
@@ -106,26 +112,33 @@ def train(args: argparse.Namespace, args_text: str) -> None:
     # SAM, schedule
     sam = factory.create_sam(args, optimizer, task.get_trainable_module())
     run = Run(args=args, task=task, data=data, optimizer=optimizer, sam=sam, scaler=scaler, autocast=autocast,
-              device=device, model_dtype=model_dtype)
+              device=device, model_dtype=model_dtype, tracked=tracked)
     eval_metric = args.eval_metric if data.eval is not None else "loss"
     decreasing = eval_metric == "loss"
+    saved = checkpoint.metadata(args.resume)
+    run.position = saved.get("position")
     if args.start_epoch is not None:
-        start_epoch = args.start_epoch
+        start_epoch, run.position = args.start_epoch, None
+    elif run.position is not None:
+        start_epoch = run.position["epoch"]
     start_epoch = start_epoch or 0
     run.scheduler, num_epochs = factory.create_schedule(args, optimizer, run.updates_per_epoch, decreasing)
-    checkpoint.resume_schedule(args.resume, run.scheduler, start_epoch, run.updates_per_epoch, args.sched_on_updates)
-    run.first_update = start_epoch * run.updates_per_epoch
+    run.first_update = run.position["update"] if run.position else start_epoch * run.updates_per_epoch
+    checkpoint.resume_schedule(saved, run.scheduler, start_epoch, run.first_update, args.sched_on_updates)
     run.total_updates = num_epochs * run.updates_per_epoch
 
     if primary:
         run.output_dir, run.saver = checkpoint.create_output(
-            args, default_name(args, data_config), task, optimizer, scaler, lambda: run.scheduler, decreasing,
-            start_epoch, args_text)
+            args, default_name(args, data_config), task, optimizer, scaler, lambda: run.scheduler,
+            lambda: run.extras, decreasing, start_epoch, args_text)
         start_wandb(args, os.path.basename(run.output_dir))
         stepped = "epoch" if run.scheduler is None or run.scheduler.t_in_epochs else "update"
         _logger.info(
             f"Training for {num_epochs} epochs of {run.updates_per_epoch} updates, from epoch {start_epoch}; learning "
             f"rate set every {stepped}. Writing to {run.output_dir}")
+    if args.resume:
+        states = run.position["started_from"] if run.position else saved.get("random_state")
+        restart.restore(args, states, run.tracked, [data.train, data.eval])
     fit(run, eval_model, eval_metric, start_epoch, num_epochs)
 
 
@@ -189,6 +202,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
     share_bn = args.distributed and args.dist_bn in ("broadcast", "reduce")
     best_metric, best_epoch = None, None
     results = []
+    preemption = run.preemption = restart.Preemption(args)
     try:
         for epoch in range(start_epoch, num_epochs):
             train_metrics = train_one_epoch(run, epoch)
@@ -209,6 +223,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
             metric = (eval_metrics or train_metrics)[eval_metric]
 
+            run.extras = dict(random_state=restart.of_all_ranks(args, restart.local_states(run.device, run.tracked)))
             if primary:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 utils.update_summary(
@@ -220,8 +235,12 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     results[-1]["validation"] = eval_metrics
             if run.scheduler is not None:
                 run.scheduler.step(epoch + 1, metric)
+            if epoch + 1 < num_epochs and preemption.should_stop((epoch + 1) * run.updates_per_epoch):
+                raise Preempted
     except KeyboardInterrupt:
         _logger.warning("Interrupted.")
+    finally:
+        preemption.close()
 
     if primary:
         worst_first = sorted(results, key=lambda r: r.get("validation", r["train"]).get(eval_metric, 0),

@@ -14,6 +14,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.summary import trim_summary
 
 from .errors import OptionError, one_line
+from .restart import newest_checkpoint
 
 _logger = logging.getLogger("train")
 
@@ -67,12 +68,42 @@ def resume_ema(path: str, task: TrainingTask) -> None:
                           f"--model-ema, or give a whole checkpoint") from e
 
 
-def resume_schedule(path: str | None, scheduler: Any, start_epoch: int, updates_per_epoch: int,
-                    on_updates: bool) -> None:
-    """Brings a new scheduler to where an uninterrupted run has it at the start of ``start_epoch``."""
-    if scheduler is None or start_epoch == 0:
+def resolve_auto(args: argparse.Namespace) -> None:
+    """Replaces ``--resume auto`` by the newest whole checkpoint of the experiment's folder, or by none.
+
+    Raises:
+        OptionError: There is no ``--experiment``, hence no folder that would be the same after a restart.
+    """
+    args.resume_auto = args.resume == "auto"
+    if not args.resume_auto:
         return
-    saved = load_checkpoint_metadata(path) if path else {}
+    if not args.experiment:
+        raise OptionError("--resume auto needs --experiment NAME: the folder whose newest checkpoint is resumed")
+    found = [newest_checkpoint(_folder(args)) if utils.is_primary(args) else None]
+    if args.distributed:
+        torch.distributed.broadcast_object_list(found, src=0)
+    args.resume = found[0] or ""
+    if utils.is_primary(args):
+        _logger.info(f"--resume auto: {args.resume or 'no checkpoint yet, starting anew'}")
+
+
+def metadata(path: str) -> dict[str, Any]:
+    """The entries of a checkpoint beside its tensors' values; empty without a path."""
+    return load_checkpoint_metadata(path) if path else {}
+
+
+def resume_schedule(saved: dict[str, Any], scheduler: Any, start_epoch: int, updates: int, on_updates: bool) -> None:
+    """Brings a new scheduler to where an uninterrupted run has it.
+
+    Args:
+        saved: The checkpoint's entries.
+        scheduler: timm's, or None.
+        start_epoch: The epoch with which the run goes on.
+        updates: Updates until there.
+        on_updates: Whether the rate is set every update.
+    """
+    if scheduler is None or updates == 0:
+        return
     state, metric = saved.get("schedule"), saved.get("metric")
     if isinstance(scheduler, PlateauLRScheduler):
         # the others are functions of the epoch; this one has a history, and cannot step without a metric
@@ -83,22 +114,26 @@ def resume_schedule(path: str | None, scheduler: Any, start_epoch: int, updates_
                 group["lr"] = lr
             scheduler.step(start_epoch, metric)
     elif on_updates:
-        scheduler.step_update(start_epoch * updates_per_epoch)
+        scheduler.step_update(updates)
     else:
         scheduler.step(start_epoch)
 
 
 class _Source:
-    """What the saver asks for a checkpoint's entries: those of the task, and the schedule's history."""
+    """What the saver asks for a checkpoint's entries: those of the task, the schedule's history, and the extras."""
 
-    def __init__(self, task: TrainingTask, schedule: Callable[[], Any]) -> None:
+    def __init__(self, task: TrainingTask, schedule: Callable[[], Any], extras: Callable[[], dict[str, Any]]) -> None:
         self.task = task
         self.schedule = schedule
+        self.extras = extras
 
     def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
         state = self.task.get_checkpoint_state(ema=ema, **kwargs)
+        if ema:
+            return state
+        state.update(self.extras())
         scheduler = self.schedule()
-        if not ema and isinstance(scheduler, PlateauLRScheduler):
+        if isinstance(scheduler, PlateauLRScheduler):
             state["schedule"] = dict(
                 plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr,
                 lr=[group["lr"] for group in scheduler.optimizer.param_groups])
@@ -111,13 +146,17 @@ def check_output(args: argparse.Namespace) -> None:
     Raises:
         OptionError: The experiment's folder has results that the run would not continue.
     """
-    folder = os.path.join(args.output or os.path.join(".", "output", "train"), args.experiment)
-    if not args.experiment or not os.path.isdir(folder) or _inside(args.resume, folder):
+    folder = _folder(args)
+    if not args.experiment or not os.path.isdir(folder) or args.resume == "auto" or _inside(args.resume, folder):
         return
     if any(name == "summary.csv" or name.endswith(".pth.tar") for name in os.listdir(folder)):
         raise OptionError(
             f"--experiment {args.experiment}: {folder} holds another run; choose another name, or go on with "
             f"--resume {os.path.join(folder, 'last.pth.tar')}")
+
+
+def _folder(args: argparse.Namespace) -> str:
+    return os.path.join(args.output or os.path.join(".", "output", "train"), args.experiment)
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -131,6 +170,7 @@ def create_output(
         optimizer: torch.optim.Optimizer,
         scaler: Any,
         schedule: Callable[[], Any],
+        extras: Callable[[], dict[str, Any]],
         decreasing: bool,
         start_epoch: int,
         args_text: str,
@@ -144,6 +184,7 @@ def create_output(
         optimizer: The base optimizer.
         scaler: The loss scaler, or None.
         schedule: Returns the scheduler.
+        extras: Returns further entries for the next checkpoint.
         decreasing: Whether a lower metric is better.
         start_epoch: Rows of an earlier ``summary.csv`` from this epoch on are dropped.
         args_text: The options as they were given (:func:`dump_args`).
@@ -155,9 +196,10 @@ def create_output(
     saver = CheckpointSaver(
         model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler, checkpoint_dir=folder,
         recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,
-        task=_Source(task, schedule))
+        task=_Source(task, schedule, extras))
     if _inside(args.resume, folder):
         saver.load_state_dict_from_checkpoint(args.resume)
+    if _inside(args.resume, folder) or args.resume_auto:
         trim_summary(os.path.join(folder, "summary.csv"), start_epoch)
     with open(os.path.join(folder, "args.yaml"), "w", encoding="utf-8") as f:
         f.write(args_text)

@@ -181,7 +181,8 @@ def _surroundings(args: argparse.Namespace) -> Rules:
     for dest in ("resume", "initial_checkpoint", "pretrained_path"):
         path = getattr(args, dest)
         remote = bool(path) and re.match(r"[a-z][a-z0-9+.-]*:", path) is not None  # hf-hub:..., https://...
-        yield (bool(path) and not remote and not os.path.isfile(path),
+        auto = dest == "resume" and path == "auto"
+        yield (bool(path) and not remote and not auto and not os.path.isfile(path),
                f"{_flag(dest)} {path} is not a file: give the path of a checkpoint")
     yield os.path.isfile(args.output), f"--output {args.output} is a file: name a folder"
     parts = args.experiment.split(os.sep)

@@ -21,6 +21,7 @@ from timm import utils
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from . import restart
 from .data import Data
 from .sam import SAM
 
@@ -29,7 +30,11 @@ _logger = logging.getLogger("train")
 
 @dataclass
 class Run:
-    """What stays the same from epoch to epoch."""
+    """What stays the same from epoch to epoch.
+
+    ``position`` is where in its first epoch the run goes on, if its checkpoint was written inside one; ``extras`` is
+    what the next checkpoint holds beside timm's entries.
+    """
 
     args: argparse.Namespace
     task: TrainingTask
@@ -43,6 +48,10 @@ class Run:
     scheduler: Any = None
     saver: Any = None
     output_dir: str | None = None
+    tracked: restart.TrackedLoader | None = None
+    preemption: restart.Preemption | None = None
+    position: dict[str, Any] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
     first_update: int = 0
     total_updates: int = 0
     sharing_logged: bool = False
@@ -87,6 +96,18 @@ class _Meters:
 
     def __getitem__(self, name: str) -> utils.AverageMeter:
         return self.meters[name]
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        self.flush()
+        return {name: dict(vars(meter)) for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        for name, values in state.items():
+            vars(self.meters[name]).update(values)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
 
 
 def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -142,7 +163,10 @@ class _Weigher:
 
 
 def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
-    """Trains for one epoch.
+    """Trains for one epoch, or for the rest of the one in which the run's checkpoint was written.
+
+    Raises:
+        Preempted: SIGTERM came; the update was finished, and a recovery checkpoint written.
 
     Returns:
         ``loss``, the average over samples (the one at w, with SAM), and with SAM ``sam_loss`` (at w + eps),
@@ -162,10 +186,19 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     num_updates = epoch * run.updates_per_epoch
     nonfinite_before = None if run.sam is None else run.sam.nonfinite
     samples: Any = 0
+    position, run.position = run.position, None
+    started_from = restart.local_states(device, run.tracked)
     optimizer.zero_grad()
     data_start = update_start = time.time()
 
     for batch_idx, (input, target) in enumerate(data.train):
+        if position is not None and batch_idx < position["batch"]:
+            # the workers make these batches all the same, and with them the random numbers of those that follow
+            if batch_idx == position["batch"] - 1:
+                meters.load_state_dict(position["meters"])
+                num_updates = position["update"]
+                restart.restore_process(args, position["random_state"])
+            continue
         last_batch = batch_idx == batches - 1
         # with accum_steps as the batch before left it, as in timm's script: a short last group may step in between
         need_update = last_batch or (batch_idx + 1) % accum_steps == 0
@@ -205,10 +238,13 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
             if args.save_images and run.output_dir and not data.naflex:
                 torchvision.utils.save_image(
                     input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
-        if run.saver is not None and args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
-            run.saver.save_recovery(epoch, batch_idx=update_idx)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
+        stop = not last_batch and run.preemption is not None and run.preemption.should_stop(num_updates)
+        if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
+            _save_recovery(run, epoch, batch_idx, update_idx, num_updates, meters, started_from)
+        if stop:
+            raise Preempted
         samples = 0
         data_start = time.time()
 
@@ -267,6 +303,19 @@ def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_updat
         # dividing before reading is what timm does: the digits of the average depend on it
         accum_steps = weigh.accum_steps
         meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, count, accum_steps)
+
+
+def _save_recovery(run: Run, epoch: int, batch_idx: int, update_idx: int, num_updates: int, meters: _Meters,
+                   started_from: dict[str, Any]) -> None:
+    """Writes a checkpoint from which the epoch goes on after ``batch_idx``. All ranks take part."""
+    earlier = run.extras
+    run.extras = dict(position=dict(
+        epoch=epoch, batch=batch_idx + 1, update=num_updates, meters=meters.state_dict(),
+        started_from=restart.of_all_ranks(run.args, started_from),
+        random_state=restart.of_all_ranks(run.args, restart.local_states(run.device, None))))
+    if run.saver is not None:
+        run.saver.save_recovery(epoch, batch_idx=update_idx)
+    run.extras = earlier
 
 
 def _step(run: Run) -> None:

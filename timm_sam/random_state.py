@@ -1,6 +1,7 @@
-"""The random generators that a forward pass may draw from, saved and set back."""
+"""The random generators that a pass or an epoch may draw from, saved and set back."""
 import random
 import sys
+from typing import Any
 
 import torch
 
@@ -24,3 +25,28 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as what ``torch.load(weights_only=True)`` reads: tensors, numbers and text."""
+        version, python, gauss = self.python
+        state: dict[str, Any] = dict(
+            cpu=self.cpu, devices={str(d): s for d, s in self.devices.items()},
+            python=[version, torch.tensor(python, dtype=torch.int64), gauss])
+        if self.numpy is not None:
+            name, keys, *rest = self.numpy
+            state["numpy"] = [name, torch.tensor(keys.tolist(), dtype=torch.int64), *map(float, rest)]
+        return state
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "RandomState":
+        self = cls.__new__(cls)
+        self.cpu = state["cpu"]
+        self.devices = {torch.device(d): s for d, s in state["devices"].items()}
+        version, python, gauss = state["python"]
+        self.python = (version, tuple(python.tolist()), gauss)
+        self.numpy = None
+        if "numpy" in state:
+            import numpy
+            name, keys, pos, has_gauss, cached = state["numpy"]
+            self.numpy = (name, numpy.array(keys.tolist(), dtype=numpy.uint32), int(pos), int(has_gauss), cached)
+        return self
