@@ -35,6 +35,7 @@ ROWS = [
     (f'{SAM} --sam-end-epoch 0', ['--sam-end-epoch 0', '--sam-start-epoch 0']),
     (f'{SAM} --sam-ascent-fraction 0', ['--sam-ascent-fraction', '0', '(0, 1]']),
     (f'{SAM} --sam-ascent-fraction 1.5', ['--sam-ascent-fraction', '1.5', '(0, 1]']),
+    (f'{SAM} --sam-m 0', ['--sam-m', '0', '>= 1']),
     (f'{SAM} --sam-every 0', ['--sam-every', '0', '>= 1']),
     (f'{SAM} --sam-every 1.5', ['--sam-every', '1.5', 'integer']),
     (f'{SAM} --sam-start-epoch -1', ['--sam-start-epoch', '-1', '>= 0']),
@@ -44,7 +45,8 @@ ROWS = [
         ('--sam-params', 'onlynorm', 'onlynorm'), ('--sam-filter', 'layer4', 'layer4'), ('--sam-eta', '0.1', '0.1'),
         ('--sam-bn-stats', 'both', 'both'), ('--sam-bn-stats', 'clean', 'clean'),
         ('--sam-ascent-fraction', '0.5', '0.5'), ('--sam-ascent-fraction', '1', '1'),
-        ('--sam-no-shared-forward', '', ''), ('--sam-every', '2', '2'),
+        ('--sam-no-shared-forward', '', ''), ('--sam-m', '64', '64'), ('--sam-sync', '', ''),
+        ('--sam-every', '2', '2'),
         ('--sam-every', '1', '1'), ('--sam-start-epoch', '1', '1'), ('--sam-start-epoch', '0', '0'),
         ('--sam-end-epoch', '3', '3')]),
     # YAML

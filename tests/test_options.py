@@ -23,6 +23,9 @@ SAM = [
     {'flags': ['--sam-eta'], 'dest': 'sam_eta', 'action': 'StoreAction', 'default': None},
     {'flags': ['--sam-bn-stats'], 'dest': 'sam_bn_stats', 'action': 'StoreAction', 'default': 'clean',
      'choices': ['clean', 'both']},
+    {'flags': ['--sam-m'], 'dest': 'sam_m', 'action': 'StoreAction', 'default': None},
+    {'flags': ['--sam-sync'], 'dest': 'sam_sync', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
+     'default': False},
     {'flags': ['--sam-ascent-fraction'], 'dest': 'sam_ascent_fraction', 'action': 'StoreAction', 'default': 1.0},
     {'flags': ['--sam-no-shared-forward'], 'dest': 'sam_no_shared_forward', 'action': 'StoreTrueAction', 'nargs': 0,
      'const': True, 'default': False},
@@ -307,6 +310,7 @@ COMMANDS = [
     '',
     '--sam-variant fisher --sam-rho 0.5 --sam-eta 2 --sam-params all --sam-filter "layer[34]\\." --sam-bn-stats both '
     '--sam-every 3 --sam-start-epoch 1 --sam-end-epoch 5 --sam-ascent-fraction 0.25 --sam-no-shared-forward',
+    '--sam-variant sam --sam-rho 1 --sam-m 64 --sam-sync',
     '--scale 0.5 1 --ratio 1 1 --mean 0.5 --input-size 3 64 32 --opt-betas 0.9 0.99 --cutmix-minmax 0.2 0.8',
     "--model-kwargs img_size=32 layers=[1,2] name=x flag=True none=None p=1e-3 word='on' --opt-kwargs caution=True",
     "--wandb-tags 1 1e3 true null '' --wandb-project 007",
