@@ -46,6 +46,7 @@ class Form:
     name: str
     update: Callable[[], Any]
     model: nn.Module
+    sam: SAM | None = None
     times: list[float] = field(default_factory=list)
     flops: int = 0
     memory: int = 0
@@ -106,7 +107,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
             return Form(name, plain, model)
         wrapped = SAM(optimizer, called if isinstance(called, nn.Module) else model, filter=filter, **sam)
         ascent = None if fraction is None else lambda: loss(fraction)
-        return Form(name, lambda: wrapped.minimize(loss, ascent_fn=ascent), model)
+        return Form(name, lambda: wrapped.minimize(loss, ascent_fn=ascent), model, wrapped)
 
     forms = [
         make("plain"),
@@ -226,6 +227,24 @@ def timed(update: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def own_arithmetic(sam: SAM, device: torch.device, rounds: int = 30) -> float:
+    """Seconds that SAM takes beside the passes: of an update whose loss is a sum of weights, less two such passes."""
+    def stub() -> Tensor:
+        return torch.stack([p.sum() for _, p in sam.selected]).sum()
+
+    def passes() -> None:
+        for _ in range(2):
+            stub().backward()
+
+    differences = []
+    for i in range(rounds):
+        whole = timed(lambda: sam.backward(stub), device)
+        difference = whole - timed(passes, device)
+        if i >= 3:
+            differences.append(difference)
+    return statistics.median(differences)
+
+
 def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> str:
     plain = forms[0]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -247,6 +266,11 @@ def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> 
             f"| {form.name} | {statistics.median(form.times) * 1e3:.1f} "
             f"| {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) "
             f"| {bound:.3f} | {ratio / bound:.3f} | {form.memory / plain.memory:.3f}x |")
+    for form in forms:
+        if form.name == "SAM-ON" and form.sam is not None and form.sam.sharing is not None:
+            own, whole = own_arithmetic(form.sam, device), statistics.median(form.times)
+            lines += ["", f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, {100 * own / whole:.2f} % of "
+                          f"its update."]
     return "\n".join(lines)
 
 
@@ -269,7 +293,9 @@ def main() -> int:
     print(text)
     if args.markdown:
         with open(args.markdown, "w", encoding="utf-8") as f:
-            f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(sys.argv[1:])}`\n")
+            given = sys.argv[1:]
+            at = given.index("--markdown")
+            f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(given[:at] + given[at + 2:])}`\n")
     return 0
 
 
