@@ -269,8 +269,8 @@ def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> 
     for form in forms:
         if form.name == "SAM-ON" and form.sam is not None and form.sam.sharing is not None:
             own, whole = own_arithmetic(form.sam, device), statistics.median(form.times)
-            lines += ["", f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, {100 * own / whole:.2f} % of "
-                          f"its update."]
+            lines += ["", f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, {100 * own / whole:.2f} % "
+                          f"of its update."]
     return "\n".join(lines)
 
 

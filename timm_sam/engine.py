@@ -112,8 +112,10 @@ class Preempted(Exception):
 
 def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(batch, dict):
-        return {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in batch.items()}
-    return batch.to(device=device, dtype=dtype)
+        return {k: _to_device(v, device, dtype) for k, v in batch.items()}
+    if not isinstance(batch, Tensor):  # NaFlex batches name their sequence length
+        return batch
+    return batch.to(device=device, dtype=dtype if batch.is_floating_point() else None)
 
 
 def _samples(batch: Any, start: int, stop: int, splits: int) -> Any:
@@ -122,6 +124,8 @@ def _samples(batch: Any, start: int, stop: int, splits: int) -> Any:
         return tuple(_samples(b, start, stop, splits) for b in batch)
     if isinstance(batch, dict):
         return {k: _samples(v, start, stop, splits) for k, v in batch.items()}
+    if not isinstance(batch, Tensor):
+        return batch
     return batch[start:stop] if splits == 1 else torch.cat([part[start:stop] for part in batch.chunk(splits)])
 
 

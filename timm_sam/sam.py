@@ -123,6 +123,7 @@ class SAM(torch.optim.Optimizer):
         chosen = {id(p) for _, p in self.selected}
         self._model = model
         self._outside = [p for p in model.parameters() if id(p) not in chosen]
+        self._checkpointed = any(getattr(m, "grad_checkpointing", False) is True for m in model.modules())
         # AdaHessian differentiates the gradient again in its step
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
@@ -138,6 +139,9 @@ class SAM(torch.optim.Optimizer):
             self.sharing = f"two full forwards per update: {reason}"
         else:
             self._shared = SharedForward(model, [p for _, p in self.selected])
+        if any(m.static_graph for m in self._ddp):
+            raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
+                             "which the pass at w must not do; build it without static_graph")
         self._eps: list[Tensor] | None = None
         self._norms: tuple[Tensor, Tensor] | None = None
         self._rng: RandomState | None = None
@@ -281,7 +285,6 @@ class SAM(torch.optim.Optimizer):
     def _ascend(self, loss_fn: LossFn, scaler: torch.amp.GradScaler | None, recording: Recording | None) -> Tensor:
         # in a function of its own, so that nothing of the first graph but what is shared is alive in the second forward
         scale = None if scaler is None else scaler.scale(torch.ones((), device=self.selected[0][1].device))
-        params = [p for _, p in self.selected]
         with self._ascent(scale, recording):
             with nullcontext() if recording is None else recording.record():
                 loss = loss_fn()
@@ -289,8 +292,13 @@ class SAM(torch.optim.Optimizer):
                 raise ValueError(
                     f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
                     f"({self.selected[0][0]}, ...): select others by params (--sam-params) or filter (--sam-filter)")
-            # through the selected parameters only: the graph of the shared part is not touched
-            (loss if scaler is None else scaler.scale(loss)).backward(inputs=None if recording is None else params)
+            scaled = loss if scaler is None else scaler.scale(loss)
+            if self._checkpointed:  # reentrant checkpoints know backward() only
+                scaled.backward()
+            else:  # leaves the graph of the shared part alone, and DDP's hooks on the parameters asleep
+                params = [p for _, p in self.selected if p.requires_grad]
+                for p, grad in zip(params, torch.autograd.grad(scaled, params, allow_unused=True)):
+                    p.grad = grad
         return loss.detach()
 
     def _second_forward(self, loss_fn: LossFn, recording: Recording | None) -> Tensor:

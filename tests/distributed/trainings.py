@@ -1,0 +1,39 @@
+"""Several runs of train.py in the same processes, one after another; `test_distributed.py` compares what they leave.
+
+    torchrun --standalone --nproc-per-node 2 trainings.py RUNS.json
+
+RUNS.json: `[{"name": ..., "port": ..., "command": ...}, ...]`. Each rank saves `<name>-rank<i>.pt` in the current
+folder.
+"""
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+
+torch.set_num_threads(1)
+fit = train.fit
+
+
+def main(file):
+    for run in json.loads(Path(file).read_text()):
+        def fit_and_save(state, *rest, name=run['name']):
+            fit(state, *rest)
+            torch.save(state.task.get_trainable_module().module.state_dict(), f'{name}-rank{state.args.rank}.pt')
+
+        train.fit = fit_and_save
+        # the launcher's store remembers the first run's addresses: each run gets a store of its own
+        os.environ.update(MASTER_PORT=str(run['port']), TORCHELASTIC_USE_AGENT_STORE='False')
+        code = train.main(shlex.split(run['command']))
+        if code:
+            sys.exit(f'{run["name"]}: exit code {code}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])
