@@ -681,13 +681,14 @@ def test_filter_limits_what_is_perturbed(run_train):
     assert float(done.summary()[0]['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
 
 
-def test_recovery_checkpoint_holds_the_weights_within_an_epoch(run_train):
+def test_recovery_checkpoint_holds_the_weights_within_an_epoch_and_goes_on_from_there(run_train):
     done = run_train(f'{SAM_ON} --recovery-interval 2 --experiment old')
     names = {path.name for path in done.folder('old').glob('recovery*')}
     assert names == {'recovery-0-1.pth.tar', 'recovery-0-3.pth.tar'}
     within, after = done.checkpoint('old', 'recovery-0-3'), done.checkpoint('old')
     assert differences(within['state_dict'], after['state_dict']) != []
-    assert run_train('--epochs 2 --resume out/old/recovery-0-3.pth.tar').summary()[0]['epoch'] == '1'
+    resumed = run_train(f'{SAM_ON} --epochs 2 --resume out/old/recovery-0-3.pth.tar').summary()
+    assert resumed == run_train(f'{SAM_ON} --epochs 2 --experiment whole').summary('whole')
 
 
 # Several processes
