@@ -263,7 +263,7 @@ def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> 
         ratios = [t / p for t, p in zip(form.times, plain.times)]
         ratio, bound = statistics.median(ratios), form.flops / plain.flops
         lines.append(
-            f"| {form.name} | {statistics.median(form.times) * 1e3:.1f} "
+            f"| {form.name.replace('|', chr(92) + '|')} | {statistics.median(form.times) * 1e3:.1f} "
             f"| {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) "
             f"| {bound:.3f} | {ratio / bound:.3f} | {form.memory / plain.memory:.3f}x |")
     for form in forms:
