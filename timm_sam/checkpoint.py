@@ -18,6 +18,7 @@ from .restart import newest_checkpoint
 
 _logger = logging.getLogger("train")
 
+
 def why_unreadable(error: Exception) -> str:
     """What is wrong with a checkpoint, in one line: unpickling a torn or foreign file raises almost anything."""
     if "weights_only" in str(error) or "Weights only" in str(error):
@@ -155,8 +156,8 @@ def check_output(args: argparse.Namespace) -> None:
             f"--resume {os.path.join(folder, 'last.pth.tar')}")
 
 
-def _folder(args: argparse.Namespace) -> str:
-    return os.path.join(args.output or os.path.join(".", "output", "train"), args.experiment)
+def _folder(args: argparse.Namespace, name: str = "") -> str:
+    return os.path.join(args.output or os.path.join(".", "output", "train"), args.experiment or name)
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -192,7 +193,7 @@ def create_output(
     Returns:
         The folder's path and the saver.
     """
-    folder = utils.get_outdir(args.output or os.path.join(".", "output", "train"), args.experiment or name)
+    folder = utils.get_outdir(_folder(args, name))
     saver = CheckpointSaver(
         model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler, checkpoint_dir=folder,
         recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .perturbation import VARIANTS, global_norm, perturbation
 from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
-from .sharing import Recording, SharedForward, obstacle
+from .sharing import Recording, SharedForward, is_checkpointed, obstacle
 
 BN_STATS = ("clean", "both")
 LossFn = Callable[[], Tensor]
@@ -123,7 +123,7 @@ class SAM(torch.optim.Optimizer):
         chosen = {id(p) for _, p in self.selected}
         self._model = model
         self._outside = [p for p in model.parameters() if id(p) not in chosen]
-        self._checkpointed = any(getattr(m, "grad_checkpointing", False) is True for m in model.modules())
+        self._checkpointed = is_checkpointed(model)
         # AdaHessian differentiates the gradient again in its step
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]

@@ -30,9 +30,14 @@ def obstacle(model: nn.Module) -> str | None:
             return "the model is scripted"
         if hasattr(module, "_orig_mod"):
             return "the model is compiled as a whole"
-        if getattr(module, "grad_checkpointing", False) is True:
-            return "gradient checkpointing computes the forward again"
+    if is_checkpointed(model):
+        return "gradient checkpointing computes the forward again"
     return None
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether ``set_grad_checkpointing`` of timm's models is on in any part of ``model``."""
+    return any(getattr(m, "grad_checkpointing", False) is True for m in model.modules())
 
 
 class SharedForward:
