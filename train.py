@@ -7,13 +7,11 @@ The run from top to bottom: options, model, data, task, optimizer, SAM, epochs. 
 own training, digit for digit.
 """
 import argparse
-import gc
 import importlib
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -29,6 +27,7 @@ from timm_sam.data import create_data
 from timm_sam.engine import Preempted, Run, evaluate, train_one_epoch
 from timm_sam.errors import OptionError, report
 from timm_sam.options import OptionParser, build_train_parser, dump_args, parse_args
+from timm_sam.processes import leave_process_group
 
 try:
     import wandb
@@ -163,19 +162,6 @@ def prepare_process(args: argparse.Namespace) -> torch.device:
     if args.fast_norm:
         set_fast_norm()
     return device
-
-
-def leave_process_group() -> None:
-    """Ends this rank's part in the process group, if there is one.
-
-    gloo's destructor joins its threads while it holds Python's lock. A thread that has just finished the last
-    collective may need that lock to let go of its tensors, and then both wait for ever (seen with timm's script on two
-    CPU ranks): so whatever holds the group goes first, and the threads get a moment without the lock.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()
-        time.sleep(0.1)
-        torch.distributed.destroy_process_group()
 
 
 def default_name(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
