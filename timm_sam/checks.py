@@ -168,7 +168,7 @@ def _conflicts(args: argparse.Namespace) -> Rules:
 
 def _surroundings(args: argparse.Namespace) -> Rules:
     """What the machine and its files have to offer."""
-    yield not _is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
+    yield not is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
     yield (args.device.split(":")[0] == "cuda" and not torch.cuda.is_available() and not args.device_modules,
            f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
     if not args.dataset or args.dataset.split("/")[0].lower() in ("folder", "tar"):
@@ -190,7 +190,7 @@ def _surroundings(args: argparse.Namespace) -> Rules:
            f"--experiment {args.experiment} is not a name below --output: leave out '..' and leading slashes")
 
 
-def _is_device(name: str) -> bool:
+def is_device(name: str) -> bool:
     try:
         torch.device(name)
     except RuntimeError:

@@ -71,7 +71,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.pretrained_path:
         # num_classes -1 makes timm fit the classifier of the file to ours
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))
-    _check_model_name("--model", args.model)
+    check_model_name("--model", args.model)
     try:
         model = create_model(
             args.model,
@@ -123,7 +123,7 @@ def _set_model_flags(args: argparse.Namespace) -> str:
     return "".join(f", {flag} {value}" for flag, value in given.items() if value is not None)
 
 
-def _check_model_name(flag: str, name: str) -> None:
+def check_model_name(flag: str, name: str) -> None:
     if ":" in name or "/" in name:  # hf-hub:..., local-dir:...
         return
     base = name.split(".")[0]
@@ -182,7 +182,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, loss: nn.Module, dev
     common: dict[str, Any] = dict(criterion=loss, device=device, dtype=dtype, verbose=utils.is_primary(args))
     if args.kd_model_name is None:
         return ClassificationTask(model=model, **common)
-    _check_model_name("--kd-model-name", args.kd_model_name)
+    check_model_name("--kd-model-name", args.kd_model_name)
     common.update(student_model=model, teacher_model=args.kd_model_name,
                   distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     try:

@@ -1,0 +1,74 @@
+"""What an evaluation has finished so far, on disk, so that it can be gone on with."""
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OptionError
+
+
+def key_of(**protocol: Any) -> str:
+    """A short name for everything that a result depends on: equal keys mean equal results."""
+    text = json.dumps(protocol, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Finished parts of an evaluation: one line of JSON each, in one file per rank beside the results.
+
+    Args:
+        path: Of the results, without extension; the files are ``<path>.journal.<rank>.jsonl``. Empty: nothing is kept.
+        rank: Of this process.
+    """
+
+    def __init__(self, path: str, rank: int) -> None:
+        self.path = path
+        self.done: dict[str, Any] = {}
+        self._file = f"{path}.journal.{rank}.jsonl" if path else ""
+
+    def files(self) -> list[str]:
+        """The journal's files, of all ranks of all attempts."""
+        return sorted(glob.glob(f"{glob.escape(self.path)}.journal.*.jsonl")) if self.path else []
+
+    def load(self) -> None:
+        """Reads what is finished. A line that was being written when a process was killed is left out.
+
+        Raises:
+            OptionError: A file cannot be read.
+        """
+        for file in self.files():
+            try:
+                with open(file, encoding="utf-8") as f:
+                    lines = f.read().split("\n")
+            except (OSError, UnicodeDecodeError) as e:
+                raise OptionError(f"--skip-existing: {file} cannot be read ({e}); remove it, or use --overwrite") from None
+            for line in lines[:-1]:  # what follows the last line break is a torn line, or nothing
+                try:
+                    entry = json.loads(line)
+                    self.done[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def remove(self) -> None:
+        """Forgets everything."""
+        for file in self.files():
+            os.remove(file)
+
+    def add(self, key: str, value: Mapping[str, Any]) -> None:
+        """Notes a finished part; it is on disk when this returns."""
+        self.done[key] = value
+        if not self._file:
+            return
+        torn = os.path.exists(self._file) and os.path.getsize(self._file) > 0 and not _ends_with_line_break(self._file)
+        with open(self._file, "a", encoding="utf-8") as f:
+            f.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def _ends_with_line_break(path: str) -> bool:
+    with open(path, "rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read(1) == b"\n"

@@ -1,0 +1,63 @@
+"""How the processes of torchrun share an evaluation, such that its numbers are those of one process."""
+import datetime
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..errors import OptionError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that evaluate together; one process is a group of one.
+
+    Ranks take whole batches in turns, and the batches are those that one process would make: so no sample is seen
+    twice, none is left out, and every float is computed as it would be by one process.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.rank = 1, 0
+        self._group: Any = None
+        if dist.is_available() and dist.is_initialized():
+            self.count, self.rank = dist.get_world_size(), dist.get_rank()
+            # objects travel by CPU; and a rank whose images are broken early waits long for the others
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batches: Sequence[T]) -> list[T]:
+        """The batches of this rank, in order."""
+        return list(batches[self.rank::self.count])
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What all ranks have, by rank; on every rank."""
+        if self._group is None:
+            return [mine]
+        all_of_them: list[Any] = [None] * self.count
+        dist.all_gather_object(all_of_them, mine, group=self._group)
+        return all_of_them
+
+    def gather_or_raise(self, mine: Any, error: OptionError | None) -> list[Any]:
+        """As :meth:`gather`; a mistake that one rank has met is raised on all.
+
+        Raises:
+            OptionError: That of the first rank that has one.
+        """
+        together = self.gather((mine, None if error is None else str(error)))
+        for _, message in together:
+            if message is not None:
+                raise OptionError(message)
+        return [part for part, _ in together]
+
+    def close(self) -> None:
+        """Lets go of the group, so that it can be destroyed."""
+        self._group = None
+
+
+def batches_of(indices: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The batches that a loader makes of samples in order: all full, but for the last."""
+    return [list(indices[i:i + batch_size]) for i in range(0, len(indices), batch_size)]

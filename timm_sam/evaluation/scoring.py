@@ -1,0 +1,168 @@
+"""Accuracy of a model on the batches of a loader, in a label space."""
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm import utils
+from torch import Tensor, nn
+
+from .label_spaces import LabelSpace
+from .subject import Subject
+
+_logger = logging.getLogger("validate")
+
+
+@dataclass
+class Batch:
+    """What one batch of one data set came to.
+
+    Attributes:
+        index: Its place in the data set, from 0.
+        size: Number of images.
+        loss: Mean cross entropy, in the label space.
+        top1, top5: Accuracy in percent, as ``timm.utils.accuracy`` rounds it.
+        hits: Images that are right: among the best 1 and 5 of the label space, among the best 1 and 5 of all outputs.
+    """
+
+    index: int
+    size: int
+    loss: float
+    top1: float
+    top5: float
+    hits: tuple[int, ...] = ()
+
+
+@dataclass
+class Scores:
+    """Accuracy on a data set.
+
+    Attributes:
+        images: Number of images.
+        loss: Mean cross entropy, in the label space.
+        top1, top5: In percent, in the label space.
+        top1_all, top5_all: The same among all outputs, where a prediction outside the label space is wrong.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float
+    top1_all: float
+    top5_all: float
+
+
+def score(
+        subject: Subject,
+        loader: Iterable[tuple[Any, Tensor]],
+        places: Sequence[int],
+        space: LabelSpace,
+        title: str,
+        *,
+        prefetcher: bool,
+        channels_last: bool,
+        log_freq: int,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> list[Batch]:
+    """Runs the model over a loader. Nothing reads the device between two log lines.
+
+    Args:
+        subject: The model.
+        loader: Batches of images (B, C, H, W) or NaFlex dictionaries, with targets (B,) in the label space.
+        places: Place of each batch in the data set; how many there are in all is the length (streams may have fewer).
+        space: What counts as right.
+        title: Of the log lines.
+        prefetcher: Whether the loader has brought the batches to the device.
+        channels_last: Whether images go in that layout.
+        log_freq: Batches between two log lines.
+        watch: Called with each batch's outputs (B, K) and targets.
+
+    Returns:
+        One entry per batch.
+    """
+    loss_fn = nn.CrossEntropyLoss().to(subject.device)
+    waiting: list[Tensor] = []
+    batches: list[Batch] = []
+    sizes: list[int] = []
+
+    def flush() -> None:
+        for values in torch.stack(waiting).tolist() if waiting else ():
+            index = len(batches)
+            hits = tuple(int(v) for v in values[3:])
+            batches.append(Batch(places[index] if index < len(places) else index, sizes[index], *values[:3], hits))
+        waiting.clear()
+
+    meter = utils.AverageMeter()
+    end = time.time()
+    with torch.inference_mode():
+        for index, (input, target) in enumerate(loader):
+            if not prefetcher:
+                target = target.to(device=subject.device)
+                input = _to_device(input, subject)
+            if channels_last and isinstance(input, Tensor):
+                input = input.contiguous(memory_format=torch.channels_last)
+            with subject.autocast():
+                output = subject.model(input)
+                if isinstance(output, (tuple, list)):
+                    output = output[0]
+                reduced = space.reduce(output)
+                loss = loss_fn(reduced, target)
+            if watch is not None:
+                watch(output, target)
+            accuracy = utils.accuracy(reduced, target, topk=(1, 5))
+            hits = []
+            if space.differs:
+                hits = [right.sum() for rights in space.hits(output, target, (1, 5)) for right in rights]
+            waiting.append(torch.stack([value.double() for value in (loss, *accuracy, *hits)]))
+            sizes.append(target.shape[0])
+            meter.update((time.time() - end) / target.shape[0], target.shape[0])
+            end = time.time()
+            if index % log_freq == 0:
+                flush()
+                _log(title, batches, len(places), meter)
+    flush()
+    if batches and (len(batches) - 1) % log_freq:
+        _log(title, batches, len(places), meter)
+    return batches
+
+
+def _to_device(input: Any, subject: Subject) -> Any:
+    if isinstance(input, dict):
+        return {name: _to_device(value, subject) for name, value in input.items()}
+    if not isinstance(input, Tensor):  # NaFlex batches name their sequence length
+        return input
+    return input.to(device=subject.device, dtype=subject.dtype if input.is_floating_point() else None)
+
+
+def _log(title: str, batches: list[Batch], count: int, meter: utils.AverageMeter) -> None:
+    now = mean_of(batches)
+    left = max(0, count - len(batches)) * meter.avg * batches[0].size
+    _logger.info(f"{title}: [{len(batches):>4d}/{count}]  Loss: {now.loss:>6.4f}  Acc@1: {now.top1:>7.3f}  "
+                 f"Acc@5: {now.top5:>7.3f}  {1 / max(meter.avg, 1e-9):>7.1f} images/s  Left: {left:.0f}s")
+
+
+@dataclass
+class _Means:
+    loss: utils.AverageMeter = field(default_factory=utils.AverageMeter)
+    top1: utils.AverageMeter = field(default_factory=utils.AverageMeter)
+    top5: utils.AverageMeter = field(default_factory=utils.AverageMeter)
+
+
+def mean_of(batches: Sequence[Batch]) -> Scores:
+    """The scores of a whole data set from those of its batches, in order: the same floats however they were shared.
+
+    Averages over batches of percentages, with timm's roundings: its script's numbers digit for digit.
+    """
+    means = _Means()
+    for batch in batches:
+        for name in ("loss", "top1", "top5"):
+            getattr(means, name).update(getattr(batch, name), batch.size)
+    images = sum(batch.size for batch in batches)
+    top1, top5 = means.top1.avg, means.top5.avg
+    top1_all, top5_all = top1, top5
+    if batches and batches[0].hits:
+        top1, top5, top1_all, top5_all = (
+            100 * sum(batch.hits[i] for batch in batches) / images for i in range(4))
+    return Scores(images=images, loss=means.loss.avg, top1=top1, top5=top5, top1_all=top1_all, top5_all=top5_all)

@@ -1,0 +1,160 @@
+"""Options -> the model under evaluation, with its weights, preprocessing and precision."""
+import argparse
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm import utils
+from timm.data import resolve_data_config
+from timm.layers import apply_test_time_pool, set_fast_norm
+from timm.models import create_model, load_checkpoint
+from torch import nn
+
+from ..checkpoint import why_unreadable
+from ..errors import OptionError, one_line
+from ..factory import check_model_name
+
+_logger = logging.getLogger("validate")
+
+
+@dataclass
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        name: timm's name of the model.
+        checkpoint: File of the weights, or None: timm's, or random ones.
+        sha256: Of that file, as 64 hexadecimal digits, or None.
+        model: Images (B, C, H, W) -> logits (B, num_classes), on ``device``, in eval mode.
+        num_classes: Number of outputs.
+        param_count: Number of parameters.
+        data_config: Of ``timm.data.resolve_data_config``.
+        crop_pct: Share of the image that the crop keeps.
+        device: Where the model is.
+        dtype: Of the weights; None: float32.
+        autocast: Context of a forward pass.
+    """
+
+    name: str
+    checkpoint: str | None
+    sha256: str | None
+    model: nn.Module
+    num_classes: int
+    param_count: int
+    data_config: Mapping[str, Any]
+    crop_pct: float
+    device: torch.device
+    dtype: torch.dtype | None
+    autocast: Callable[[], AbstractContextManager]
+
+
+def prepare_device(args: argparse.Namespace) -> torch.device:
+    """Device and process group of this rank, and the settings that timm's script makes for the process."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    device = utils.init_distributed_device(args)
+    if args.fuser:
+        utils.set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    return device
+
+
+def file_sha256(path: str) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torch.device, name: str | None = None,
+                  verbose: bool = True) -> Subject:
+    """Builds the model, loads the weights and brings it to the device.
+
+    Args:
+        args: All options.
+        checkpoint: File of the weights; None: timm's own, as --pretrained would.
+        device: Where the model goes.
+        name: The model, if not ``args.model``.
+        verbose: Whether to log.
+
+    Raises:
+        OptionError: The name is unknown, its arguments do not fit, or the weights cannot be loaded into it.
+    """
+    name = name or args.model
+    utils.random_seed(args.seed)
+    model = _create(args, name, pretrained=args.pretrained or checkpoint is None)
+    if checkpoint is not None:
+        _load(model, name, checkpoint, args.use_ema)
+    if args.reparam:
+        model = utils.reparameterize_model(model)
+    param_count = sum(p.numel() for p in model.parameters())
+    if verbose:
+        _logger.info(f"Model {name} created, {param_count:,} parameters")
+    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=verbose)
+    num_classes, crop_pct = model.num_classes, data_config["crop_pct"]
+    if args.test_pool:
+        model, pooled = apply_test_time_pool(model, data_config)
+        crop_pct = 1.0 if pooled else crop_pct
+
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    model = model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model = _transformed(args, model)
+    model.eval()
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    if args.amp:
+        autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+    return Subject(
+        name=name, checkpoint=checkpoint, sha256=file_sha256(checkpoint) if checkpoint else None, model=model,
+        num_classes=num_classes, param_count=param_count, data_config=data_config, crop_pct=crop_pct, device=device,
+        dtype=dtype, autocast=autocast)
+
+
+def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
+    check_model_name("--model", name)
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    try:
+        return create_model(
+            name, pretrained=pretrained, num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp,
+            scriptable=args.torchscript, **args.model_kwargs)
+    except Exception as e:  # the name, its arguments and its files: all of it comes from the options
+        if pretrained and not isinstance(e, TypeError):
+            raise OptionError(f"--model {name}: timm's weights cannot be had: {one_line(e)}; check the network, or give "
+                              f"a file by --checkpoint") from e
+        raise OptionError(f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
+
+
+def _load(model: nn.Module, name: str, path: str, use_ema: bool) -> None:
+    if not os.path.isfile(path):
+        raise OptionError(f"--checkpoint {path} is not a file: give the path of a checkpoint")
+    try:
+        load_checkpoint(model, path, use_ema)
+    except Exception as e:  # unpickling a torn or foreign file raises almost anything
+        raise OptionError(f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: "
+                          f"{why_unreadable(e)}; give a checkpoint of this model, or mend --model and --num-classes") from e
+
+
+def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """Scripted, compiled, fused or spread over devices, as the options say."""
+    if args.torchscript:
+        model = torch.jit.script(model)
+    elif args.torchcompile:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    elif args.aot_autograd:
+        from functorch.compile import memory_efficient_fusion
+        model = memory_efficient_fusion(model)
+    if args.num_gpu > 1:
+        model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
+    return model
