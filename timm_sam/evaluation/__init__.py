@@ -1,0 +1,1 @@
+"""Evaluation: data sets and their label spaces, scores, attacks, tables."""

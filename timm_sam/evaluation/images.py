@@ -1,0 +1,103 @@
+"""Images of an evaluation set for timm's loaders, and subsets of them."""
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..errors import OptionError, one_line
+
+if TYPE_CHECKING:
+    from .suites import Suite
+
+
+class UnreadableImage(OptionError):
+    """An image file that cannot be decoded. ``str()`` is one line in the main process too.
+
+    A worker process of a DataLoader hands over only the class and a text that ends with the traceback; torch builds
+    the exception anew from that text, and the line is taken out of it here.
+    """
+
+    def __init__(self, message: str):
+        _, found, line = message.rpartition(f"{type(self).__name__}: ")
+        super().__init__(" ".join((line if found else message).split()))
+
+
+class SuiteDataset(Dataset):
+    """``(image, class)`` pairs of a suite for ``timm.data.create_loader``, which sets ``transform``.
+
+    Args:
+        suite: Of ``open_suite``. Its ``crop_border_pixels`` is for ``create_loader``: nothing is cut here.
+        img_mode: PIL mode that images are converted to; None: as they are.
+        indices: Positions in ``suite.samples``, in this order; None: all.
+    """
+
+    def __init__(self, suite: "Suite", img_mode: str | None = "RGB", indices: Sequence[int] | None = None):
+        self.samples = suite.samples if indices is None else [suite.samples[i] for i in indices]
+        self.img_mode = img_mode
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._flag = suite.flag
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Raises UnreadableImage where timm's data set would go on with the next sample."""
+        path, target = self.samples[index]
+        image = self._open(path)
+        return image if self.transform is None else self.transform(image), target
+
+    def _open(self, path: str) -> Image.Image:
+        try:
+            with warnings.catch_warnings(), open(path, "rb") as file:
+                # of odd EXIF data and transparent palettes: their pixels are fine
+                warnings.filterwarnings("ignore", category=UserWarning)
+                image = Image.open(file)
+                image.load()
+                return image.convert(self.img_mode) if self.img_mode else image
+        except MemoryError:
+            raise
+        except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            raise UnreadableImage(
+                f"{self._flag}: cannot read the image {path} ({one_line(e, 120)}); restore the file") from None
+
+
+def class_balanced_subset(suite: "Suite", n: int, seed: int, flag: str = "--attack-num-samples") -> list[int]:
+    """A subset in which the classes' counts differ by at most one, as far as their images go.
+
+    Samples and classes are ranked by a hash of the seed, the class and the file's name; every class gives its first
+    sample, then its second, and so on, and the last round goes to the first classes. So the choice depends on nothing
+    else (not on the folder, the platform or a generator's version), and a smaller subset lies within a larger one.
+
+    Args:
+        suite: Of ``open_suite``.
+        n: Number of samples.
+        seed: Of the choice.
+        flag: What errors begin with.
+
+    Returns:
+        ``n`` positions in ``suite.samples``, ascending.
+
+    Raises:
+        OptionError: ``n`` is below 1 or above the number of samples.
+    """
+    if not 1 <= n <= len(suite.samples):
+        raise OptionError(f"{flag} {n}: {suite.name} has {len(suite.samples)} images; use 1 to {len(suite.samples)}")
+    members: dict[int, list[int]] = {}
+    for index, (_, target) in enumerate(suite.samples):
+        members.setdefault(target, []).append(index)
+    order = []
+    for target, indices in members.items():
+        indices.sort(key=lambda i: _rank(seed, target, os.path.basename(suite.samples[i][0])))
+        place = _rank(seed, target)
+        order += [(turn, place, index) for turn, index in enumerate(indices)]
+    order.sort()
+    return sorted(index for _, _, index in order[:n])
+
+
+def _rank(seed: int, *parts: int | str) -> bytes:
+    text = "/".join(str(part) for part in (seed, *parts))
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
