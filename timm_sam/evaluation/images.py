@@ -3,9 +3,10 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ..errors import OptionError, one_line
@@ -47,22 +48,35 @@ class SuiteDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Raises UnreadableImage where timm's data set would go on with the next sample."""
         path, target = self.samples[index]
-        image = self._open(path)
+        image = open_image(path, self.img_mode, self._flag, path)
         return image if self.transform is None else self.transform(image), target
 
-    def _open(self, path: str) -> Image.Image:
-        try:
-            with warnings.catch_warnings(), open(path, "rb") as file:
-                # of odd EXIF data and transparent palettes: their pixels are fine
-                warnings.filterwarnings("ignore", category=UserWarning)
-                image = Image.open(file)
-                image.load()
-                return image.convert(self.img_mode) if self.img_mode else image
-        except MemoryError:
-            raise
-        except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise UnreadableImage(
-                f"{self._flag}: cannot read the image {path} ({one_line(e, 120)}); restore the file") from None
+
+def open_image(file: str | BinaryIO, mode: str | None, flag: str, name: str) -> Image.Image:
+    """Decodes an image.
+
+    Args:
+        file: Its path, or an open file.
+        mode: PIL mode to convert to; None: as it is.
+        flag: What errors begin with.
+        name: What errors call the file.
+
+    Raises:
+        UnreadableImage: It cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings(), open(file, "rb") if isinstance(file, str) else nullcontext(file) as stream:
+            # of odd EXIF data and transparent palettes: their pixels are fine
+            warnings.filterwarnings("ignore", category=UserWarning)
+            image = Image.open(stream)
+            image.load()
+            return image.convert(mode) if mode else image
+    except MemoryError:
+        raise
+    except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        # the texts of the first two repeat the file's name
+        what = "no image" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or one_line(e, 120)
+        raise UnreadableImage(f"{flag}: cannot read the image {name} ({what}); restore the file") from None
 
 
 def class_balanced_subset(suite: "Suite", n: int, seed: int, flag: str = "--attack-num-samples") -> list[int]:

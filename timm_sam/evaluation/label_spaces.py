@@ -41,6 +41,7 @@ class LabelSpace:
 
     name: str
     groups: tuple[tuple[int, ...], ...] | None = None
+    _needed: int = field(default=0, init=False, repr=False, compare=False)  # number of outputs
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +50,7 @@ class LabelSpace:
         outputs = Counter(output for group in self.groups for output in group)
         if not self.groups or not all(self.groups) or min(outputs) < 0 or max(outputs.values()) > 1:
             raise ValueError(f"label space {self.name!r}: groups of outputs must be disjoint, not empty and from 0 on")
+        object.__setattr__(self, "_needed", max(outputs) + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}  # tensors of a GPU stay in the process that made them
@@ -76,11 +78,13 @@ class LabelSpace:
         """
         if self.groups is None:
             return logits
-        table = self._members(logits)
-        if table.ndim == 1:
-            return logits.index_select(1, table)
+        if logits.shape[1] < self._needed:
+            raise ValueError(f"label space {self.name!r} needs {self._needed} outputs, not {logits.shape[1]}")
+        members = logits.index_select(1, self._members(logits.device))
+        if members.shape[1] == len(self.groups):
+            return members
         # max, not amax: a group's gradient goes to one output, undivided, though its padding repeats the first one
-        return logits[:, table].max(dim=2).values
+        return members.unflatten(1, (len(self.groups), -1)).max(dim=2).values
 
     def hits(self, logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> tuple[Tensor, Tensor]:
         """Which samples are right, by this space and by plain ranking of all K outputs.
@@ -99,39 +103,31 @@ class LabelSpace:
         official = _among_best(_ranked(self.reduce(logits), topk), targets, topk)
         if self.groups is None:
             return official, official
-        owners = self._owners(logits)
+        owners = self._owners(logits.shape[1], logits.device)
         return official, _among_best(owners[_ranked(logits, topk)], targets, topk)
 
-    def _members(self, logits: Tensor) -> Tensor:
-        """``(C,)`` if every class owns one output, else ``(C, largest group)``, padded with a group's first output."""
-        key = ("members", logits.device)
+    def _members(self, device: torch.device) -> Tensor:
+        """The groups one after the other, each padded to the largest one's length with its first output."""
+        key = ("members", device)
         if key not in self._tables:
             width = max(len(group) for group in self.groups)
-            rows = [[*group, *[group[0]] * (width - len(group))] for group in self.groups]
-            self._keep(key, rows if width > 1 else [row[0] for row in rows], logits.device)
-        self._check_width(logits)
+            self._keep(key, [i for group in self.groups for i in (*group, *group[:1] * (width - len(group)))], device)
         return self._tables[key]
 
-    def _owners(self, logits: Tensor) -> Tensor:
-        """``(K,)``: the class of each output."""
-        key = ("owners", logits.device, logits.shape[1])
+    def _owners(self, outputs: int, device: torch.device) -> Tensor:
+        """``(outputs,)``: the class of each output."""
+        key = ("owners", outputs, device)
         if key not in self._tables:
-            owners = [_NO_CLASS] * logits.shape[1]
+            owners = [_NO_CLASS] * outputs
             for index, group in enumerate(self.groups):
                 for output in group:
                     owners[output] = index
-            self._keep(key, owners, logits.device)
+            self._keep(key, owners, device)
         return self._tables[key]
 
     def _keep(self, key: Any, values: list, device: torch.device) -> None:
         with torch.inference_mode(False):  # a table made inside inference mode could not be used under autograd later
             self._tables[key] = torch.tensor(values, device=device)
-
-    def _check_width(self, logits: Tensor) -> None:
-        if "width" not in self._tables:
-            self._tables["width"] = 1 + max(max(group) for group in self.groups)
-        if logits.shape[1] < self._tables["width"]:
-            raise ValueError(f"label space {self.name!r} needs {self._tables['width']} outputs, not {logits.shape[1]}")
 
 
 def _ranked(scores: Tensor, topk: Sequence[int]) -> Tensor:

@@ -184,8 +184,7 @@ def _class_root(name: str, folder: str, flag: str) -> str:
 
 
 def _class_folders(root: str, flag: str) -> list[str]:
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    names = [entry.name for entry in _entries(root, flag) if entry.is_dir()]
     if not names:
         raise OptionError(f"{flag}: {root} has no class folders; give the folder that holds them")
     return names
@@ -303,17 +302,23 @@ def _images(folder: str, flag: str) -> list[str]:
     """
     extensions = get_img_extensions(as_set=True) | _MORE_IMG_EXTENSIONS
     images = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                raise OptionError(
-                    f"{flag}: {folder} holds a folder, {entry.name!r}, where images are expected; give the folder "
-                    f"whose folders are the classes")
-            if os.path.splitext(entry.name)[1].lower() in extensions:
-                images.append(entry.name)
+    for entry in _entries(folder, flag):
+        if entry.is_dir():
+            raise OptionError(
+                f"{flag}: {folder} holds a folder, {entry.name!r}, where images are expected; give the folder whose "
+                f"folders are the classes")
+        if os.path.splitext(entry.name)[1].lower() in extensions:
+            images.append(entry.name)
     return images
+
+
+def _entries(folder: str, flag: str) -> list[os.DirEntry]:
+    """What is in a folder and not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as e:
+        raise OptionError(f"{flag}: {folder} cannot be read: {e.strerror}; check its permissions") from None
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
