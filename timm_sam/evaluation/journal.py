@@ -43,7 +43,8 @@ class Journal:
                 with open(file, encoding="utf-8") as f:
                     lines = f.read().split("\n")
             except (OSError, UnicodeDecodeError) as e:
-                raise OptionError(f"--skip-existing: {file} cannot be read ({e}); remove it, or use --overwrite") from None
+                raise OptionError(
+                    f"--skip-existing: {file} cannot be read ({e}); remove it, or use --overwrite") from None
             for line in lines[:-1]:  # what follows the last line break is a torn line, or nothing
                 try:
                     entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""The command line of validate.py: timm's flags, the groups for suites and attacks, and checks that name flag and remedy."""
+"""The command line of validate.py: timm's flags, suites, attacks, and checks that name flag and remedy."""
 import argparse
 import glob
 import math
@@ -19,8 +19,8 @@ from .suites import PUBLISHED
 
 FORMATS = ("csv", "json", "md")
 # what a run's args.yaml says of the model and its images, and validate.py has as flags too
-_OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct", "gp",
-             "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len")
+_OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct",
+             "gp", "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,23 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", metavar="DIR", help="root folder of the data set, above the split's folder or the classes")
     add("--dataset", metavar="TYPE/NAME", default="",
         help="source of the data: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME; empty for folder or tar")
-    add("--split", metavar="NAME", default="validation", help="split to evaluate; val, valid, eval and the like match too")
+    add("--split", metavar="NAME", default="validation",
+        help="split to evaluate; val, valid, eval and the like match too")
     add("--num-samples", type=int, metavar="N", help="size of the split in samples, for streamed data sets")
     add("--dataset-download", action="store_true", help="let torch/ and tfds/ data sets download what is missing")
     add("--class-map", type=str, metavar="FILE", default="",
         help="class names to indices: a text file with one name per line; for folders whose rank is not their label")
-    add("--input-key", type=str, metavar="KEY", help="field that holds the image, or file extensions joined by semicolons")
-    add("--input-img-mode", type=str, metavar="MODE", help="PIL mode of the images; none: RGB for three channels, else L")
+    add("--input-key", type=str, metavar="KEY",
+        help="field that holds the image, or file extensions joined by semicolons")
+    add("--input-img-mode", type=str, metavar="MODE",
+        help="PIL mode of the images; none: RGB for three channels, else L")
     add("--target-key", type=str, metavar="KEY", help="field that holds the label")
     add("--dataset-trust-remote-code", action="store_true",
         help="allow a Hugging Face data set to run its repository's code on this machine")
     add("--real-labels", type=str, metavar="FILE", default="",
         help="JSON list of the reassessed labels of ImageNet's validation images: accuracy by those")
     add("--valid-labels", type=str, metavar="FILE", default="",
-        help="text file with the indices of the outputs that count, one per line, in the order of the data set's labels")
+        help="text file with the indices of the outputs that count, one per line, in the order of the labels")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +81,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="model, or without a checkpoint: all, a wildcard, or a file with one name per line")
     add("--pretrained", action="store_true", help="load timm's weights")
     add("--num-classes", type=int, metavar="N", help="number of outputs; none: the model's own")
-    add("--gp", type=str, metavar="POOL", help="global pooling: fast, avg, max, avgmax or avgmaxc; none: the model's own")
+    add("--gp", type=str, metavar="POOL",
+        help="global pooling: fast, avg, max, avgmax or avgmaxc; none: the model's own")
     add("--checkpoint", nargs="+", metavar="PATH", default="",
         help="weights: a file, several (evaluated one by one, with mean and standard deviation), or a folder of them")
     add("--use-ema", action="store_true", help="take the averaged weights of a checkpoint, where it has some")
@@ -102,7 +106,8 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     add("--tf-preprocessing", action="store_true", help="TensorFlow's preprocessing (needs tensorflow)")
     add("--test-pool", action="store_true", help="pool over larger images than those of training, where it can be done")
     add("--naflex-loader", action="store_true", help="keep the aspect ratio (needs a NaFlex model)")
-    add("--naflex-max-seq-len", type=int, default=576, metavar="N", help="patches per image at most, for --naflex-loader")
+    add("--naflex-max-seq-len", type=int, default=576, metavar="N",
+        help="patches per image at most, for --naflex-loader")
 
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +122,8 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="channels-last memory layout")
     add("--device", type=str, default="cuda", help="device: cuda, cuda:1, cpu, mps, ...")
     add("--amp", action="store_true", help="mixed precision")
-    add("--amp-dtype", type=str, default="float16", metavar="TYPE", help="lower precision of --amp: float16 or bfloat16")
+    add("--amp-dtype", type=str, default="float16", metavar="TYPE",
+        help="lower precision of --amp: float16 or bfloat16")
     add("--model-dtype", type=str, metavar="TYPE", help="type of the weights, without --amp; none: float32")
     add("--fuser", type=str, default="", metavar="NAME", help="fuser of torchscript: te, old or nvfuser")
     add("--fast-norm", action="store_true", help="normalization layers in low precision under --amp")
@@ -146,8 +152,10 @@ def _add_suites(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Suites").add_argument
     add("--eval", nargs="+", default=[], metavar="NAME=DIR",
         help=f"data sets: {', '.join(PUBLISHED)} in their label spaces; any other name: class folders of training")
-    add("--eval-root", metavar="DIR", help="folder with published data sets under their own names; all that are found")
-    add("--allow-partial", action="store_true", help="evaluate sets that lack classes, and mark them, instead of failing")
+    add("--eval-root", metavar="DIR",
+        help="folder with published data sets under their own names: all that are found")
+    add("--allow-partial", action="store_true",
+        help="evaluate sets that lack classes, and mark them, instead of failing")
     add("--skip-existing", action="store_true",
         help="go on with what --results-file has of an evaluation that was interrupted, or had fewer sets")
 
@@ -220,7 +228,7 @@ def _checkpoint_files(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
     # timm's script takes these two endings of a folder
-    files = glob.glob(os.path.join(glob.escape(path), "*.pth.tar")) + glob.glob(os.path.join(glob.escape(path), "*.pth"))
+    files = [file for ending in ("*.pth.tar", "*.pth") for file in glob.glob(os.path.join(glob.escape(path), ending))]
     if not files:
         raise OptionError(f"--checkpoint {path} holds no *.pth.tar and no *.pth; give the file")
     return sorted(files, key=natural_key)
@@ -309,7 +317,8 @@ def _conflicts(args: argparse.Namespace) -> Rules:
     yield (exists and not args.overwrite,
            f"--results-file {args.results_file} exists: add --overwrite to replace it, or name another file")
     folder = os.path.dirname(os.path.abspath(args.results_file))
-    yield bool(args.results_file) and not os.path.isdir(folder), f"--results-file {args.results_file}: {folder} is no folder"
+    yield (bool(args.results_file) and not os.path.isdir(folder),
+           f"--results-file {args.results_file}: there is no folder {folder}; make it, or name another file")
     yield os.path.isdir(args.results_file), f"--results-file {args.results_file} is a folder: name a file in it"
 
 
@@ -331,21 +340,20 @@ def _suite_rules(args: argparse.Namespace) -> Rules:
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
     for dest in ("dataset", "real_labels", "valid_labels", "metrics_avg", "naflex_loader", "tf_preprocessing", "retry"):
         value, flag = getattr(args, dest), "--" + dest.replace("_", "-")
-        yield bool(value), f"{flag} is for a single data set (--data-dir): leave it out with --eval, --attack and several " \
-                           f"checkpoints"
-    yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done stands there"
+        yield (bool(value),
+               f"{flag} is for a single data set: leave it out with --eval, --attack or several checkpoints")
+    yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"
     yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
     extension = os.path.splitext(args.results_file)[1][1:]
     yield (bool(extension) and not args.format_given and extension not in FORMATS,
-           f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all three, or "
-           f"add --results-format")
+           f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "
+           f"three, or add --results-format")
     if not args.attack:
-        for dest, default in {"attack_set": None, "attack_num_samples": None}.items():
-            flag = "--" + dest.replace("_", "-")
-            yield getattr(args, dest) != default, f"{flag} has no effect without --attack: add --attack l2=0.5, or leave it out"
+        for flag, value in (("--attack-set", args.attack_set), ("--attack-num-samples", args.attack_num_samples)):
+            yield value is not None, f"{flag} has no effect without --attack: add --attack l2=0.5, or leave it out"
         return
     yield (args.amp or args.model_dtype in ("float16", "bfloat16"),
            "--attack works in float32 only: leave out --amp and --model-dtype")
     yield (args.torchscript or args.aot_autograd,
-           "--attack differentiates by the images, which scripted and fused models may not: leave out --torchscript and "
-           "--aot-autograd")
+           "--attack differentiates by the images, which scripted and fused models may not allow: leave out "
+           "--torchscript and --aot-autograd")

@@ -2,7 +2,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class Batch:
         index: Its place in the data set, from 0.
         size: Number of images.
         loss: Mean cross entropy, in the label space.
-        top1, top5: Accuracy in percent, as ``timm.utils.accuracy`` rounds it.
-        hits: Images that are right: among the best 1 and 5 of the label space, among the best 1 and 5 of all outputs.
+        top1, top5: Accuracy in percent, as ``timm.utils.accuracy`` rounds it, in the label space.
+        all_outputs: Number of images that are among the best 1 and the best 5 of all outputs, where that may differ.
     """
 
     index: int
@@ -32,7 +32,7 @@ class Batch:
     loss: float
     top1: float
     top5: float
-    hits: tuple[int, ...] = ()
+    all_outputs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -42,16 +42,19 @@ class Scores:
     Attributes:
         images: Number of images.
         loss: Mean cross entropy, in the label space.
-        top1, top5: In percent, in the label space.
-        top1_all, top5_all: The same among all outputs, where a prediction outside the label space is wrong.
+        top1, top5: In percent, in the label space: averages over batches of timm's percentages, as in its script.
+        right1, right5: The same as numbers of images.
+        right1_all, right5_all: Among all outputs, where a prediction outside the label space is wrong.
     """
 
     images: int
     loss: float
     top1: float
     top5: float
-    top1_all: float
-    top5_all: float
+    right1: int
+    right5: int
+    right1_all: int
+    right5_all: int
 
 
 def score(
@@ -77,7 +80,7 @@ def score(
         prefetcher: Whether the loader has brought the batches to the device.
         channels_last: Whether images go in that layout.
         log_freq: Batches between two log lines.
-        watch: Called with each batch's outputs (B, K) and targets.
+        watch: Called with each batch's outputs in the label space (B, C) and targets.
 
     Returns:
         One entry per batch.
@@ -90,8 +93,8 @@ def score(
     def flush() -> None:
         for values in torch.stack(waiting).tolist() if waiting else ():
             index = len(batches)
-            hits = tuple(int(v) for v in values[3:])
-            batches.append(Batch(places[index] if index < len(places) else index, sizes[index], *values[:3], hits))
+            place = places[index] if index < len(places) else index
+            batches.append(Batch(place, sizes[index], *values[:3], tuple(int(v) for v in values[3:])))
         waiting.clear()
 
     meter = utils.AverageMeter()
@@ -110,12 +113,10 @@ def score(
                 reduced = space.reduce(output)
                 loss = loss_fn(reduced, target)
             if watch is not None:
-                watch(output, target)
+                watch(reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
-            hits = []
-            if space.differs:
-                hits = [right.sum() for rights in space.hits(output, target, (1, 5)) for right in rights]
-            waiting.append(torch.stack([value.double() for value in (loss, *accuracy, *hits)]))
+            plain = [right.sum() for right in space.hits(output, target, (1, 5))[1]] if space.differs else []
+            waiting.append(torch.stack([value.double() for value in (loss, *accuracy, *plain)]))
             sizes.append(target.shape[0])
             meter.update((time.time() - end) / target.shape[0], target.shape[0])
             end = time.time()
@@ -143,26 +144,16 @@ def _log(title: str, batches: list[Batch], count: int, meter: utils.AverageMeter
                  f"Acc@5: {now.top5:>7.3f}  {1 / max(meter.avg, 1e-9):>7.1f} images/s  Left: {left:.0f}s")
 
 
-@dataclass
-class _Means:
-    loss: utils.AverageMeter = field(default_factory=utils.AverageMeter)
-    top1: utils.AverageMeter = field(default_factory=utils.AverageMeter)
-    top5: utils.AverageMeter = field(default_factory=utils.AverageMeter)
-
-
 def mean_of(batches: Sequence[Batch]) -> Scores:
-    """The scores of a whole data set from those of its batches, in order: the same floats however they were shared.
-
-    Averages over batches of percentages, with timm's roundings: its script's numbers digit for digit.
-    """
-    means = _Means()
-    for batch in batches:
-        for name in ("loss", "top1", "top5"):
-            getattr(means, name).update(getattr(batch, name), batch.size)
+    """The scores of a whole data set from those of its batches, in order: the same floats however they were shared."""
+    averages = {}
+    for name in ("loss", "top1", "top5"):
+        meter = averages[name] = utils.AverageMeter()
+        for batch in batches:
+            meter.update(getattr(batch, name), batch.size)
+    right = [sum(round(getattr(batch, name) * batch.size / 100) for batch in batches) for name in ("top1", "top5")]
+    right_all = right
+    if any(batch.all_outputs for batch in batches):
+        right_all = [sum(batch.all_outputs[i] for batch in batches) for i in range(2)]
     images = sum(batch.size for batch in batches)
-    top1, top5 = means.top1.avg, means.top5.avg
-    top1_all, top5_all = top1, top5
-    if batches and batches[0].hits:
-        top1, top5, top1_all, top5_all = (
-            100 * sum(batch.hits[i] for batch in batches) / images for i in range(4))
-    return Scores(images=images, loss=means.loss.avg, top1=top1, top5=top5, top1_all=top1_all, top5_all=top5_all)
+    return Scores(images, *(averages[name].avg for name in ("loss", "top1", "top5")), *right, *right_all)

@@ -3,7 +3,7 @@ import argparse
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -130,9 +130,11 @@ def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
             scriptable=args.torchscript, **args.model_kwargs)
     except Exception as e:  # the name, its arguments and its files: all of it comes from the options
         if pretrained and not isinstance(e, TypeError):
-            raise OptionError(f"--model {name}: timm's weights cannot be had: {one_line(e)}; check the network, or give "
-                              f"a file by --checkpoint") from e
-        raise OptionError(f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
+            raise OptionError(
+                f"--model {name}: timm's weights cannot be had: {one_line(e)}; check the network, or give a file by "
+                f"--checkpoint") from e
+        raise OptionError(
+            f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
 
 
 def _load(model: nn.Module, name: str, path: str, use_ema: bool) -> None:
@@ -141,8 +143,9 @@ def _load(model: nn.Module, name: str, path: str, use_ema: bool) -> None:
     try:
         load_checkpoint(model, path, use_ema)
     except Exception as e:  # unpickling a torn or foreign file raises almost anything
-        raise OptionError(f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: "
-                          f"{why_unreadable(e)}; give a checkpoint of this model, or mend --model and --num-classes") from e
+        raise OptionError(
+            f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: {why_unreadable(e)}; "
+            f"give a checkpoint of this model, or mend --model and --num-classes") from e
 
 
 def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
@@ -158,3 +161,14 @@ def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     return model
+
+
+def check_weights(args: argparse.Namespace, checkpoints: Sequence[str]) -> None:
+    """Loads each file into a model once, to see that it can be done.
+
+    Raises:
+        OptionError: One of them cannot.
+    """
+    model = _create(args, args.model, pretrained=False)
+    for path in checkpoints:
+        _load(model, args.model, path, args.use_ema)

@@ -1,0 +1,204 @@
+"""Options -> data sets and loaders of an evaluation, through timm's factories, shared by the ranks."""
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import ImageDataset, create_dataset, create_loader, create_naflex_loader
+from torch.utils.data import Dataset, IterableDataset
+
+from ..errors import OptionError, one_line
+from .images import SuiteDataset, UnreadableImage, open_image
+from .ranks import Ranks, batches_of
+from .subject import Subject
+from .suites import Suite
+
+_logger = logging.getLogger("validate")
+
+
+@dataclass
+class Loaded:
+    """A rank's share of a data set.
+
+    Attributes:
+        loader: Of batches, in order.
+        places: Place in the data set of each batch.
+        indices: Samples of this rank, in order; None: all of a stream.
+    """
+
+    loader: Any
+    places: list[int]
+    indices: list[int] | None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+class Strict(Dataset):
+    """Samples of one of timm's or torchvision's data sets, in a given order; an image that cannot be read is an error.
+
+    timm's data sets go on with the next sample instead. ``transform`` is the data set's own.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[int], where: str) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.where = where
+        # undecoded bytes (--tf-preprocessing) and other kinds of data sets are read as they are
+        self.decodes = isinstance(dataset, ImageDataset) and not dataset.load_bytes
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        index = self.indices[place]
+        if not self.decodes:
+            try:
+                return self.dataset[index]
+            except OSError as e:
+                raise UnreadableImage(
+                    f"{self.where}: cannot read sample {index} ({one_line(e)}); restore the file") from None
+        file, target = self.dataset.reader[index][:2]
+        with file:
+            name = self.dataset.filename(index, absolute=True)
+            image = open_image(file, self.dataset.input_img_mode, self.where, name)
+        return self.transform(image), -1 if target is None else target
+
+
+def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
+    """The data set that timm's flags name.
+
+    Raises:
+        OptionError: It is missing, or has more classes than the model.
+    """
+    channels = subject.data_config["input_size"][0]
+    try:
+        dataset = create_dataset(
+            root=args.data_dir,
+            name=args.dataset,
+            split=args.split,
+            download=args.dataset_download,
+            load_bytes=args.tf_preprocessing,
+            class_map=args.class_map,
+            num_samples=args.num_samples,
+            input_key=args.input_key,
+            input_img_mode=args.input_img_mode or ("RGB" if channels == 3 else "L"),
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+            seed=args.seed,
+        )
+    except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
+        raise OptionError(f"--data-dir {args.data_dir} --dataset {args.dataset or '(folder)'} --split {args.split}: "
+                          f"{one_line(e) or 'cannot be opened'}; check the folder and the split's name") from e
+    classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    if isinstance(classes, dict) and classes:
+        outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
+        needed = max(classes.values()) + 1
+        if needed > outputs:
+            raise OptionError(
+                f"--data-dir {args.data_dir} has {needed} classes, the model {outputs} outputs"
+                f"{' that count' if args.valid_labels else ''}: mend --num-classes, or check that this is the folder "
+                f"above the classes")
+        if needed < outputs and not args.class_map:
+            _logger.warning(
+                f"The data set has {needed} classes, the model {outputs} outputs: classes are numbered by their "
+                f"folders' order, which is wrong if some are missing; see --class-map, --valid-labels and --eval.")
+    return dataset
+
+
+def read_valid_labels(args: argparse.Namespace, num_classes: int) -> list[int]:
+    """The outputs that ``--valid-labels`` names, in the file's order.
+
+    Raises:
+        OptionError: A line is not the index of an output, or a line is there twice.
+    """
+    try:
+        with open(args.valid_labels, encoding="utf-8") as f:
+            labels = [int(line) for line in f.read().split("\n") if line.strip()]
+    except (OSError, ValueError) as e:
+        raise OptionError(
+            f"--valid-labels {args.valid_labels}: {one_line(e)}; write one index of an output per line") from None
+    if not labels or min(labels) < 0 or max(labels) >= num_classes or len(set(labels)) < len(labels):
+        raise OptionError(
+            f"--valid-labels {args.valid_labels}: write different indices from 0 to {num_classes - 1}, one per line")
+    return labels
+
+
+def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, ranks: Ranks) -> Loaded:
+    """This rank's batches of the data set that timm's flags name.
+
+    Raises:
+        OptionError: The data set is a stream, and there are several ranks.
+    """
+    if isinstance(dataset, IterableDataset):
+        if ranks.count > 1:
+            raise OptionError(
+                f"--dataset {args.dataset} is a stream, which processes cannot share exactly: run one process")
+        loader = _loader(args, subject, dataset)
+        return Loaded(loader, list(range(len(loader))), None)
+    batches = batches_of(range(len(dataset)), args.batch_size)
+    places = ranks.share(range(len(batches)))
+    indices = [i for place in places for i in batches[place]]
+    if not args.dataset and not args.tf_preprocessing or ranks.count > 1:
+        dataset = Strict(dataset, indices, f"--data-dir {args.data_dir}")
+    return Loaded(_loader(args, subject, dataset), places, indices)
+
+
+def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batches: Sequence[Sequence[int]],
+                 places: Sequence[int], raw: bool = False) -> Loaded:
+    """Batches of a suite.
+
+    Args:
+        args: All options.
+        subject: The model, whose preprocessing is used.
+        suite: The data set.
+        batches: All batches, as positions in ``suite.samples``.
+        places: Which of them are wanted.
+        raw: Leave images in [0, 1] instead of normalizing them.
+    """
+    indices = [i for place in places for i in batches[place]]
+    channels = subject.data_config["input_size"][0]
+    dataset = SuiteDataset(suite, args.input_img_mode or ("RGB" if channels == 3 else "L"), indices)
+    border = suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
+    return Loaded(_loader(args, subject, dataset, border, raw), list(places), indices)
+
+
+def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, border: int | None = None,
+            raw: bool = False) -> Any:
+    config = subject.data_config
+    channels = config["input_size"][0]
+    kwargs: dict[str, Any] = dict(
+        batch_size=args.batch_size,
+        use_prefetcher=not args.no_prefetcher,
+        interpolation=config["interpolation"],
+        mean=(0.0,) * channels if raw else config["mean"],
+        std=(1.0,) * channels if raw else config["std"],
+        num_workers=args.workers,
+        crop_pct=subject.crop_pct,
+        crop_mode=config["crop_mode"],
+        crop_border_pixels=args.crop_border_pixels if border is None else border or None,
+        pin_memory=args.pin_mem,
+        device=subject.device,
+        img_dtype=subject.dtype or torch.float32,
+    )
+    if args.naflex_loader:
+        return create_naflex_loader(
+            dataset, patch_size=_patch_size(subject) or (16, 16), max_seq_len=args.naflex_max_seq_len, **kwargs)
+    # without persistent workers those of one set are gone when the next one starts
+    return create_loader(dataset, input_size=config["input_size"], tf_preprocessing=args.tf_preprocessing,
+                         persistent_workers=False, **kwargs)
+
+
+def _patch_size(subject: Subject) -> Any:
+    """Of a NaFlex model."""
+    return getattr(getattr(subject.model, "embeds", None), "patch_size", None)

@@ -1,0 +1,149 @@
+"""One data set and one model, as timm's script evaluates them: the same numbers, digit for digit."""
+import argparse
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from timm import utils
+from timm.data import RealLabelsImagenet
+from torch import Tensor
+
+from ..errors import OptionError
+from .label_spaces import LabelSpace
+from .loaders import Loaded, read_valid_labels, single_dataset, single_loader
+from .ranks import Ranks
+from .scoring import mean_of, score
+from .subject import build_subject
+
+_logger = logging.getLogger("validate")
+
+
+def evaluate_single(args: argparse.Namespace, device: torch.device, ranks: Ranks, model: str,
+                    checkpoint: str | None) -> "OrderedDict[str, Any]":
+    """Evaluates one model on the data set that timm's flags name.
+
+    Returns:
+        The entries of timm's script, accuracies in percent rounded to four digits.
+
+    Raises:
+        OptionError: The model, its weights or the data set are not what the options say.
+    """
+    subject = build_subject(args, checkpoint, device, model, verbose=ranks.primary)
+    dataset = single_dataset(args, subject)
+    space = LabelSpace("training")
+    if args.valid_labels:
+        space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))
+    loaded = single_loader(args, subject, dataset, ranks)
+    real = _real_labels(args, dataset, loaded)
+    watching = _Watching(real, bool(args.metrics_avg))
+    batches, error = [], None
+    try:
+        batches = score(subject, loaded, loaded.places, space, "Test", prefetcher=not args.no_prefetcher,
+                        channels_last=args.channels_last, log_freq=args.log_freq, watch=watching.watch)
+    except OptionError as e:
+        error = e
+    parts = ranks.gather_or_raise((batches, watching.results()), error)
+    batches = sorted((batch for part, _ in parts for batch in part), key=lambda batch: batch.index)
+    if not batches:
+        raise OptionError(
+            f"--data-dir {args.data_dir} --split {args.split} holds no images: check the folder and the split")
+    watched = [results for _, results in parts]
+    scores = mean_of(batches)
+    top1, top5 = scores.top1, scores.top5
+    if real is not None:
+        top1, top5 = (float(np.mean([right for w in watched for right in w["real"][k]])) * 100 for k in (1, 5))
+
+    results: OrderedDict[str, Any] = OrderedDict(
+        model=model, top1=round(top1, 4), top1_err=round(100 - top1, 4), top5=round(top5, 4),
+        top5_err=round(100 - top5, 4))
+    if args.metrics_avg:
+        seen = [np.concatenate([batch for w in watched for batch in w[name]]) for name in ("targets", "predictions")]
+        results.update(_class_metrics(args.metrics_avg, *seen))
+    results.update(
+        param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],
+        crop_pct=subject.crop_pct, interpolation=subject.data_config["interpolation"])
+    if ranks.primary:
+        more = "".join(f"  {name} {results[name]:.3f}" for name in results if name.startswith(f"{args.metrics_avg}_"))
+        _logger.info(
+            f"{model}: Acc@1 {results['top1']:.3f}  Acc@5 {results['top5']:.3f}{more}  ({scores.images:,} images)")
+    return results
+
+
+def with_smaller_batches(args: argparse.Namespace, evaluate: Callable[[], "OrderedDict[str, Any]"],
+                         model: str) -> "OrderedDict[str, Any]":
+    """Evaluates with smaller and smaller batches as long as memory is short.
+
+    Returns:
+        The results, or the entries ``model`` and ``error``.
+    """
+    first: int = args.batch_size
+    batch_size: int | None = first
+    error = "unknown"
+    try:
+        while batch_size:
+            args.batch_size = batch_size * args.num_gpu
+            with contextlib.suppress(AttributeError, RuntimeError):
+                torch.get_device_module(args.device).empty_cache()
+            try:
+                return evaluate()
+            except RuntimeError as e:
+                error = " ".join(str(e).split())
+                if not utils.check_batch_size_retry(error):
+                    break
+            batch_size = utils.decay_batch_step(batch_size)
+            _logger.warning(f"{model}: {error[:200]}; trying --batch-size {batch_size}")
+    finally:
+        args.batch_size = first
+    _logger.error(f"{model} failed: {error}")
+    return OrderedDict(model=model, error=error)
+
+
+class _Watching:
+    """What some options need of every batch beside its scores."""
+
+    def __init__(self, real: RealLabelsImagenet | None, keep: bool) -> None:
+        self.real = real
+        self.keep = keep
+        self.predictions: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+
+    @property
+    def watch(self) -> Callable[[Tensor, Tensor], None] | None:
+        return self._watch if self.keep or self.real is not None else None
+
+    def _watch(self, outputs: Tensor, targets: Tensor) -> None:
+        if self.real is not None:
+            self.real.add_result(outputs)
+        if self.keep:
+            self.predictions.append(outputs.argmax(dim=1).cpu().numpy())
+            self.targets.append(targets.cpu().numpy())
+
+    def results(self) -> dict[str, Any]:
+        return dict(real=None if self.real is None else self.real.is_correct, predictions=self.predictions,
+                    targets=self.targets)
+
+
+def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> RealLabelsImagenet | None:
+    if not args.real_labels:
+        return None
+    try:
+        names = dataset.filenames(basename=True)
+        real = RealLabelsImagenet(names, real_json=args.real_labels)
+    except (AssertionError, AttributeError, ValueError, OSError):
+        raise OptionError(
+            f"--real-labels {args.real_labels}: needs a JSON list of one list per image, and ImageNet's whole "
+            f"validation split as a folder or tar; leave it out for other data") from None
+    if loaded.indices is not None:
+        real.filenames = [names[i] for i in loaded.indices]  # it counts the samples of this rank
+    return real
+
+
+def _class_metrics(average: str, targets: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import f1_score, precision_score, recall_score
+    metrics = dict(precision=precision_score, recall=recall_score, f1_score=f1_score)
+    return {f"{average}_{name}": round(100 * metric(targets, predictions, average=average, zero_division=0), 4)
+            for name, metric in metrics.items()}

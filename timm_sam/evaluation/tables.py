@@ -1,0 +1,127 @@
+"""Results of suites as a table: on the terminal, as Markdown, CSV and JSON."""
+import csv
+import io
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+GROUPS = ("ID", "OOD", "adversarial")  # the order of Table 4 of the SAM-ON paper
+
+
+@dataclass
+class Measure:
+    """One number per checkpoint.
+
+    Attributes:
+        group: One of ``GROUPS``.
+        dataset: Name of the data set.
+        name: Of the measure: ``top1``, ``top5``, ``top1_1000way``, ``clean``, ``l2 0.25``, ...
+        images: Number of images behind it.
+        flags: What makes it not the number of the whole data set.
+        values: In percent, one per checkpoint.
+    """
+
+    group: str
+    dataset: str
+    name: str
+    images: int
+    flags: Sequence[str] = ()
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the sample (n - 1); None for a single value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
+    """The same measures of several checkpoints side by side, in the order ID, OOD, adversarial."""
+    merged = [Measure(m.group, m.dataset, m.name, m.images, m.flags, [other[i].values[0] for other in per_checkpoint])
+              for i, m in enumerate(per_checkpoint[0])]
+    return sorted(merged, key=lambda m: GROUPS.index(m.group))
+
+
+def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]:
+    many = len(names) > 1
+    rows = [["", "data set", "measure", "images", *names, *(["mean ± std"] if many else [])]]
+    group = None
+    for m in measures:
+        flags = f" ({'; '.join(m.flags)})" if m.flags else ""
+        row = [m.group if m.group != group else "", m.dataset + flags, m.name, f"{m.images:,}",
+               *(f"{value:.2f}" for value in m.values)]
+        if many:
+            row.append(f"{m.mean:.2f} ± {m.std:.2f}")
+        rows.append(row)
+        group = m.group
+    return rows
+
+
+def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
+    """The table for a terminal; accuracies in percent."""
+    rows = _cells(measures, names)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def as_markdown(measures: Sequence[Measure], names: Sequence[str]) -> str:
+    """The table in Markdown; accuracies in percent."""
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = _cells(measures, names)
+    rule = "|" + "|".join("---:" if i >= 3 else "---" for i in range(len(rows[0]))) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
+
+
+def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
+    """The table as CSV: numbers in percent with four digits, mean and standard deviation in columns of their own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["group", "dataset", "measure", "images", *names, "mean", "std", "flags"])
+    for m in measures:
+        std = "" if m.std is None else f"{m.std:.4f}"
+        writer.writerow([m.group, m.dataset, m.name, m.images, *(f"{value:.4f}" for value in m.values),
+                         f"{m.mean:.4f}", std, "; ".join(m.flags)])
+    return out.getvalue()
+
+
+def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> str:
+    """The table and all that its numbers depend on."""
+    results = [dict(group=m.group, dataset=m.dataset, measure=m.name, images=m.images, values=m.values, mean=m.mean,
+                    std=m.std, flags=list(m.flags)) for m in measures]
+    return json.dumps(dict(checkpoints=list(names), results=results, protocol=protocol), indent=2, default=str) + "\n"
+
+
+def result_files(results_file: str, results_format: str | None) -> dict[str, str]:
+    """Format -> file: by the extension, all three without one, or the format that was asked for."""
+    if not results_file:
+        return {}
+    extension = os.path.splitext(results_file)[1][1:]
+    if results_format is not None:
+        return {results_format: results_file}
+    if extension:
+        return {extension: results_file}
+    return {kind: f"{results_file}.{kind}" for kind in ("md", "csv", "json")}
+
+
+def write(files: dict[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> None:
+    """Writes the table, each file in one piece."""
+    texts = {"md": lambda: as_markdown(measures, names), "csv": lambda: as_csv(measures, names),
+             "json": lambda: as_json(measures, names, protocol)}
+    for kind, path in files.items():
+        temporary = f"{path}.part"
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(texts[kind]())
+        os.replace(temporary, path)
