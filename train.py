@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -22,7 +23,7 @@ from timm.data import resolve_data_config
 from timm.layers import set_fast_norm
 from timm.models import safe_model_name
 
-from timm_sam import checkpoint, factory, restart
+from timm_sam import checkpoint, factory, restart, timing
 from timm_sam.data import create_data
 from timm_sam.engine import Preempted, Run, evaluate, train_one_epoch
 from timm_sam.errors import OptionError, report
@@ -191,7 +192,11 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
     preemption = run.preemption = restart.Preemption(args)
     try:
         for epoch in range(start_epoch, num_epochs):
+            whole_epoch, began = run.position is None, time.perf_counter()
             train_metrics = train_one_epoch(run, epoch)
+            if run.output_dir:  # of the primary rank only
+                seconds = time.perf_counter() - began if whole_epoch else float("nan")
+                timing.record(run.output_dir, epoch, seconds, args.world_size, run.device)
             if share_bn:
                 utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == "reduce")
             if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:

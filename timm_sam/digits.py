@@ -18,7 +18,8 @@ VALIDATION_SHARE = 0.2
 SPLIT_SEED = 0
 
 
-def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
+def export(folder: str, size: int = 32, tune: bool = False, train_size: int | None = None, label_noise: float = 0.0,
+           seed: int = 0) -> dict[str, int]:
     """Writes the images.
 
     Args:
@@ -26,12 +27,16 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
         size: Height and width in pixels, >= 8; scans are enlarged bicubically.
         tune: Split the training part once more, and leave the validation part out: a data set for choosing
             hyperparameters without having seen the validation images.
+        train_size: Number of training images to keep, of each digit in proportion; None keeps all.
+        label_noise: Share of the training images that are filed under one of the nine wrong digits, each as likely
+            as the others. Validation labels stay true.
+        seed: Draws the kept images and the wrong labels.
 
     Returns:
         Number of images per split.
 
     Raises:
-        OptionError: The folder is in use, the size is too small, or scikit-learn is missing.
+        OptionError: The folder is in use, a size or share is out of range, or scikit-learn is missing.
     """
     try:
         import numpy as np
@@ -42,6 +47,10 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
         raise OptionError(f"digits need {e.name}: pip install 'timm_sam[digits]'") from e
     if size < 8:
         raise OptionError(f"--size {size} is smaller than the 8x8 scans: use 8 or more")
+    if not 0 <= label_noise < 1:
+        raise OptionError(f"--label-noise {label_noise} is not a share in [0, 1)")
+    if seed < 0:
+        raise OptionError(f"--seed {seed} is negative: use 0 or more")
     if os.path.isdir(folder) and os.listdir(folder) or os.path.isfile(folder):
         raise OptionError(f"{folder} is in use: remove it, or name another folder")
 
@@ -51,6 +60,15 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
     if tune:
         train, validation = train_test_split(
             train, test_size=VALIDATION_SHARE, stratify=data.target[train], random_state=SPLIT_SEED)
+    if train_size is not None:
+        if not 10 <= train_size < len(train):
+            raise OptionError(f"--train-size {train_size} is not in 10..{len(train) - 1}, one image per digit at least "
+                              f"and fewer than there are")
+        train, _ = train_test_split(train, train_size=train_size, stratify=data.target[train], random_state=seed)
+    labels = data.target.copy()
+    generator = np.random.default_rng(seed)
+    wrong = generator.choice(np.sort(train), round(label_noise * len(train)), replace=False)
+    labels[wrong] = (labels[wrong] + generator.integers(1, 10, len(wrong))) % 10
     splits = {"train": train, "validation": validation}
     parent = os.path.dirname(os.path.abspath(folder))
     try:
@@ -62,7 +80,7 @@ def export(folder: str, size: int = 32, tune: bool = False) -> dict[str, int]:
     try:
         for split, indices in splits.items():
             for i in sorted(indices.tolist()):
-                path = os.path.join(temporary, split, str(data.target[i]), f"{i:04d}.png")
+                path = os.path.join(temporary, split, str(labels[i]), f"{i:04d}.png")
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 grey = np.round(data.images[i] * (255 / 16)).astype(np.uint8)
                 Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC).save(path)
@@ -82,9 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=32, metavar="N", help="height and width of the images in pixels")
     parser.add_argument("--tune", action="store_true",
                         help="split the training part once more, to choose hyperparameters without validation images")
+    parser.add_argument("--train-size", type=int, default=None, metavar="N",
+                        help="keep N training images, of each digit in proportion; none: all")
+    parser.add_argument("--label-noise", type=float, default=0.0, metavar="SHARE",
+                        help="give this share of the training images a wrong label; validation labels stay true")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="draws the images of --train-size and the labels of --label-noise")
     args: argparse.Namespace = parser.parse_args(argv)
     try:
-        counts = export(args.folder, args.size, args.tune)
+        counts = export(args.folder, args.size, args.tune, args.train_size, args.label_noise, args.seed)
     except OptionError as e:
         report(parser.prog, e)
         return 2

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""The paper's table in small: every variant and selection, 3 radii, 3 seeds, on few and noisy digits.
+
+    python benchmarks/digits_table.py --out output/digits_table
+
+trains the small ResNet and the small ViT of ``hparams/digits/table`` 129 times each, on as many processes as asked for,
+and then writes the report (``python -m timm_sam.report``). The whole of scikit-learn's digits leaves nothing to gain (a
+small ResNet reaches 99 %), so training has a few hundred images, of which many are filed under a wrong digit;
+validation images are all there and true.
+
+It can be stopped and started again: a run whose folder is finished is not run again, any other starts anew. A run that
+fails is listed, and does not stop the others.
+"""
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from run_pool import Pool, locked  # of this folder; before torch, it sets the number of threads
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)  # train.py is a script at the top, not part of the package
+
+import yaml  # noqa: E402
+
+import train  # noqa: E402
+from timm_sam import digits  # noqa: E402
+from timm_sam.errors import OptionError, report  # noqa: E402
+from timm_sam.options import OptionParser, dump_args, parse_args  # noqa: E402
+from timm_sam.report.__main__ import main as write_report  # noqa: E402
+from timm_sam.report.runs import read_run  # noqa: E402
+
+# Training images, and the share of them that is filed under a wrong digit: such that plain training is far from what
+# the model can reach. Names of folders, so that the report's titles say it.
+DATA = {"resnet10t": (300, 0.4), "vit_tiny": (400, 0.2)}
+SEEDS = (0, 1, 2)
+
+# Radii by model, variant and selection. Their middles were sought with single runs on a split of the training images
+# (`python -m timm_sam.digits DIR --tune`), never on the validation images.
+RADII: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
+    "resnet10t": {
+        ("sam", "all"): (0.05, 0.15, 0.5),
+        ("sam", "onlynorm"): (0.3, 1, 2),
+        ("sam", "nonorm"): (0.05, 0.15, 0.5),
+        ("elementwise_l2", "all"): (0.3, 1, 3),
+        ("elementwise_l2", "onlynorm"): (0.5, 1.5, 4),
+        ("elementwise_l2", "nonorm"): (0.3, 1, 3),
+        ("elementwise_l2_orig", "all"): (0.3, 1, 3),
+        ("elementwise_l2_orig", "onlynorm"): (0.3, 1, 3),
+        ("elementwise_linf", "all"): (0.001, 0.003, 0.01),
+        ("elementwise_linf", "onlynorm"): (0.01, 0.03, 0.1),
+        ("layerwise_l2", "all"): (0.003, 0.01, 0.03),
+        ("layerwise_l2", "onlynorm"): (0.02, 0.06, 0.2),
+        ("fisher", "all"): (0.05, 0.15, 0.5),
+        ("fisher", "onlynorm"): (0.3, 1, 2),
+    },
+    "vit_tiny": {
+        ("sam", "all"): (0.003, 0.01, 0.03),
+        ("sam", "onlynorm"): (0.03, 0.1, 0.3),
+        ("sam", "nonorm"): (0.003, 0.01, 0.03),
+        ("elementwise_l2", "all"): (0.05, 0.2, 0.6),
+        ("elementwise_l2", "onlynorm"): (0.1, 0.3, 1),
+        ("elementwise_l2", "nonorm"): (0.05, 0.2, 0.6),
+        ("elementwise_l2_orig", "all"): (0.05, 0.2, 0.6),
+        ("elementwise_l2_orig", "onlynorm"): (0.1, 0.3, 1),
+        ("elementwise_linf", "all"): (0.0001, 0.0003, 0.001),
+        ("elementwise_linf", "onlynorm"): (0.002, 0.006, 0.02),
+        ("layerwise_l2", "all"): (0.0003, 0.001, 0.003),
+        ("layerwise_l2", "onlynorm"): (0.01, 0.03, 0.1),
+        ("fisher", "all"): (0.003, 0.01, 0.03),
+        ("fisher", "onlynorm"): (0.03, 0.1, 0.3),
+    },
+}
+VARIANTS = tuple(dict.fromkeys(variant for variant, _ in RADII["resnet10t"]))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the grid."""
+
+    model: str
+    variant: str | None
+    selection: str | None
+    rho: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        sam = "plain" if self.variant is None else f"{self.variant}-{self.selection}-{self.rho:g}"
+        return f"{self.model}/{sam}-seed{self.seed}"
+
+    @property
+    def data(self) -> str:
+        """Name of the folder of images."""
+        size, noise = DATA[self.model]
+        return f"digits-{size}-noise{100 * noise:.0f}"
+
+    @property
+    def kind(self) -> tuple[str, str | None]:
+        """Runs of one kind take the same time."""
+        return self.model, "all" if self.selection == "nonorm" else self.selection
+
+    def argv(self, out: str) -> list[str]:
+        """The command line of train.py."""
+        sam = [] if self.variant is None else [
+            "--sam-variant", self.variant, "--sam-params", str(self.selection), "--sam-rho", f"{self.rho:g}"]
+        return ["-c", os.path.join(ROOT, "hparams", "digits", "table", f"{self.model}.yaml"),
+                "--data-dir", os.path.join(out, self.data), "--output", os.path.join(out, "runs"),
+                "--experiment", self.name, "--seed", str(self.seed), *sam]
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(prog="digits_table.py", description="Trains the paper's grid on few and noisy digits.")
+    add = parser.add_argument
+    add("--out", default=os.path.join("output", "digits_table"), metavar="DIR",
+        help="where data, runs and report are written; started again, it goes on there")
+    add("--jobs", type=int, default=2, metavar="N", help="processes that train at the same time, one thread each")
+    add("--models", nargs="+", choices=tuple(RADII), default=list(RADII), metavar="NAME",
+        help=f"recipes, of {', '.join(RADII)}")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+        help=f"variants beside plain training, of {', '.join(VARIANTS)}")
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="seeds of each cell")
+    return parser
+
+
+def grid(models: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """All runs; seed by seed, so that the whole table is there early, though with fewer seeds."""
+    jobs = []
+    for seed in dict.fromkeys(seeds):
+        for model in dict.fromkeys(models):
+            jobs.append(Job(model, None, None, None, seed))
+            jobs += [Job(model, variant, selection, rho, seed)
+                     for (variant, selection), radii in RADII[model].items() if variant in variants for rho in radii]
+    return jobs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing and writes the report; returns 0, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.jobs < 1:
+            raise OptionError(f"--jobs {args.jobs} trains nothing: use 1 or more")
+        with locked(args.out):
+            failed = run_grid(grid(args.models, args.variants, args.seeds), args.out, args.jobs)
+        code = write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")])
+    except OptionError as e:
+        report(parser.prog, e)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; started again, this goes on where it was.", flush=True)
+        return 130
+    for name, why in failed:
+        print(f"failed: {name}: {why}", flush=True)
+    return code or bool(failed)
+
+
+def run_grid(jobs: Sequence[Job], out: str, processes: int) -> list[tuple[str, str]]:
+    """Runs the jobs that are not finished yet.
+
+    Args:
+        jobs: All of them.
+        out: The folder of data and runs.
+        processes: How many train at the same time.
+
+    Returns:
+        Names of the runs that failed, and why.
+
+    Raises:
+        OptionError: A finished run has other options than the job it stands for.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are gone.
+    """
+    for data, model in {job.data: job.model for job in jobs}.items():
+        size, noise = DATA[model]
+        if not os.path.isdir(os.path.join(out, data)):
+            digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
+        print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
+    missing = [job for job in jobs if not _is_finished(job, out)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before", flush=True)
+    pool = Pool(min(processes, len(missing)))
+    try:
+        return pool.run(missing, out)
+    finally:
+        pool.close()
+
+
+def _is_finished(job: Job, out: str) -> bool:
+    """Whether the run's folder holds all epochs of just this job."""
+    folder = os.path.join(out, "runs", job.name)
+    if not os.path.isdir(folder):
+        return False
+    run = read_run(folder)
+    if not run.complete:
+        return False
+    wanted = yaml.safe_load(dump_args(parse_args(train.build_parser(), job.argv(out))))
+    # the same folder is called otherwise from elsewhere
+    other = [key for key, value in wanted.items() if key not in ("data_dir", "output") and run.args.get(key) != value]
+    if other:
+        raise OptionError(f"{folder} was run with {other[0]} {run.args.get(other[0])}, not {wanted[other[0]]}: remove "
+                          f"it, or name another --out")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

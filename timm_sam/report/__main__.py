@@ -1,0 +1,106 @@
+"""``python -m timm_sam.report RUNS... --out DIR``: tables and figures of any number of runs."""
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import OptionError, report
+from ..options import OptionParser
+from . import markdown
+from .runs import find_runs, read_run
+from .tables import build_tables
+
+PICTURES = ("rho", "time", "loss")
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(prog="python -m timm_sam.report",
+                          description="Puts runs into the paper's tables and figures.")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help=f"folder for {', '.join(markdown.FILES)} and PNG files")
+    parser.add_argument("--epoch", choices=("last", "best"), default="last",
+                        help="whose accuracy counts; best is chosen on the validation images it is then reported for, "
+                             "which flatters noisy runs")
+    parser.add_argument("--running-minutes", type=float, default=60, metavar="N",
+                        help="an unfinished run that wrote a file within N minutes is called running, not stopped")
+    parser.add_argument("--no-plots", action="store_true", help="tables only, which need no matplotlib")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="write over files in DIR of the names used here, though no earlier report wrote them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report and prints its text; returns 0, or 2 for a mistake in the options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        make_report(args)
+    except OptionError as e:
+        report(parser.prog, e)
+        return 2
+    return 0
+
+
+def make_report(args: argparse.Namespace) -> None:
+    """Reads the runs, writes ``args.out``, prints the tables.
+
+    Raises:
+        OptionError: No runs there, or the folder cannot be written or holds something else under our names.
+    """
+    folders = find_runs(args.runs)
+    tables, runs = build_tables([read_run(folder, args.running_minutes) for folder in folders], args.epoch)
+    plots = None
+    note = ""
+    if not args.no_plots:
+        try:
+            from . import plots
+        except ImportError as e:
+            note = f"No pictures: {e.name} is missing; pip install 'timm_sam[report]', or give --no-plots."
+    pictures = {f"table{i}-{kind}.png": (kind, table) for i, table in enumerate(tables, 1) for kind in PICTURES}
+    names = [*markdown.FILES, *(pictures if plots else ())]
+    try:
+        _prepare(args.out, names, args.overwrite)
+        drawn = [] if plots is None else [
+            name for name, (kind, table) in pictures.items()
+            if plots.draw(kind, table, args.epoch, os.path.join(args.out, name))]
+        text = markdown.report_text(tables, runs, args.epoch, drawn)
+        contents = (text, markdown.grid_csv(tables), markdown.runs_csv(runs, args.epoch))
+        for name, content in zip(markdown.FILES, contents):
+            with open(os.path.join(args.out, name), "w", newline="", encoding="utf-8") as f:
+                f.write(content)
+    except OSError as e:
+        raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
+    print(text.removeprefix(markdown.MARK).strip())
+    if note:
+        print(note)
+    print(f"Wrote {', '.join(os.path.join(args.out, name) for name in [*markdown.FILES, *drawn])}")
+
+
+def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
+    """Makes the folder, and removes an earlier report's pictures: there may be fewer tables now.
+
+    Raises:
+        OptionError: Something that no report wrote stands where a file goes.
+        OSError: The folder cannot be made or written.
+    """
+    os.makedirs(out, exist_ok=True)
+    ours = False
+    try:
+        with open(os.path.join(out, markdown.FILES[0]), encoding="utf-8") as f:
+            ours = f.readline().strip() == markdown.MARK
+    except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError):
+        pass
+    there = [name for name in names if os.path.lexists(os.path.join(out, name))]
+    if there and not ours and not overwrite:
+        raise OptionError(
+            f"--out {out} holds {there[0]}, which no report wrote: name another folder, or add --overwrite")
+    if ours:
+        for kind in PICTURES:
+            for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):
+                os.remove(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The report's figures, drawn with matplotlib (extra ``report``).
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and dashes say the same once more.
+"""
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .runs import Run
+from .tables import Cell, Row, Table
+
+# colour, marker, dashes: of the paper's figures, all is solid, OnlyNorm dashed, no-norm dotted
+SELECTION_STYLE = {"all": ("#0072B2", "o", "-"), "onlynorm": ("#D55E00", "s", "--"), "nonorm": ("#009E73", "^", ":")}
+PLAIN = "#555555"
+ROW_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
+ROW_MARKERS = "osD^vPX*"
+SETTINGS = {"font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
+            "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
+    """Draws one figure.
+
+    Args:
+        kind: ``rho``: accuracy over radius; ``time``: accuracy over training time; ``loss``: losses over epochs.
+        table: Whose runs.
+        epoch: Whose accuracy the table holds, ``"last"`` or ``"best"``.
+        path: PNG file to write.
+
+    Returns:
+        Whether there was something to draw.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    functions: dict[str, Callable[[Table, str], Figure | None]] = {
+        "rho": _over_rho, "time": _over_time, "loss": _losses}
+    with matplotlib.rc_context(SETTINGS):
+        figure = functions[kind](table, epoch)
+        if figure is None:
+            return False
+        figure.savefig(path, dpi=130)
+    return True
+
+
+def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
+    """A figure with one panel per name, side by side and in up to three columns, with common axes."""
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(max(5.2, 3.5 * columns), 2.8 * lines + 1.1), layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel().tolist()
+    for ax in axes[len(names):]:
+        ax.remove()
+    for ax, name in zip(axes, names):
+        ax.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11, wrap=True)
+    return figure, axes[:len(names)]
+
+
+def _accuracy_label(epoch: str) -> str:
+    return f"validation top-1 (%), {epoch} epoch"
+
+
+def _seeds_note(table: Table) -> str:
+    counts = sorted({len(cell.runs) for cell in table.cells if cell.runs})
+    if counts == [1]:
+        return "one seed"
+    return f"mean ± std over {'–'.join(str(n) for n in {counts[0]: 0, counts[-1]: 0})} seeds"
+
+
+def _over_rho(table: Table, epoch: str) -> Figure | None:
+    """Figures 1, 2, 6 and 7: a panel per variant, a line per selection, plain training as horizontal line."""
+    rows = [row for row in table.rows if row.variant is not None and any(
+        cell.runs for selection in table.selections for cell in table.of(row, selection))]
+    if not rows:
+        return None
+    figure, axes = _panels([row.name for row in rows], f"{table.title} ({_seeds_note(table)})")
+    plain = table.plain
+    crashed = False
+    for ax, row in zip(axes, rows):
+        _scale_radii(ax, [cell.rho for s in table.selections for cell in table.of(row, s) if cell.rho is not None])
+        ax.set_xlabel("radius ρ")
+        if plain is not None:
+            ax.axhline(plain.mean, color=PLAIN, linestyle="-.", linewidth=1.2)
+            if plain.std is not None:
+                ax.axhspan(plain.mean - plain.std, plain.mean + plain.std, color=PLAIN, alpha=0.15, linewidth=0)
+        for selection in table.selections:
+            color, marker, dashes = SELECTION_STYLE[selection]
+            cells = [cell for cell in table.of(row, selection) if cell.runs]
+            ax.errorbar([cell.rho for cell in cells], [cell.mean for cell in cells],
+                        [cell.std or 0 for cell in cells], color=color, marker=marker, linestyle=dashes, capsize=3,
+                        markersize=5.5)
+            lost = [cell.rho for cell in table.of(row, selection) if cell.diverged]
+            if lost:
+                crashed = True
+                ax.plot(lost, [0.03] * len(lost), "x", color=color, markersize=8, markeredgewidth=2,
+                        transform=ax.get_xaxis_transform(), clip_on=False)
+    for ax in _leftmost(axes):
+        ax.set_ylabel(_accuracy_label(epoch))
+    handles = [Line2D([], [], color=c, marker=m, linestyle=d, label=name)
+               for name, (c, m, d) in SELECTION_STYLE.items() if name in table.selections]
+    if plain is not None:
+        handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=f"plain ({table.optimizer})"))
+    if crashed:
+        handles.append(Line2D([], [], color=PLAIN, marker="x", linestyle="", markeredgewidth=2, label="a run diverged"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _leftmost(axes: Sequence[Any]) -> list[Any]:
+    return [ax for ax in axes if ax.get_subplotspec().is_first_col()]
+
+
+def _scale_radii(ax: Any, radii: Sequence[float]) -> None:
+    positive = [rho for rho in radii if rho > 0]
+    if not positive:
+        return
+    if len(positive) < len(radii):
+        ax.set_xscale("symlog", linthresh=min(positive))  # a logarithm has no place for rho 0
+    else:
+        ax.set_xscale("log")
+    ticks = sorted(set(radii))
+    # radii lie where they were chosen, not at powers of ten: label those, and leave out what would overlap
+    kept = ticks[:1]
+    span = math.log(max(positive) / min(positive)) or 1.0
+    for rho in ticks[1:]:
+        if kept[-1] <= 0 or math.log(rho / kept[-1]) / span > 0.13:
+            kept.append(rho)
+    ax.set_xticks(kept, [f"{rho:g}" for rho in kept])
+    ax.set_xticks([], minor=True)
+    ax.margins(x=0.12)
+
+
+def _over_time(table: Table, epoch: str) -> Figure | None:
+    """Figure 3: chosen radii only, training time relative to plain training."""
+    cells = [cell for cell in table.cells if cell.chosen and cell.relative_time is not None]
+    if len(cells) < 2:
+        return None
+    rows = sorted({cell.row for cell in cells if cell.row.variant is not None})
+    styles = {row: (ROW_COLORS[i % len(ROW_COLORS)], ROW_MARKERS[i % len(ROW_MARKERS)]) for i, row in enumerate(rows)}
+    fill = {"all": "full", "onlynorm": "none", "nonorm": "left"}
+    figure = Figure(figsize=(8.2, 5.0), layout="constrained")
+    ax = figure.subplots()
+    for cell in cells:
+        color, marker = styles.get(cell.row, (PLAIN, "*"))
+        ax.errorbar([cell.relative_time], [cell.mean], [cell.std or 0], color=color, marker=marker, capsize=3,
+                    markersize=11 if cell.selection is None else 8, linestyle="", markeredgewidth=1.6,
+                    elinewidth=1, fillstyle=fill.get(cell.selection or "all", "full"), markerfacecoloralt="white")
+    ax.set_xlabel("training time / training time of plain training")
+    ax.set_ylabel(_accuracy_label(epoch))
+    ax.set_title(f"{table.title} ({_seeds_note(table)})", fontsize=11, wrap=True)
+    handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="", label=f"plain ({table.optimizer})")]
+    handles += [Line2D([], [], color=c, marker=m, linestyle="", label=row.name) for row, (c, m) in styles.items()]
+    handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=fill[s], markerfacecoloralt="white",
+                       markeredgewidth=1.6, label=s) for s in table.selections]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def _losses(table: Table, epoch: str) -> Figure | None:
+    """Training loss at w and at w + eps of the chosen radii, a panel per variant."""
+    rows = [row for row in table.rows if row.variant is not None and any(
+        table.chosen(row, selection) for selection in table.selections)]
+    plain = table.plain
+    if not rows and plain is None:
+        return None
+    names = [row.name for row in rows] or ["plain"]
+    figure, axes = _panels(names, f"{table.title}, at the chosen radii")
+    for ax, row in zip(axes, rows or [Row(-1, None)]):
+        ax.set_xlabel("epoch")
+        if plain is not None:
+            ax.plot(*_curve(plain.runs, "train_loss"), color=PLAIN, linestyle="-", linewidth=1.2)
+        for selection in table.selections:
+            cell = table.chosen(row, selection)
+            if cell is not None:
+                _plot_losses(ax, cell)
+    for ax in _leftmost(axes):
+        ax.set_ylabel("training loss")
+    there = [s for s in table.selections if any(table.chosen(row, s) for row in rows)]
+    handles = [Line2D([], [], color=SELECTION_STYLE[s][0], marker=SELECTION_STYLE[s][1], label=s) for s in there]
+    if plain is not None:
+        handles.append(Line2D([], [], color=PLAIN, label=f"plain ({table.optimizer})"))
+    if there:
+        handles += [Line2D([], [], color="black", linestyle="-", label="at w"),
+                    Line2D([], [], color="black", linestyle="--", label="at w + eps")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, columnspacing=1.2)
+    return figure
+
+
+def _plot_losses(ax: Any, cell: Cell) -> None:
+    color, marker, _ = SELECTION_STYLE[str(cell.selection)]
+    for column, dashes in (("train_loss", "-"), ("train_sam_loss", "--")):
+        epochs, losses = _curve(cell.runs, column)
+        every = max(1, len(epochs) // 5)
+        ax.plot(epochs, losses, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4.5,
+                markevery=every)
+
+
+def _curve(runs: Sequence[Run], column: str) -> tuple[list[float], list[float]]:
+    """Epochs that all runs have, and the mean over runs."""
+    by_epoch: dict[float, list[float]] = {}
+    for run in runs:
+        for row in run.rows:
+            if math.isfinite(row.get(column, math.nan)):  # epochs without SAM have no loss at w + eps
+                by_epoch.setdefault(row["epoch"], []).append(row[column])
+    epochs = sorted(e for e, values in by_epoch.items() if len(values) == len(runs))
+    return epochs, [statistics.fmean(by_epoch[e]) for e in epochs]

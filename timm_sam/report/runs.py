@@ -1,0 +1,204 @@
+"""One run's folder: what was asked for, what came out, and whether it may be averaged."""
+import argparse
+import csv
+import functools
+import io
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import yaml
+
+from .. import timing
+from ..errors import OptionError, one_line
+from ..factory import create_schedule
+from ..options import build_train_parser
+
+FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
+    "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")
+ACCURACY = "eval_top1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds.
+
+    Attributes:
+        path: The folder.
+        status: ``finished``: every epoch is there and may be averaged; any other: see ``reason``.
+        reason: Why it is not finished.
+        args: All options, with train.py's defaults where ``args.yaml`` has none.
+        rows: Of ``summary.csv``, one per evaluated epoch.
+        epochs: Epochs in all, cool-down and the like included.
+        seconds: Training time of all epochs, extrapolated over epochs that were not timed; None if none was.
+        ranks: Processes that trained together; None if unknown.
+        device: Their device; None if unknown.
+    """
+
+    path: str
+    status: str
+    reason: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[dict[str, float], ...] = ()
+    epochs: int = 0
+    seconds: float | None = None
+    ranks: int | None = None
+    device: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last epoch was reached, with whatever result."""
+        return bool(self.rows) and self.rows[-1]["epoch"] >= self.epochs - 1
+
+    def accuracy(self, epoch: str = "last") -> float:
+        """Validation top-1 accuracy in percent: of the last epoch, or with ``"best"`` the highest of any."""
+        return self.rows[-1][ACCURACY] if epoch == "last" else max(row[ACCURACY] for row in self.rows)
+
+
+class _Unusable(Exception):
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def find_runs(paths: Sequence[str]) -> list[str]:
+    """Folders of runs: the given ones and those below them.
+
+    Raises:
+        OptionError: A path is no folder, or none holds a run.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            raise OptionError(f"{path} is not a folder: give folders of runs, or folders that hold them")
+        before = len(found)
+        seen = False
+        for folder, subfolders, files in os.walk(path):
+            subfolders.sort()
+            if "args.yaml" in files or "summary.csv" in files:
+                found.setdefault(os.path.realpath(folder), folder)
+                seen = True
+        if not seen and len(found) == before:
+            raise OptionError(f"{path} holds no run: no args.yaml and no summary.csv in it or below it")
+    return list(found.values())
+
+
+def read_run(folder: str, running_minutes: float = 60) -> Run:
+    """Reads one run.
+
+    Args:
+        folder: With ``args.yaml`` and ``summary.csv``.
+        running_minutes: A run whose files are not older than this, and which has epochs to go, is still running.
+
+    Returns:
+        The run; what is wrong with it is its ``status`` and ``reason``, nothing is raised.
+    """
+    run = Run(folder, FINISHED)
+    try:
+        args = _read_args(os.path.join(folder, "args.yaml"))
+        run = replace(run, args=args, epochs=_planned_epochs(args))
+        run = replace(run, rows=tuple(_read_summary(os.path.join(folder, "summary.csv"))))
+        run = _timed(run)
+    except _Unusable as e:
+        return replace(run, status=e.status, reason=str(e))
+    last = run.rows[-1] if run.rows else {}
+    for column in ("train_loss", "eval_loss"):
+        if not math.isfinite(last.get(column, 0.0)):
+            return replace(run, status=DIVERGED,
+                           reason=f"{column} is {last[column]} in epoch {last['epoch']:g} of 0..{run.epochs - 1}")
+    if not run.complete:
+        done = f"evaluated up to epoch {last['epoch']:g}" if last else "no epoch evaluated"
+        age = (time.time() - _last_write(folder)) / 60
+        status = RUNNING if age <= running_minutes else STOPPED
+        return replace(run, status=status,
+                       reason=f"{done} of 0..{run.epochs - 1}; last written {max(0, round(age))} minutes ago")
+    if not all(ACCURACY in row and math.isfinite(row[ACCURACY]) for row in run.rows):
+        return replace(run, status=UNSCORED, reason=f"summary.csv has no {ACCURACY}: trained without validation")
+    return run
+
+
+@functools.cache
+def default_args() -> dict[str, Any]:
+    """The options of train.py with their defaults."""
+    return {key: value for key, value in vars(build_train_parser().parse_args([])).items() if key != "config"}
+
+
+def _read_args(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            given = yaml.safe_load(f)
+    except FileNotFoundError:
+        raise _Unusable(UNREADABLE, "no args.yaml") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise _Unusable(UNREADABLE, f"args.yaml cannot be read: {one_line(e, 150)}") from None
+    if not isinstance(given, dict) or "model" not in given:
+        raise _Unusable(UNREADABLE, "args.yaml holds no options of a training (torn?)")
+    return {**default_args(), **{str(key): value for key, value in given.items()}}
+
+
+def _planned_epochs(args: dict[str, Any]) -> int:
+    """Epochs in all, by timm's own rules for warm-up, cool-down and cycles."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args["lr"] or 0.1)
+    try:
+        # the number of updates per epoch only matters to schedules that move with them; it cancels out
+        return int(create_schedule(argparse.Namespace(**args), optimizer, 1000, False)[1])
+    except (OptionError, TypeError, KeyError, AttributeError) as e:
+        raise _Unusable(UNREADABLE, f"args.yaml gives no schedule: {one_line(e, 150)}") from None
+
+
+def _read_summary(path: str) -> list[dict[str, float]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            text = f.read()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as e:
+        raise _Unusable(UNREADABLE, f"summary.csv cannot be read: {one_line(e, 150)}") from None
+    if not text:
+        return []
+    if "\0" in text or not text.endswith("\n"):
+        raise _Unusable(UNREADABLE, "summary.csv is torn: its last line does not end")
+    header, *lines = [line for line in csv.reader(io.StringIO(text)) if line]
+    if "epoch" not in header or "train_loss" not in header:
+        raise _Unusable(UNREADABLE, "summary.csv has no columns epoch and train_loss")
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(header) or line == header:
+            raise _Unusable(
+                MIXED, f"line {number} of summary.csv has other columns than the first: two runs in one file")
+        try:
+            row = dict(zip(header, map(float, line)))
+        except ValueError as e:
+            raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {one_line(e, 100)}") from None
+        if rows and not row["epoch"] > rows[-1]["epoch"]:
+            raise _Unusable(MIXED, f"line {number} of summary.csv: epoch {row['epoch']:g} comes after "
+                                   f"{rows[-1]['epoch']:g}: two runs in one file")
+        rows.append(row)
+    return rows
+
+
+def _timed(run: Run) -> Run:
+    """The run with its training time, as far as ``timing.csv`` tells."""
+    try:
+        with open(os.path.join(run.path, timing.FILE), newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        seconds = [float(row["seconds"]) for row in rows]
+        ranks, devices = {int(row["ranks"]) for row in rows}, {row["device"] for row in rows}
+    except FileNotFoundError:
+        return run
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+        raise _Unusable(UNREADABLE, f"{timing.FILE} cannot be read: {one_line(e, 150)}") from None
+    if len(ranks) > 1:
+        raise _Unusable(MIXED, f"trained by {' and then by '.join(map(str, sorted(ranks)))} processes")
+    known = [s for s in seconds if math.isfinite(s)]
+    # seconds of different devices do not add up to anything that compares
+    total = sum(known) / len(known) * run.epochs if known and len(devices) == 1 else None
+    return replace(run, seconds=total, ranks=next(iter(ranks), None), device=" + ".join(sorted(devices)) or None)
+
+
+def _last_write(folder: str) -> float:
+    return max(entry.stat().st_mtime for entry in os.scandir(folder) if entry.is_file())
