@@ -238,7 +238,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                              reverse=eval_metric == "loss")
         print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}", flush=True)
     if primary and best_metric is not None:
-        for name in ("args.yaml", "summary.csv", "last.pth.tar", "model_best.pth.tar"):
+        for name in ("args.yaml", "summary.csv", timing.FILE, "last.pth.tar", "model_best.pth.tar"):
             _logger.info(f"Wrote {os.path.join(run.output_dir or '', name)}")
         _logger.info(f"*** Best metric: {eval_metric} {best_metric} (epoch {best_epoch})")
 

@@ -144,12 +144,12 @@ def test_loss_rises_along_the_perturbation_and_falls_along_training(with_sam):
     assert float(second['train_loss']) < float(first['train_loss'])
 
 
-def test_run_writes_the_files_of_timm_and_names_them(plain, with_sam):
+def test_run_writes_the_files_of_timm_and_its_times_and_names_them(plain, with_sam):
     for done in (plain, with_sam):
-        names = {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
+        names = {'args.yaml', 'summary.csv', 'timing.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
                  'checkpoint-1.pth.tar'}
         assert {path.name for path in done.folder().iterdir()} == names
-        for name in ('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar'):
+        for name in ('args.yaml', 'summary.csv', 'timing.csv', 'last.pth.tar', 'model_best.pth.tar'):
             assert f"Wrote {os.path.join('out', 'run', name)}" in done.err
 
 

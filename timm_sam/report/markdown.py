@@ -78,7 +78,7 @@ def spread(cell: Cell, digits: int = 2) -> str:
 
 def _paper_table(table: Table) -> str:
     shown = [cell for cell in table.cells if cell.chosen]
-    best = max(shown, key=lambda cell: cell.mean, default=None)
+    best = max(shown, key=lambda cell: cell.mean) if len(shown) > 1 else None
     columns = table.selections or ["all"]
     lines = []
     for row in table.rows:

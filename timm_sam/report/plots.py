@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from .runs import Run
 from .tables import Cell, Row, Table
@@ -81,7 +82,8 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
         return None
     figure, axes = _panels([row.name for row in rows], f"{table.title} ({_seeds_note(table)})")
     plain = table.plain
-    crashed = False
+    floor = _floor(table)
+    crashed = below = False
     for ax, row in zip(axes, rows):
         _scale_radii(ax, [cell.rho for s in table.selections for cell in table.of(row, s) if cell.rho is not None])
         ax.set_xlabel("radius ρ")
@@ -96,10 +98,13 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
                         [cell.std or 0 for cell in cells], color=color, marker=marker, linestyle=dashes, capsize=3,
                         markersize=5.5)
             lost = [cell.rho for cell in table.of(row, selection) if cell.diverged]
-            if lost:
-                crashed = True
-                ax.plot(lost, [0.03] * len(lost), "x", color=color, markersize=8, markeredgewidth=2,
-                        transform=ax.get_xaxis_transform(), clip_on=False)
+            low = [cell.rho for cell in cells if floor is not None and cell.mean < floor]
+            crashed, below = crashed or bool(lost), below or bool(low)
+            for radii, mark in ((lost, "x"), (low, "$\\downarrow$")):
+                ax.plot(radii, [0.04] * len(radii), mark, color=color, markersize=9, markeredgewidth=1.5,
+                        linestyle="", transform=ax.get_xaxis_transform())
+    if floor is not None:
+        axes[0].set_ylim(bottom=floor)
     for ax in _leftmost(axes):
         ax.set_ylabel(_accuracy_label(epoch))
     handles = [Line2D([], [], color=c, marker=m, linestyle=d, label=name)
@@ -108,8 +113,20 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
         handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=f"plain ({table.optimizer})"))
     if crashed:
         handles.append(Line2D([], [], color=PLAIN, marker="x", linestyle="", markeredgewidth=2, label="a run diverged"))
+    if below:
+        handles.append(Line2D([], [], color=PLAIN, marker="$\\downarrow$", markersize=9, linestyle="",
+                              label="below the axis"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
+
+
+def _floor(table: Table) -> float | None:
+    """Where the accuracy axis ends, if a few collapsed runs would press all others into a line; else None."""
+    means = sorted(cell.mean for cell in table.cells if cell.runs)
+    floor = means[-1] - 3 * (means[-1] - statistics.median(means))
+    if table.plain is not None:
+        floor = min(floor, table.plain.mean - 2 * (table.plain.std or 0))
+    return floor if means[0] < floor else None
 
 
 def _leftmost(axes: Sequence[Any]) -> list[Any]:
@@ -132,7 +149,8 @@ def _scale_radii(ax: Any, radii: Sequence[float]) -> None:
         if kept[-1] <= 0 or math.log(rho / kept[-1]) / span > 0.13:
             kept.append(rho)
     ax.set_xticks(kept, [f"{rho:g}" for rho in kept])
-    ax.set_xticks([], minor=True)
+    ax.set_xticks([rho for rho in ticks if rho not in kept], minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(x=0.12)
 
 
@@ -153,7 +171,7 @@ def _over_time(table: Table, epoch: str) -> Figure | None:
                     elinewidth=1, fillstyle=fill.get(cell.selection or "all", "full"), markerfacecoloralt="white")
     ax.set_xlabel("training time / training time of plain training")
     ax.set_ylabel(_accuracy_label(epoch))
-    ax.set_title(f"{table.title} ({_seeds_note(table)})", fontsize=11, wrap=True)
+    ax.set_title(f"{table.title}, at the chosen radii ({_seeds_note(table)})", fontsize=10, wrap=True)
     handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="", label=f"plain ({table.optimizer})")]
     handles += [Line2D([], [], color=c, marker=m, linestyle="", label=row.name) for row, (c, m) in styles.items()]
     handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=fill[s], markerfacecoloralt="white",

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,8 @@ from .. import timing
 from ..errors import OptionError, one_line
 from ..factory import create_schedule
 from ..options import build_train_parser
+from ..perturbation import VARIANTS
+from ..selection import SELECTIONS
 
 FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
     "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")
@@ -137,15 +140,23 @@ def _read_args(path: str) -> dict[str, Any]:
         raise _Unusable(UNREADABLE, f"args.yaml cannot be read: {one_line(e, 150)}") from None
     if not isinstance(given, dict) or "model" not in given:
         raise _Unusable(UNREADABLE, "args.yaml holds no options of a training (torn?)")
-    return {**default_args(), **{str(key): value for key, value in given.items()}}
+    args = {**default_args(), **{str(key): value for key, value in given.items()}}
+    if args["sam_variant"] is not None:
+        known = args["sam_variant"] in VARIANTS and args["sam_params"] in SELECTIONS
+        if not known or not isinstance(args["sam_rho"], (int, float)):
+            raise _Unusable(UNREADABLE, "args.yaml names no variant, selection and radius that there is: " + ", ".join(
+                str(args[name]) for name in ("sam_variant", "sam_params", "sam_rho")))
+    return args
 
 
 def _planned_epochs(args: dict[str, Any]) -> int:
     """Epochs in all, by timm's own rules for warm-up, cool-down and cycles."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args["lr"] or 0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     try:
-        # the number of updates per epoch only matters to schedules that move with them; it cancels out
-        return int(create_schedule(argparse.Namespace(**args), optimizer, 1000, False)[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the schedule's deprecation, say: nothing is trained with it here
+            # the number of updates per epoch only matters to schedules that move with them; it cancels out
+            return int(create_schedule(argparse.Namespace(**args), optimizer, 1000, False)[1])
     except (OptionError, TypeError, KeyError, AttributeError) as e:
         raise _Unusable(UNREADABLE, f"args.yaml gives no schedule: {one_line(e, 150)}") from None
 
