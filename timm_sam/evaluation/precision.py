@@ -1,0 +1,47 @@
+"""Float32 arithmetic without shortcuts."""
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """TF32 and reduced-precision float32 off in cuBLAS, cuDNN and oneDNN, cudnn.benchmark off; restored after.
+
+    The benchmark would time every new batch size. PyTorch has two interfaces to the same settings, and reading the old
+    one raises where the new one was used: each is saved if it can be read.
+    """
+    b = torch.backends
+    libraries = ((b.cuda, ("matmul",)), (b.cudnn, ("conv", "rnn")), (b.mkldnn, ("matmul", "conv", "rnn")))
+    # older releases have the old interface only
+    owners: list[Any] = [getattr(library, op, None) for library, ops in libraries for op in ops]
+    owners = [owner for owner in owners if hasattr(owner, "fp32_precision")]
+    precisions = [o.fp32_precision for o in owners]
+    matmul, cudnn = _readable(torch.get_float32_matmul_precision), _readable(lambda: b.cudnn.allow_tf32)
+    benchmark = b.cudnn.benchmark
+    try:
+        b.cudnn.benchmark = False
+        torch.set_float32_matmul_precision("highest")
+        b.cudnn.allow_tf32 = False
+        for owner in owners:
+            if owner.fp32_precision not in ("ieee", "none"):
+                owner.fp32_precision = "ieee"
+        yield
+    finally:
+        b.cudnn.benchmark = benchmark
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            b.cudnn.allow_tf32 = cudnn
+        for owner, precision in zip(owners, precisions):
+            if owner.fp32_precision != precision:
+                owner.fp32_precision = precision
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return None
