@@ -26,12 +26,14 @@ shift
 
 # What runs on each node. Five minutes before the end Slurm sends SIGUSR1 to every process of the step. All but this
 # shell ignore it, and the shell sends SIGTERM to the training processes alone, the children of torchrun: torchrun
-# itself would also stop their loader workers, and then there is no batch left to finish.
+# itself would also stop their loader workers, and then there is no batch left to finish. It looks at its children every
+# ten seconds only, so that the first one to end does not make it stop the one that still writes the checkpoint.
 on_each_node='
     stopped=0
     trap "" USR1 # ignored by all that is started from here on
     torchrun --nnodes "$NODES" --nproc-per-node "$DEVICES" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" \
-        --rdzv-id "$JOB" --monitor-interval 5 train.py -c "$RECIPE" --data-dir "$DATA_DIR" --experiment "$EXPERIMENT" --resume auto "$@" &
+        --rdzv-id "$JOB" --monitor-interval 10 \
+        train.py -c "$RECIPE" --data-dir "$DATA_DIR" --experiment "$EXPERIMENT" --resume auto "$@" &
     torchrun=$!
     trap "stopped=1; pkill -TERM -P $torchrun" USR1
     while wait "$torchrun"; code=$?; [ "$code" -gt 128 ] && kill -0 "$torchrun" 2> /dev/null; do :; done
