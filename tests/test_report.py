@@ -465,6 +465,7 @@ def png():
 
 def test_pictures_are_drawn(grid, capsys, png):
     write_run(grid / 'runs' / 'bad', loss='nan', seconds=1, **sam(0.8))
+    write_run(grid / 'runs' / 'collapsed', (1.0, 2.0, 10.0), seconds=1, **sam(1.6))  # below the axis
     write_run(grid / 'runs' / 'zero', seconds=1, **sam(0.0, variant='fisher', params='nonorm', sam_filter='layer4'))
     assert command.main([str(grid / 'runs'), '--out', str(grid / 'out')]) == 0
     text = (grid / 'out' / 'report.md').read_text()

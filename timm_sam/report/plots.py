@@ -101,8 +101,8 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
             low = [cell.rho for cell in cells if floor is not None and cell.mean < floor]
             crashed, below = crashed or bool(lost), below or bool(low)
             for radii, mark in ((lost, "x"), (low, "$\\downarrow$")):
-                ax.plot(radii, [0.04] * len(radii), mark, color=color, markersize=9, markeredgewidth=1.5,
-                        linestyle="", transform=ax.get_xaxis_transform())
+                ax.plot(radii, [0.04] * len(radii), marker=mark, color=color, markersize=9,
+                        markeredgewidth=1.5, linestyle="", transform=ax.get_xaxis_transform())
     if floor is not None:
         axes[0].set_ylim(bottom=floor)
     for ax in _leftmost(axes):
