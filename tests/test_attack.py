@@ -9,7 +9,6 @@ from timm_sam.evaluation import attack as attack_module
 from timm_sam.evaluation.attack import attack, cross_entropy, targeted_dlr
 from timm_sam.evaluation.ball import Ball, noise
 
-
 # the losses
 
 def test_losses_by_hand():

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_sam.evaluation.attack import Attacked, Normalized, attack
 
-
 # Normalized
 
 def test_normalized_is_the_model_on_normalized_images():
