@@ -5,12 +5,21 @@ INSTALLED := $(VENV)/installed
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint clean
+.PHONY: train validate test test-slow lint clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
 	$(BIN)/torchrun --standalone --nproc-per-node 2 train.py \
 		-c hparams/digits/resnet10t_sam_on.yaml --data-dir data/digits
+
+# What `make train` left last: in distribution, out of it, and under attack.
+validate: $(INSTALLED) data/digits
+	@run=$$(ls -td output/train/*-resnet10t-32 2>/dev/null | head -n 1); \
+	if [ -z "$$run" ]; then echo "nothing to evaluate yet: make train" >&2; exit 1; fi; set -x; \
+	$(BIN)/torchrun --standalone --nproc-per-node 2 validate.py --checkpoint $$run/model_best.pth.tar --device cpu \
+		--workers 1 --batch-size 32 --eval validation=data/digits/validation blur=data/digits/shifted/blur \
+		noise=data/digits/shifted/noise rotation=data/digits/shifted/rotation contrast=data/digits/shifted/contrast \
+		--attack l2=0.5,1 linf=4/255,8/255 --attack-num-samples 64 --results-file $$run/evaluation --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -2,7 +2,8 @@
 
 1,797 real scans of handwritten digits (UCI Optical Recognition of Handwritten Digits, 8x8 grey levels 0 to 16), which
 scikit-learn ships inside its package. Written as ``DIR/train/<digit>/<index>.png`` and ``DIR/validation/...``, the
-layout of an ImageNet folder. Needs the extra ``digits``.
+layout of an ImageNet folder; ``DIR/shifted/<blur|noise|rotation|contrast>/<digit>/<index>.png`` are the validation
+images once more, as out-of-distribution test sets. Needs the extra ``digits``.
 """
 import argparse
 import os
@@ -10,9 +11,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import OptionError, report
 from .options import OptionParser
+from .shifts import SHIFTS
 
 VALIDATION_SHARE = 0.2
 SPLIT_SEED = 0
@@ -80,10 +83,13 @@ def export(folder: str, size: int = 32, tune: bool = False, train_size: int | No
     try:
         for split, indices in splits.items():
             for i in sorted(indices.tolist()):
-                path = os.path.join(temporary, split, str(labels[i]), f"{i:04d}.png")
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                name = os.path.join(str(labels[i]), f"{i:04d}.png")
                 grey = np.round(data.images[i] * (255 / 16)).astype(np.uint8)
-                Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC).save(path)
+                image = Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC)
+                _save(image, temporary, split, name)
+                for number, (shift, apply) in enumerate(SHIFTS.items() if split == "validation" else ()):
+                    shifted = apply(image, np.random.default_rng((SPLIT_SEED, number, i)))
+                    _save(shifted, temporary, "shifted", shift, name)
         os.chmod(temporary, 0o755)
         if os.path.isdir(folder):
             os.rmdir(folder)
@@ -92,6 +98,12 @@ def export(folder: str, size: int = 32, tune: bool = False, train_size: int | No
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return {split: len(indices) for split, indices in splits.items()}
+
+
+def _save(image: Any, *path: str) -> None:
+    file = os.path.join(*path)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    image.save(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptionError as e:
         report(parser.prog, e)
         return 2
-    print(f"{args.folder}: " + ", ".join(f"{n} images in {split}" for split, n in counts.items()))
+    print(f"{args.folder}: " + ", ".join(f"{n} images in {split}" for split, n in counts.items()) +
+          f", and these shifted by {', '.join(SHIFTS)}")
     return 0
 
 
