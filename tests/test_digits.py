@@ -115,6 +115,39 @@ def test_export_is_the_same_every_time_whatever_the_random_state(tune, tmp_path)
     assert contents(tmp_path / 'again') == contents(tune[0])
 
 
+# Few and wrong labels
+
+def test_few_images_are_of_each_digit_in_proportion_and_the_same_every_time(tmp_path, full):
+    for name in ('a', 'b'):
+        counts = digits.export(str(tmp_path / name), size=8, train_size=200, seed=3)
+        assert counts == {'train': 200, 'validation': 360}
+    digits.export(str(tmp_path / 'c'), size=8, train_size=200, seed=4)
+    few, other = indices(tmp_path / 'a', 'train'), indices(tmp_path / 'c', 'train')
+    assert few < indices(full[0], 'train') and few != other and contents(tmp_path / 'a') == contents(tmp_path / 'b')
+    assert set(Counter(path.parent.name for path in images(tmp_path / 'a', 'train')).values()) <= {19, 20, 21}
+    assert indices(tmp_path / 'a', 'validation') == indices(full[0], 'validation')
+
+
+@pytest.mark.parametrize('noise', [0.0, 0.25, 0.5])
+def test_share_of_training_labels_is_wrong_and_validation_labels_are_true(tmp_path, scans, noise):
+    folder = tmp_path / 'data'
+    digits.export(str(folder), size=8, train_size=1000, label_noise=noise, seed=1)
+    given = {split: {int(path.stem): int(path.parent.name) for path in images(folder, split)}
+             for split in ('train', 'validation')}
+    wrong = [(scans.target[i], label) for i, label in given['train'].items() if label != scans.target[i]]
+    assert len(wrong) == 1000 * noise and all(label == scans.target[i] for i, label in given['validation'].items())
+    if noise:  # each of the nine wrong digits is as likely as the others
+        shifts = Counter((label - true) % 10 for true, label in wrong)
+        assert set(shifts) == set(range(1, 10)) and max(shifts.values()) < 3 * min(shifts.values())
+
+
+def test_tuning_split_may_be_small_and_noisy_too(tmp_path, tune):
+    counts = digits.export(str(tmp_path / 'data'), size=8, tune=True, train_size=100, label_noise=0.4)
+    assert counts == {'train': 100, 'validation': 288}
+    assert indices(tmp_path / 'data', 'validation') == indices(tune[0], 'validation')
+    assert indices(tmp_path / 'data', 'train') < indices(tune[0], 'train')
+
+
 # The command
 
 def test_command_writes_the_folder_and_says_what_is_in_it(tmp_path, capsys):
@@ -123,6 +156,14 @@ def test_command_writes_the_folder_and_says_what_is_in_it(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out == f'{folder}: 1437 images in train, 360 images in validation\n' and shown.err == ''
     assert len(images(folder, 'validation')) == 360
+
+
+def test_command_takes_few_images_and_wrong_labels(tmp_path, capsys):
+    argv = ['--size', '8', '--train-size', '50', '--label-noise', '0.2', '--seed', '5']
+    assert digits.main([str(tmp_path / 'a'), *argv]) == 0
+    assert '50 images in train' in capsys.readouterr().out
+    digits.export(str(tmp_path / 'b'), size=8, train_size=50, label_noise=0.2, seed=5)
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
 
 
 def test_empty_folder_may_be_used(tmp_path):
@@ -164,8 +205,14 @@ def test_file_in_place_of_the_folder_is_refused_and_left_alone(tmp_path, capsys)
     (['--size', '7'], ['--size 7', '8']),
     (['--size', '-1'], ['--size -1', '8']),
     (['--size', 'x'], ['--size', "'x'"]),
+    (['--train-size', '9'], ['--train-size 9', '10..1436']),
+    (['--train-size', '1437'], ['--train-size 1437']),
+    (['--label-noise', '1'], ['--label-noise 1']),
+    (['--label-noise', 'nan'], ['--label-noise nan']),
+    (['--label-noise', '-0.1'], ['--label-noise']),
+    (['--seed', '-1'], ['--seed -1']),
 ])
-def test_impossible_size_is_refused(tmp_path, capsys, argv, words):
+def test_impossible_sizes_and_shares_are_refused(tmp_path, capsys, argv, words):
     message = refused(capsys, [str(tmp_path / 'data'), *argv])
     assert [word for word in words if word not in message] == []
     assert list(tmp_path.iterdir()) == []
