@@ -388,7 +388,7 @@ def test_best_epoch_is_named_in_the_report(tmp_path, capsys):
     argv = [str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), '--no-plots', '--epoch', 'best']
     assert command.main(argv) == 0
     out = capsys.readouterr().out
-    assert '80.00 (1)' in out and 'best epoch' in out
+    assert '1 run: 1 finished.' in out and '80.00 (1)' in out and 'best epoch' in out
 
 
 def test_report_of_unfinished_runs_only_is_a_list(tmp_path, capsys):
@@ -411,6 +411,16 @@ def test_report_is_written_again_over_itself_and_old_pictures_go(grid, capsys):
     (grid / 'out' / 'notes.txt').write_text('mine')
     assert command.main(argv) == 0
     assert sorted(p.name for p in (grid / 'out').iterdir()) == ['notes.txt', 'report.csv', 'report.md', 'runs.csv']
+
+
+def test_interrupted_report_can_be_written_again(grid, monkeypatch):
+    argv = [str(grid / 'runs'), '--out', str(grid / 'out'), '--no-plots']
+    with monkeypatch.context() as patch:
+        patch.setattr(command.markdown, 'grid_csv', lambda tables: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command.main(argv)
+    (grid / 'out' / 'runs.csv').write_text('torn')
+    assert command.main(argv) == 0
 
 
 def test_foreign_file_is_not_written_over(grid, capsys):

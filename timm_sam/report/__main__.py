@@ -79,7 +79,7 @@ def make_report(args: argparse.Namespace) -> None:
 
 
 def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
-    """Makes the folder, and removes an earlier report's pictures: there may be fewer tables now.
+    """Makes the folder and marks it as ours; removes an earlier report's pictures: there may be fewer tables now.
 
     Raises:
         OptionError: Something that no report wrote stands where a file goes.
@@ -96,6 +96,9 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
     if there and not ours and not overwrite:
         raise OptionError(
             f"--out {out} holds {there[0]}, which no report wrote: name another folder, or add --overwrite")
+    # first of all, so that an interrupted report is taken for one
+    with open(os.path.join(out, markdown.FILES[0]), "w", encoding="utf-8") as f:
+        f.write(f"{markdown.MARK}\n")
     if ours:
         for kind in PICTURES:
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):

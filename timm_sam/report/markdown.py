@@ -15,7 +15,8 @@ def report_text(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictur
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.status] = counts.get(run.status, 0) + 1
-    parts = [MARK, "# Report", f"{len(runs)} runs: " + ", ".join(f"{n} {s}" for s, n in sorted(counts.items())) + "."]
+    found = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    parts = [MARK, "# Report", f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {found}."]
     if tables:
         which = "of the last epoch" if epoch == "last" else "of each run's best epoch, which flatters noisy runs"
         parts.append(
