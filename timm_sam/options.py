@@ -116,7 +116,7 @@ def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
                 close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
                 hint = f"did you mean {close[0]!r}?" if close else "remove it, or see --help for the flags"
                 raise OptionError(f"--config {file}: unknown key {key!r}; {hint}")
-            values[key] = _yaml_value(file, actions[key], value)
+            values[key] = yaml_value(f"--config {file}", actions[key], value)
     return values
 
 
@@ -144,9 +144,14 @@ def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     return [(path, config), *_read_yaml(base, [*above, os.path.realpath(path)])]
 
 
-def _yaml_value(path: str, action: argparse.Action, value: Any) -> Any:
+def yaml_value(origin: str, action: argparse.Action, value: Any) -> Any:
+    """A flag's value in a YAML file, converted as on the command line.
+
+    Raises:
+        OptionError: It has a wrong type; the message begins with ``origin``.
+    """
     def wrong(expected: str) -> OptionError:
-        return OptionError(f"--config {path}: {action.dest}: {value!r} is not {expected}")
+        return OptionError(f"{origin}: {action.dest}: {value!r} is not {expected}")
 
     if value is None:
         return None

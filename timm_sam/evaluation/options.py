@@ -1,6 +1,7 @@
 """The command line of validate.py: timm's flags, suites, attacks, and checks that name flag and remedy."""
 import argparse
 import glob
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from timm.utils import natural_key
 from ..checks import INTERPOLATIONS, Rules, is_device
 from ..errors import OptionError
 from ..flags import ParseKwargs
-from ..options import OptionParser
+from ..options import OptionParser, yaml_value
 from .suites import PUBLISHED
 
 FORMATS = ("csv", "json", "md")
@@ -204,13 +205,13 @@ def parse_validate_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
     args.format_given = given.results_format is not None
     try:
         args.eval = [_named_folder(text) for text in args.eval]
-        args.attack = [radius for radii in args.attack for radius in radii]
+        args.attack = list(dict.fromkeys(radius for radii in args.attack for radius in radii))
         args.data_dir = args.data or args.data_dir
         args.suites = bool(args.eval or args.eval_root or args.attack) or len(args.checkpoint) > 1
         args.folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
         args.checkpoint = [file for path in args.checkpoint or () if path for file in _checkpoint_files(path)]
         if given.model is None and args.checkpoint:
-            _take_from_run(args, given)
+            _take_from_run(parser, args, given)
         _check(args)
     except OptionError as e:
         parser.error(str(e))
@@ -234,7 +235,7 @@ def _checkpoint_files(path: str) -> list[str]:
     return sorted(files, key=natural_key)
 
 
-def _take_from_run(args: argparse.Namespace, given: argparse.Namespace) -> None:
+def _take_from_run(parser: argparse.ArgumentParser, args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Completes the options by what the run that wrote the checkpoint was started with."""
     path = os.path.join(os.path.dirname(args.checkpoint[0]), "args.yaml")
     if not os.path.isfile(path):
@@ -246,10 +247,14 @@ def _take_from_run(args: argparse.Namespace, given: argparse.Namespace) -> None:
         run = None
     if not isinstance(run, dict):
         raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")
-    for key in _OF_A_RUN:
-        # empty lists, dicts and False are what argparse fills in for flags that are not given
-        if run.get(key) is not None and getattr(given, key) in (None, False, {}):
-            setattr(args, key, run[key])
+    actions = {action.dest: action for action in parser._actions}
+    values = {key: yaml_value(path, actions[key], run[key]) for key in _OF_A_RUN if run.get(key) is not None}
+    if given.img_size is not None and "input_size" in values:
+        # timm would prefer it to the size that the command line asks for
+        values.setdefault("in_chans", values.pop("input_size")[0])
+    for key, value in values.items():
+        if getattr(given, key) is None:
+            setattr(args, key, value)
     args.taken_from = path
 
 
@@ -281,6 +286,12 @@ def _values(args: argparse.Namespace) -> Rules:
                  "attack_num_samples", "attack_steps", "attack_targets", "naflex_max_seq_len"):
         value = getattr(args, dest)
         yield value is not None and value < 1, f"--{dest.replace('_', '-')} {value} must be >= 1"
+    size = args.input_size
+    yield size is not None and min(size) < 1, f"--input-size {size}: channels, height and width must be >= 1"
+    yield (args.crop_pct is not None and not 0 < args.crop_pct < math.inf,
+           f"--crop-pct {args.crop_pct} must be > 0: 1 keeps the whole image, 0.875 cuts its border")
+    border = args.crop_border_pixels
+    yield border is not None and border < 0, f"--crop-border-pixels {border} must be >= 0"
     yield args.workers < 0, f"--workers {args.workers} must be >= 0"
     yield not 0 <= args.seed < 2 ** 63, f"--seed {args.seed} must be >= 0 and < 2^63"
     names = {
@@ -303,12 +314,16 @@ def _values(args: argparse.Namespace) -> Rules:
         value = getattr(args, dest)
         yield (value is not None and len(value) not in (1, channels),
                f"--{dest} {value} must be one number, or {channels} for {channels} channels")
+        yield (value is not None and not all(math.isfinite(v) and (v > 0 or dest == "mean") for v in value),
+               f"--{dest} {value} must be finite{'' if dest == 'mean' else ' and > 0'}")
     yield not is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
     yield (args.device.split(":")[0] == "cuda" and not torch.cuda.is_available(),
            f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
 
 
 def _conflicts(args: argparse.Namespace) -> Rules:
+    yield (args.metrics_avg is not None and importlib.util.find_spec("sklearn") is None,
+           f"--metrics-avg {args.metrics_avg} needs scikit-learn: pip install scikit-learn, or leave it out")
     yield (args.amp and args.model_dtype in ("float16", "bfloat16"),
            f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out")
     yield args.num_gpu > 1 and "WORLD_SIZE" in os.environ, \
@@ -336,9 +351,12 @@ def _suite_rules(args: argparse.Namespace) -> Rules:
     names = [name for name, _ in args.eval]
     twice = {name for name in names if names.count(name) > 1}
     yield bool(twice), f"--eval names {', '.join(sorted(twice))} twice: give each data set a name of its own"
+    twice = {path for path in args.checkpoint if args.checkpoint.count(path) > 1}
+    yield bool(twice), f"--checkpoint {', '.join(sorted(twice))} is given twice: leave one out"
     yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
-    for dest in ("dataset", "real_labels", "valid_labels", "metrics_avg", "naflex_loader", "tf_preprocessing", "retry"):
+    for dest in ("dataset", "dataset_download", "dataset_trust_remote_code", "num_samples", "input_key", "target_key",
+                 "real_labels", "valid_labels", "metrics_avg", "naflex_loader", "tf_preprocessing", "retry"):
         value, flag = getattr(args, dest), "--" + dest.replace("_", "-")
         yield (bool(value),
                f"{flag} is for a single data set: leave it out with --eval, --attack or several checkpoints")
