@@ -43,8 +43,11 @@ class Measure:
 
 def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
     """The same measures of several checkpoints side by side, in the order ID, OOD, adversarial."""
-    merged = [Measure(m.group, m.dataset, m.name, m.images, m.flags, [other[i].values[0] for other in per_checkpoint])
-              for i, m in enumerate(per_checkpoint[0])]
+    merged = []
+    for same in zip(*per_checkpoint, strict=True):
+        flags = list(dict.fromkeys(flag for m in same for flag in m.flags))
+        values = [value for m in same for value in m.values]
+        merged.append(Measure(same[0].group, same[0].dataset, same[0].name, same[0].images, flags, values))
     return sorted(merged, key=lambda m: GROUPS.index(m.group))
 
 
