@@ -96,7 +96,7 @@ def one_or_bulk(args: argparse.Namespace, device: torch.device, ranks: Ranks) ->
         def evaluate() -> "OrderedDict[str, Any]":
             return evaluate_single(args, device, ranks, name, checkpoint)
 
-        results = with_smaller_batches(args, evaluate, name) if args.retry and ranks.count == 1 else evaluate()
+        results = with_smaller_batches(args, evaluate, name) if args.retry else evaluate()
     else:
         if ranks.primary:
             _logger.info(f"{len(many)} evaluations: {', '.join(checkpoint or name for name, checkpoint in many)}")

@@ -1,8 +1,9 @@
 """How the processes of torchrun share an evaluation, such that its numbers are those of one process."""
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ..errors import OptionError
@@ -41,16 +42,32 @@ class Ranks:
         dist.all_gather_object(all_of_them, mine, group=self._group)
         return all_of_them
 
-    def gather_or_raise(self, mine: Any, error: OptionError | None) -> list[Any]:
-        """As :meth:`gather`; a mistake that one rank has met is raised on all.
+    def run(self, work: Callable[[], T]) -> list[T]:
+        """Does each rank's part of some work and gathers the results, by rank.
+
+        An error that one rank meets is raised on all of them, so that they stay together: all report a mistake, and
+        all try again if memory was short on one.
 
         Raises:
-            OptionError: That of the first rank that has one.
+            OptionError, torch.OutOfMemoryError, RuntimeError: That of the first rank that has one.
         """
-        together = self.gather((mine, None if error is None else str(error)))
-        for _, message in together:
-            if message is not None:
-                raise OptionError(message)
+        mine: Any = None
+        error: Exception | None = None
+        kind: type[Exception] = RuntimeError
+        try:
+            mine = work()
+        except OptionError as e:
+            # a traceback keeps the loader's iterator, whose worker processes would be waited for in vain
+            error, kind = e.with_traceback(None), OptionError
+        except RuntimeError as e:
+            error, kind = e, torch.OutOfMemoryError if isinstance(e, torch.OutOfMemoryError) else RuntimeError
+        together = self.gather((mine, None if error is None else (kind, str(error))))
+        for rank, (_, found) in enumerate(together):
+            if found is not None:
+                if error is not None and rank == self.rank:
+                    raise error
+                kind, message = found
+                raise kind(message)
         return [part for part, _ in together]
 
     def close(self) -> None:

@@ -80,12 +80,8 @@ def attack_suite(args: argparse.Namespace, subject: Subject, attacked: AttackedS
         return key_of(part="attack", place=place, norm=radius.norm, radius=radius.value, **protocol)
 
     pending = [place for place in range(len(batches)) if any(key(place, r) not in journal.done for r in args.attack)]
-    mine, error = {}, None
-    try:
-        mine = _attack_batches(args, subject, attacked, batches, ranks.share(pending), key, journal, ranks)
-    except OptionError as e:
-        error = e
-    for part in ranks.gather_or_raise(mine, error):
+    for part in ranks.run(lambda: _attack_batches(
+            args, subject, attacked, batches, ranks.share(pending), key, journal, ranks)):
         journal.done.update(part)
 
     counted = {radius: {name: sum(journal.done[key(place, radius)][name] for place in range(len(batches)))

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..errors import OptionError
 from .label_spaces import LabelSpace
 from .loaders import Loaded, read_valid_labels, single_dataset, single_loader
 from .ranks import Ranks
-from .scoring import mean_of, score
+from .scoring import Batch, mean_of, score
 from .subject import build_subject
 
 _logger = logging.getLogger("validate")
@@ -32,40 +33,24 @@ def evaluate_single(args: argparse.Namespace, device: torch.device, ranks: Ranks
     Raises:
         OptionError: The model, its weights or the data set are not what the options say.
     """
-    subject = build_subject(args, checkpoint, device, model, verbose=ranks.primary)
-    dataset = single_dataset(args, subject)
-    space = LabelSpace("training")
-    if args.valid_labels:
-        space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))
-    loaded = single_loader(args, subject, dataset, ranks)
-    real = _real_labels(args, dataset, loaded)
-    watching = _Watching(real, bool(args.metrics_avg))
-    batches, error = [], None
-    try:
-        batches = score(subject, loaded, loaded.places, space, "Test", prefetcher=not args.no_prefetcher,
-                        channels_last=args.channels_last, log_freq=args.log_freq, watch=watching.watch)
-    except OptionError as e:
-        error = e
-    parts = ranks.gather_or_raise((batches, watching.results()), error)
-    batches = sorted((batch for part, _ in parts for batch in part), key=lambda batch: batch.index)
+    parts = ranks.run(lambda: _share(args, device, ranks, model, checkpoint))
+    batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch.index)
     if not batches:
         raise OptionError(
             f"--data-dir {args.data_dir} --split {args.split} holds no images: check the folder and the split")
-    watched = [results for _, results in parts]
     scores = mean_of(batches)
     top1, top5 = scores.top1, scores.top5
-    if real is not None:
-        top1, top5 = (float(np.mean([right for w in watched for right in w["real"][k]])) * 100 for k in (1, 5))
+    if args.real_labels:
+        top1, top5 = (float(np.mean([right for part in parts for right in part.real[k]])) * 100 for k in (1, 5))
 
     results: OrderedDict[str, Any] = OrderedDict(
         model=model, top1=round(top1, 4), top1_err=round(100 - top1, 4), top5=round(top5, 4),
         top5_err=round(100 - top5, 4))
     if args.metrics_avg:
-        seen = [np.concatenate([batch for w in watched for batch in w[name]]) for name in ("targets", "predictions")]
-        results.update(_class_metrics(args.metrics_avg, *seen))
-    results.update(
-        param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],
-        crop_pct=subject.crop_pct, interpolation=subject.data_config["interpolation"])
+        results.update(_class_metrics(
+            args.metrics_avg, np.concatenate([batch for part in parts for batch in part.targets]),
+            np.concatenate([batch for part in parts for batch in part.predictions])))
+    results.update(parts[0].about)
     if ranks.primary:
         more = "".join(f"  {name} {results[name]:.3f}" for name in results if name.startswith(f"{args.metrics_avg}_"))
         _logger.info(
@@ -102,29 +87,50 @@ def with_smaller_batches(args: argparse.Namespace, evaluate: Callable[[], "Order
     return OrderedDict(model=model, error=error)
 
 
-class _Watching:
-    """What some options need of every batch beside its scores."""
+@dataclass
+class _Share:
+    """What one rank has seen.
 
-    def __init__(self, real: RealLabelsImagenet | None, keep: bool) -> None:
-        self.real = real
-        self.keep = keep
-        self.predictions: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
+    Attributes:
+        about: What the results say of the model beside its scores.
+        batches: Its scores.
+        real: Rank k -> whether the best k hold one of the real labels, per image that has some.
+        predictions, targets: Of each batch, with --metrics-avg.
+    """
 
-    @property
-    def watch(self) -> Callable[[Tensor, Tensor], None] | None:
-        return self._watch if self.keep or self.real is not None else None
+    about: "OrderedDict[str, Any]"
+    batches: list[Batch] = field(default_factory=list)
+    real: dict[int, list[bool]] = field(default_factory=dict)
+    predictions: list[np.ndarray] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
 
-    def _watch(self, outputs: Tensor, targets: Tensor) -> None:
-        if self.real is not None:
-            self.real.add_result(outputs)
-        if self.keep:
-            self.predictions.append(outputs.argmax(dim=1).cpu().numpy())
-            self.targets.append(targets.cpu().numpy())
 
-    def results(self) -> dict[str, Any]:
-        return dict(real=None if self.real is None else self.real.is_correct, predictions=self.predictions,
-                    targets=self.targets)
+def _share(args: argparse.Namespace, device: torch.device, ranks: Ranks, model: str, checkpoint: str | None) -> _Share:
+    """Does this rank's part of an evaluation."""
+    subject = build_subject(args, checkpoint, device, model, verbose=ranks.primary)
+    dataset = single_dataset(args, subject)
+    space = LabelSpace("training")
+    if args.valid_labels:
+        space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))
+    loaded = single_loader(args, subject, dataset, ranks)
+    real = _real_labels(args, dataset, loaded)
+    share = _Share(OrderedDict(
+        param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],
+        crop_pct=subject.crop_pct, interpolation=subject.data_config["interpolation"]))
+
+    def watch(outputs: Tensor, targets: Tensor) -> None:
+        if real is not None:
+            real.add_result(outputs)
+        if args.metrics_avg:
+            share.predictions.append(outputs.argmax(dim=1).cpu().numpy())
+            share.targets.append(targets.cpu().numpy())
+
+    share.batches = score(
+        subject, loaded, loaded.places, space, "Test", prefetcher=not args.no_prefetcher,
+        channels_last=args.channels_last, log_freq=args.log_freq, watch=watch)
+    if real is not None:
+        share.real = real.is_correct
+    return share
 
 
 def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> RealLabelsImagenet | None:
@@ -133,6 +139,8 @@ def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> Real
     try:
         names = dataset.filenames(basename=True)
         real = RealLabelsImagenet(names, real_json=args.real_labels)
+        if not all(name in real.real_labels for name in names):
+            raise ValueError("files of other names")
     except (AssertionError, AttributeError, ValueError, OSError):
         raise OptionError(
             f"--real-labels {args.real_labels}: needs a JSON list of one list per image, and ImageNet's whole "
