@@ -20,7 +20,7 @@ from .journal import Journal, key_of
 from .loaders import suite_loader
 from .ranks import Ranks, batches_of
 from .robustness import AttackedSet, attack_suite
-from .scoring import Batch, mean_of, score
+from .scoring import mean_of, score
 from .subject import Subject, build_subject, check_weights
 from .suites import Suite, find_suites, open_suites
 from .tables import Measure
@@ -39,7 +39,8 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
         OptionError: A data set is not what it is said to be, weights do not fit, or results would be replaced.
     """
     files = tables.result_files(args.results_file, args.results_format if args.format_given else None)
-    journal = _open_journal(args, files, ranks)
+    journal = _journal(args, ranks)
+    _refuse_existing(args, [*files.values(), *journal.files()])
     checkpoints: list[str | None] = list(args.checkpoint) or [None]
     if len(checkpoints) > 1:
         # hours may lie between the first and the last one: a file that does not fit is found now
@@ -52,7 +53,8 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
         subject = build_subject(args, checkpoint, device, verbose=ranks.primary)
         if not suites:
             suites = _open_suites(args, subject.num_classes, ranks)
-            attacked = _attacked_set(args, suites)
+            attacked = _attacked_set(args, suites, subject.num_classes)
+            _start(args, journal, ranks)  # the options are in order: from here on files change
         measures = []
         for suite in suites:
             measures += _evaluate_suite(args, subject, suite, journal, ranks)
@@ -70,17 +72,21 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
     return merged, names, protocol
 
 
-def _open_journal(args: argparse.Namespace, files: dict[str, str], ranks: Ranks) -> Journal:
-    """The journal beside the results, with what is done if that is to be kept; nothing is replaced unasked."""
-    base = args.results_file
-    if args.results_file and not args.format_given:
-        base = os.path.splitext(args.results_file)[0]
-    journal = Journal(base, ranks.rank)
-    existing = [path for path in [*files.values(), *journal.files()] if os.path.exists(path)]
+def _journal(args: argparse.Namespace, ranks: Ranks) -> Journal:
+    """The journal beside the results."""
+    return Journal(args.results_file if args.format_given else os.path.splitext(args.results_file)[0], ranks.rank)
+
+
+def _refuse_existing(args: argparse.Namespace, files: Sequence[str]) -> None:
+    existing = [path for path in files if os.path.exists(path)]
     if existing and not (args.overwrite or args.skip_existing):
         raise OptionError(
             f"--results-file {args.results_file}: {existing[0]} exists; add --skip-existing to go on with it, "
             f"--overwrite to start anew, or name another file")
+
+
+def _start(args: argparse.Namespace, journal: Journal, ranks: Ranks) -> None:
+    """Takes over what is done, or forgets it."""
     ranks.gather(None)  # no rank removes or writes before all have looked
     if ranks.primary:
         if args.skip_existing:
@@ -90,7 +96,6 @@ def _open_journal(args: argparse.Namespace, files: dict[str, str], ranks: Ranks)
     journal.done = ranks.gather(journal.done)[0]
     if journal.done and ranks.primary:
         _logger.info(f"{len(journal.done)} finished parts of an earlier evaluation are at hand")
-    return journal
 
 
 def _open_suites(args: argparse.Namespace, num_classes: int, ranks: Ranks) -> list[Suite]:
@@ -130,7 +135,7 @@ def _open_suites(args: argparse.Namespace, num_classes: int, ranks: Ranks) -> li
     return suites
 
 
-def _attacked_set(args: argparse.Namespace, suites: Sequence[Suite]) -> AttackedSet | None:
+def _attacked_set(args: argparse.Namespace, suites: Sequence[Suite], outputs: int) -> AttackedSet | None:
     if not args.attack:
         return None
     names = [suite.name for suite in suites]
@@ -139,7 +144,11 @@ def _attacked_set(args: argparse.Namespace, suites: Sequence[Suite]) -> Attacked
     name = args.attack_set or next((suite.name for suite in suites if suite.kind == "id"), None)
     if name is None:
         raise OptionError(f"--attack: none of {', '.join(names)} is in distribution; choose one by --attack-set NAME")
-    return AttackedSet.choose(suites[names.index(name)], args)
+    suite = suites[names.index(name)]
+    classes = suite.space.num_classes(outputs)
+    if classes < 4:
+        raise OptionError(f"--attack: {name} has {classes} classes, targeted DLR needs 4 or more; leave --attack out")
+    return AttackedSet.choose(suite, args)
 
 
 def _identity(args: argparse.Namespace, subject: Subject, suite: Suite) -> dict[str, Any]:
@@ -178,14 +187,10 @@ def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, jo
     if key not in journal.done:
         batches = batches_of(range(len(suite.samples)), args.batch_size)
         loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-        mine: list[Batch] = []
-        error = None
-        try:
-            mine = score(subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
-                         channels_last=args.channels_last, log_freq=args.log_freq)
-        except OptionError as e:
-            error = e
-        together = [batch for part in ranks.gather_or_raise(mine, error) for batch in part]
+        parts = ranks.run(lambda: score(
+            subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
+            channels_last=args.channels_last, log_freq=args.log_freq))
+        together = [batch for part in parts for batch in part]
         scores = mean_of(sorted(together, key=lambda batch: batch.index))
         if ranks.primary:
             journal.add(key, dataclasses.asdict(scores))
@@ -207,7 +212,9 @@ def short_names(checkpoints: Sequence[str | None], model: str) -> list[str]:
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     shared = len(os.path.commonprefix(parts))
     ending = len(os.path.commonprefix([part[shared:][::-1] for part in parts]))
-    return ["/".join(part[shared:len(part) - ending]) for part in parts]
+    names = ["/".join(part[shared:len(part) - ending]) for part in parts]
+    # where a/x and a/b/x end alike, nothing is left of the first
+    return names if all(names) else ["/".join(part[shared:]) for part in parts]
 
 
 def _protocol(args: argparse.Namespace, subject: Subject, suites: Sequence[Suite], attacked: AttackedSet | None,
