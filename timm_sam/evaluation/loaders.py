@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader, create_naflex_loader
+from timm.data import create_dataset, create_loader, create_naflex_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import OptionError, one_line
@@ -46,8 +48,9 @@ class Strict(Dataset):
         self.dataset = dataset
         self.indices = indices
         self.where = where
-        # undecoded bytes (--tf-preprocessing) and other kinds of data sets are read as they are
-        self.decodes = isinstance(dataset, ImageDataset) and not dataset.load_bytes
+        # undecoded bytes (--tf-preprocessing) and data sets without files are read as they are
+        files = isinstance(getattr(dataset, "reader", None), (ReaderImageFolder, ReaderImageInTar))
+        self.decodes = files and not dataset.load_bytes
 
     @property
     def transform(self) -> Any:
@@ -149,8 +152,9 @@ def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, rank
     batches = batches_of(range(len(dataset)), args.batch_size)
     places = ranks.share(range(len(batches)))
     indices = [i for place in places for i in batches[place]]
-    if not args.dataset and not args.tf_preprocessing or ranks.count > 1:
-        dataset = Strict(dataset, indices, f"--data-dir {args.data_dir}")
+    strict = Strict(dataset, indices, f"--data-dir {args.data_dir}")
+    if strict.decodes or ranks.count > 1:
+        dataset = strict
     return Loaded(_loader(args, subject, dataset), places, indices)
 
 
