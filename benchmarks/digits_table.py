@@ -36,9 +36,9 @@ DATA = {"resnet10t": (300, 0.4), "vit_tiny": (400, 0.2)}
 SEEDS = (0, 1, 2)
 
 # Radii by model, variant and selection, sought with single runs on a split of the training images (`python -m
-# timm_sam.digits DIR --tune`), never on the validation images: a factor of 2 to 4 apart, the largest just below where
-# training collapses (found so for resnet10t: sam on normalization layers at 2, elementwise_l2 at 3 and 4), the others
-# where the paper's Table 7 has them relative to that.
+# timm_sam.digits DIR --tune`), not on the validation images: a factor of 2 to 4 apart, below where training collapses
+# (resnet10t does with sam on normalization layers at 2, elementwise_l2 at 3 and 4). Not every cell was tried: the others
+# follow by the ratios in the paper's Table 7.
 RADII: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
     "resnet10t": {
         ("sam", "all"): (0.03, 0.1, 0.3),
