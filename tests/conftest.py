@@ -134,3 +134,10 @@ def run_in(base):
 def run_train(run_in, tmp_path):
     """Runs train.py in process and in ``tmp_path``: ``run_train('--epochs 2')``."""
     return lambda command='': run_in(tmp_path, command)
+
+
+@pytest.fixture(scope='session')
+def fitted(tmp_path_factory):
+    """A model with mistakes, its checkpoint and its data, for validate.py."""
+    from validating import fit
+    return fit(tmp_path_factory.mktemp('fitted'))

@@ -84,7 +84,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", type=int, metavar="N", help="number of outputs; none: the model's own")
     add("--gp", type=str, metavar="POOL",
         help="global pooling: fast, avg, max, avgmax or avgmaxc; none: the model's own")
-    add("--checkpoint", nargs="+", metavar="PATH", default="",
+    add("--checkpoint", nargs="+", type=str, metavar="PATH", default="",
         help="weights: a file, several (evaluated one by one, with mean and standard deviation), or a folder of them")
     add("--use-ema", action="store_true", help="take the averaged weights of a checkpoint, where it has some")
     add("--reparam", action="store_true", help="merge the model's branches, where it can be done")

@@ -80,7 +80,8 @@ def with_smaller_batches(args: argparse.Namespace, evaluate: Callable[[], "Order
                 if not utils.check_batch_size_retry(error):
                     break
             batch_size = utils.decay_batch_step(batch_size)
-            _logger.warning(f"{model}: {error[:200]}; trying --batch-size {batch_size}")
+            if batch_size:
+                _logger.warning(f"{model}: {error[:200]}; trying --batch-size {batch_size}")
     finally:
         args.batch_size = first
     _logger.error(f"{model} failed: {error}")
