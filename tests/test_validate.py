@@ -122,7 +122,7 @@ def test_real_labels_are_looked_up_by_the_names_of_the_files(run, fitted, tmp_pa
     for k, name in ((1, 'top1'), (5, 'top5')):
         hits = [bool(set(row.topk(k).indices.tolist()) & set(labels)) for row, labels in zip(outputs, real) if labels]
         expected_percent = round(100 * sum(hits) / len(hits), 4)
-        assert 0 < expected_percent and len(hits) == 8
+        assert expected_percent > 0 and len(hits) == 8
         found = result(run(f'--data-dir {folder.parent} --real-labels real.json'))
         assert found[name] == expected_percent and found[f'{name}_err'] == round(100 - expected_percent, 4)
 

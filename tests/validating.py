@@ -47,16 +47,16 @@ def model_of(num_classes, name='test_resnet'):
 
 
 def constant_checkpoint(path, outputs, num_classes=1000, key=None):
-    """Weights that give every image the same outputs: those named here, best first, then all others alike.
+    """Weights that give every image the same outputs: those named here, best first, then all the others.
 
-    The best has logit 10, the next ones 9, 8, ...; the others have -100. With ``key``, they lie under this key of the
-    file, beside ``state_dict`` with zero outputs.
+    The best has logit 10, the next ones 9, 8, ...; the others have -100, -101, ... by their index. With ``key``, they
+    lie under this key of the file, beside ``state_dict`` with zero outputs.
     """
     model = model_of(num_classes)
     zeros = dict(model.state_dict())
     zeros['fc.weight'] = torch.zeros_like(zeros['fc.weight'])
     zeros['fc.bias'] = torch.zeros_like(zeros['fc.bias'])
-    bias = torch.full((num_classes,), -100.0)
+    bias = -100 - torch.arange(num_classes, dtype=torch.float32)
     bias[list(outputs)] = 10 - torch.arange(len(outputs), dtype=torch.float32)
     state = {**zeros, 'fc.bias': bias}
     torch.save({'state_dict': state} if key is None else {'state_dict': zeros, key: state}, path)
