@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train validate test test-slow lint clean
+.PHONY: train validate digits-table test test-slow lint clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -21,6 +21,10 @@ validate: $(INSTALLED) data/digits
 		noise=data/digits/shifted/noise rotation=data/digits/shifted/rotation contrast=data/digits/shifted/contrast \
 		--attack l2=0.5,1 linf=4/255,8/255 --attack-num-samples 64 --results-file $$run/evaluation --overwrite
 
+# The paper's table in small: 258 runs. It can be stopped and started again; then the report.
+digits-table: $(INSTALLED)
+	$(BIN)/python benchmarks/digits_table.py --out output/digits_table
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
@@ -34,7 +38,7 @@ $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "timm_sam needs Python >= 3.10: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[digits,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[digits,report,test]'
 	touch $@
 
 data/digits: | $(INSTALLED)

@@ -86,6 +86,8 @@ def train(args: argparse.Namespace, args_text: str) -> None:
 
     # data
     data = create_data(args, data_config, patch_size, device, model_dtype)
+    restart.shield(data.train)
+    restart.shield(data.eval)
     data.train, tracked = restart.track(data.train)
     factory.resolve_lr(args, data)
 
@@ -139,6 +141,7 @@ def train(args: argparse.Namespace, args_text: str) -> None:
     if args.resume:
         states = run.position["started_from"] if run.position else saved.get("random_state")
         restart.restore(args, states, run.tracked, [data.train, data.eval])
+        restart.restore_buffers(args, saved.get("buffers"), run.modules)
     fit(run, eval_model, eval_metric, start_epoch, num_epochs)
 
 
@@ -214,7 +217,9 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
             metric = (eval_metrics or train_metrics)[eval_metric]
 
-            run.extras = dict(random_state=restart.of_all_ranks(args, restart.local_states(run.device, run.tracked)))
+            run.extras = dict(
+                random_state=restart.of_all_ranks(args, restart.local_states(run.device, run.tracked)),
+                buffers=restart.buffers_of_all_ranks(args, run.modules))
             if primary:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 utils.update_summary(
@@ -227,6 +232,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
             if run.scheduler is not None:
                 run.scheduler.step(epoch + 1, metric)
             if epoch + 1 < num_epochs and preemption.should_stop((epoch + 1) * run.updates_per_epoch):
+                preemption.together()
                 raise Preempted
     except KeyboardInterrupt:
         _logger.warning("Interrupted.")

@@ -10,6 +10,7 @@ from conftest import working_directory
 from PIL import Image
 
 from timm_sam import digits
+from timm_sam.shifts import SHIFTS
 
 load_digits = pytest.importorskip('sklearn.datasets').load_digits
 
@@ -54,11 +55,12 @@ def test_every_scan_is_in_one_split(full, scans):
 
 def test_layout_is_one_folder_per_split_and_digit_and_nothing_else(full):
     folder, _ = full
-    assert sorted(path.name for path in folder.iterdir()) == ['train', 'validation']
-    for split in folder.iterdir():
+    assert sorted(path.name for path in folder.iterdir()) == ['shifted', 'train', 'validation']
+    assert {path.name for path in (folder / 'shifted').iterdir()} == set(SHIFTS)
+    for split in [folder / 'train', folder / 'validation', *(folder / 'shifted').iterdir()]:
         assert sorted(path.name for path in split.iterdir()) == [str(digit) for digit in range(10)]
     files = [path for path in folder.rglob('*') if path.is_file()]
-    assert len(files) == 1797 and {path.suffix for path in files} == {'.png'}
+    assert len(files) == 1797 + len(SHIFTS) * 360 and {path.suffix for path in files} == {'.png'}
     assert folder.stat().st_mode & 0o777 == 0o755
     assert sorted(path.name for path in folder.parent.iterdir()) == ['full']  # nothing left aside
 
@@ -154,7 +156,8 @@ def test_command_writes_the_folder_and_says_what_is_in_it(tmp_path, capsys):
     folder = tmp_path / 'new' / 'data'
     assert digits.main([str(folder), '--size', '8']) == 0
     shown = capsys.readouterr()
-    assert shown.out == f'{folder}: 1437 images in train, 360 images in validation\n' and shown.err == ''
+    assert shown.out.startswith(f'{folder}: 1437 images in train, 360 images in validation, ') and shown.err == ''
+    assert all(shift in shown.out for shift in SHIFTS)
     assert len(images(folder, 'validation')) == 360
 
 

@@ -137,11 +137,14 @@ def test_resume_auto_without_experiment_is_refused(runs):
 
 
 def test_two_ranks_stop_after_the_same_update_and_go_on_as_if_nothing_had_been(runs):
-    runs.run(f'{SAM} --epochs 3 -b 4 --experiment whole2', ranks=2)
-    process = runs.start(f'{SAM} --epochs 3 -b 4 --experiment stopped2', ranks=2)
-    wait_for(process, 'Train: 1 [   0/')
+    runs.run(f'{SAM} --epochs 3 -b 2 --experiment whole2', ranks=2)
+    process = runs.start(f'{SAM} --epochs 3 -b 2 --experiment stopped2', ranks=2)
+    wait_for(process, 'Train: 1 [   0/10')
     kill(process, signal.SIGTERM)
-    runs.run(f'{SAM} --epochs 3 -b 4 --experiment stopped2 --resume auto', ranks=2)
+    # torchrun sends the signal to the ranks' process groups: the loaders' workers have to outlive it
+    found = newest_checkpoint(str(runs.folder / 'out' / 'stopped2'))
+    assert Path(found).name.startswith('recovery-1-')
+    runs.run(f'{SAM} --epochs 3 -b 2 --experiment stopped2 --resume auto', ranks=2)
     runs.assert_same('stopped2', 'whole2')
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import restart
 from .data import Data
+from .processes import settle
 from .sam import SAM
 
 _logger = logging.getLogger("train")
@@ -56,6 +57,11 @@ class Run:
     total_updates: int = 0
     sharing_logged: bool = False
     started: float = field(default_factory=time.time)
+
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        """The trained model and its average."""
+        return {name: self.task.get_trainable_module(ema=name == "ema") for name in ("model", "ema")}
 
     @property
     def updates_per_epoch(self) -> int:
@@ -193,13 +199,14 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     position, run.position = run.position, None
     started_from = restart.local_states(device, run.tracked)
     optimizer.zero_grad()
+    settle()
     data_start = update_start = time.time()
 
     for batch_idx, (input, target) in enumerate(data.train):
         if position is not None and batch_idx < position["batch"]:
             # the workers make these batches all the same, and with them the random numbers of those that follow
             if batch_idx == position["batch"] - 1:
-                meters.load_state_dict(position["meters"])
+                meters.load_state_dict(restart.of_this_rank(args, position["meters"]))
                 num_updates = position["update"]
                 restart.restore_process(args, position["random_state"])
             continue
@@ -248,6 +255,8 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
             _save_recovery(run, epoch, batch_idx, update_idx, num_updates, meters, started_from)
         if stop:
+            assert run.preemption is not None
+            run.preemption.together()
             raise Preempted
         samples = 0
         data_start = time.time()
@@ -313,8 +322,9 @@ def _save_recovery(run: Run, epoch: int, batch_idx: int, update_idx: int, num_up
                    started_from: dict[str, Any]) -> None:
     """Writes a checkpoint from which the epoch goes on after ``batch_idx``. All ranks take part."""
     earlier = run.extras
-    run.extras = dict(position=dict(
-        epoch=epoch, batch=batch_idx + 1, update=num_updates, meters=meters.state_dict(),
+    run.extras = dict(buffers=restart.buffers_of_all_ranks(run.args, run.modules), position=dict(
+        epoch=epoch, batch=batch_idx + 1, update=num_updates,
+        meters=restart.of_all_ranks(run.args, meters.state_dict()),
         started_from=restart.of_all_ranks(run.args, started_from),
         random_state=restart.of_all_ranks(run.args, restart.local_states(run.device, None))))
     if run.saver is not None:
@@ -380,6 +390,7 @@ def evaluate(run: Run, model: nn.Module, suffix: str = "") -> "OrderedDict[str, 
     meters = _Meters("loss", "top1", "top5")
     batch_time = utils.AverageMeter()
     model.eval()
+    settle()
     last_idx = len(run.data.eval) - 1
     end = time.time()
     with torch.inference_mode():

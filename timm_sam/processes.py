@@ -5,6 +5,17 @@ import time
 import torch
 
 
+def settle() -> None:
+    """Gives gloo's threads the moment they need after a collective. To be called before processes are forked.
+
+    A thread that lets go of a collective's tensors makes itself known to Python for that, under a lock of the
+    interpreter. Python < 3.12 does not hold this lock when it forks, and if the thread does, the child waits for it for
+    ever: of a loader's workers one in a hundred or so hangs before its first line.
+    """
+    if _uses_gloo():
+        time.sleep(0.1)
+
+
 def leave_process_group() -> None:
     """Ends this rank's part in the process group, if there is one.
 
@@ -14,5 +25,10 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()
-        time.sleep(0.1)
+        settle()
         torch.distributed.destroy_process_group()
+
+
+def _uses_gloo() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and "gloo" in distributed.get_backend()

@@ -11,12 +11,13 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm import utils
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .random_state import RandomState
@@ -77,6 +78,29 @@ class TrackedLoader:
         return getattr(self.__dict__["loader"], name)
 
 
+class _OwnGroup:
+    """A worker's set-up that begins with a process group of its own.
+
+    torchrun passes SIGTERM on to the whole group of a rank. The rank finishes its update and writes a checkpoint; its
+    workers would die at once, and take the rank with them.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None) -> None:
+        self.init = init
+
+    def __call__(self, worker_id: int) -> None:
+        os.setpgid(0, 0)
+        if self.init is not None:
+            self.init(worker_id)
+
+
+def shield(loader: Any) -> None:
+    """Keeps signals to the process group of this process from the workers of timm's loader."""
+    inner = getattr(loader, "loader", loader)
+    if isinstance(inner, DataLoader) and inner.num_workers:
+        inner.worker_init_fn = _OwnGroup(inner.worker_init_fn)
+
+
 def track(loader: Any) -> tuple[Any, TrackedLoader | None]:
     """Makes a training loader's workers known to checkpoints, if it has any that live on.
 
@@ -116,6 +140,47 @@ def of_all_ranks(args: argparse.Namespace, mine: dict[str, Any]) -> dict[str, An
         ranks = [None] * args.world_size
         torch.distributed.all_gather_object(ranks, mine)
     return dict(world_size=args.world_size, ranks=ranks)
+
+
+def of_this_rank(args: argparse.Namespace, saved: dict[str, Any]) -> Any:
+    """This rank's part of :func:`of_all_ranks`; the first rank's, if it is of another number of ranks."""
+    return saved["ranks"][args.rank if saved["world_size"] == args.world_size else 0]
+
+
+def buffers_of_all_ranks(args: argparse.Namespace, modules: Mapping[str, nn.Module | None]) -> dict[str, Any] | None:
+    """The buffers in which ranks differ from the first one, whose buffers a checkpoint has anyway.
+
+    BatchNorm's running statistics are each rank's own until they are next shared (DDP, --dist-bn), and in averages of
+    the model for the whole epoch. Every rank has to call it.
+
+    Args:
+        args: All options.
+        modules: Name -> module, or None where there is none.
+
+    Returns:
+        As :func:`of_all_ranks`, per rank ``{module's name: {buffer's name: value}}``; None for a single rank.
+    """
+    if not args.distributed:
+        return None
+    mine = {name: {key: buffer.cpu() for key, buffer in module.named_buffers()}
+            for name, module in modules.items() if module is not None}
+    saved = of_all_ranks(args, mine)
+    first = saved["ranks"][0]
+    saved["ranks"] = [
+        {name: {key: buffer for key, buffer in buffers.items() if not torch.equal(buffer, first[name][key])}
+         for name, buffers in rank.items()} for rank in saved["ranks"]]
+    return saved
+
+
+def restore_buffers(args: argparse.Namespace, saved: dict[str, Any] | None,
+                    modules: Mapping[str, nn.Module | None]) -> None:
+    """Gives this rank the buffers that it had, after all have been given those of the first."""
+    if saved is None or saved["world_size"] != args.world_size:
+        return
+    for name, buffers in saved["ranks"][args.rank].items():
+        own = {} if modules[name] is None else dict(modules[name].named_buffers())
+        for key in buffers.keys() & own.keys():
+            own[key].copy_(buffers[key])
 
 
 def restore_process(args: argparse.Namespace, saved: dict[str, Any]) -> bool:
@@ -203,6 +268,11 @@ class Preemption:
     def close(self) -> None:
         if self.handles:
             signal.signal(signal.SIGTERM, self.earlier)
+
+    def together(self) -> None:
+        """Waits for all ranks: torchrun ends the others when the first one does."""
+        if self.store is not None:
+            torch.distributed.barrier()
 
     def should_stop(self, update: int) -> bool:
         """Whether the run ends now, after the ``update``-th update of all."""

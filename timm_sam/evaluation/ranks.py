@@ -1,5 +1,6 @@
 """How the processes of torchrun share an evaluation, such that its numbers are those of one process."""
 import datetime
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ class Ranks:
             return [mine]
         all_of_them: list[Any] = [None] * self.count
         dist.all_gather_object(all_of_them, mine, group=self._group)
+        time.sleep(0.1)  # as processes.settle(): what follows may fork, and this group is gloo's on any device
         return all_of_them
 
     def run(self, work: Callable[[], T]) -> list[T]:
