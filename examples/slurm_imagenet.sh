@@ -26,8 +26,8 @@ shift
 
 # What runs on each node. Five minutes before the end Slurm sends SIGUSR1 to every process of the step. All but this
 # shell ignore it, and the shell sends SIGTERM to the training processes alone, the children of torchrun: torchrun
-# itself would also stop their loader workers, and then there is no batch left to finish. It looks at its children every
-# ten seconds only, so that the first one to end does not make it stop the one that still writes the checkpoint.
+# itself would give them 30 seconds for it. It looks at its children every ten seconds only, so that the first one to
+# end does not make it stop another that is still leaving.
 on_each_node='
     stopped=0
     trap "" USR1 # ignored by all that is started from here on
