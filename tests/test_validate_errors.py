@@ -34,7 +34,7 @@ ROWS = [
     ('{sets} --checkpoint evil.pth', ['--checkpoint evil.pth', 'never loaded']),
     ('{sets} --checkpoint evil.tar', ['--checkpoint evil.tar', 'cannot be loaded']),
     ('{sets} --checkpoint evil.pth ten.pth', ['--checkpoint evil.pth', 'never loaded']),
-    ('{sets} --checkpoint ten.pth ten.pth', ['--checkpoint ten.pth', 'twice']),
+    ('{sets} --checkpoint ten.pth ./ten.pth', ['--checkpoint ten.pth', 'twice']),
     ('{single} --model test_resnot', ['--model test_resnot', 'did you mean', 'test_resnet']),
     ('{single} --model-kwargs foo=1', ['--model test_resnet', "'foo'", '--model-kwargs']),
     # the data set

@@ -351,7 +351,8 @@ def _suite_rules(args: argparse.Namespace) -> Rules:
     names = [name for name, _ in args.eval]
     twice = {name for name in names if names.count(name) > 1}
     yield bool(twice), f"--eval names {', '.join(sorted(twice))} twice: give each data set a name of its own"
-    twice = {path for path in args.checkpoint if args.checkpoint.count(path) > 1}
+    paths = [os.path.normpath(path) for path in args.checkpoint]
+    twice = {path for path in paths if paths.count(path) > 1}
     yield bool(twice), f"--checkpoint {', '.join(sorted(twice))} is given twice: leave one out"
     yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")

@@ -207,9 +207,10 @@ def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, jo
 def short_names(checkpoints: Sequence[str | None], model: str) -> list[str]:
     """Names for the columns: what tells the paths apart, or the model's name without a file."""
     paths = [checkpoint or model for checkpoint in checkpoints]
-    if len(paths) == 1 or len(set(paths)) < len(paths):
+    normal = [os.path.normpath(path) for path in paths]
+    if len(paths) == 1 or len(set(normal)) < len(paths):
         return paths
-    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    parts = [path.split(os.sep) for path in normal]
     shared = len(os.path.commonprefix(parts))
     ending = len(os.path.commonprefix([part[shared:][::-1] for part in parts]))
     names = ["/".join(part[shared:len(part) - ending]) for part in parts]
