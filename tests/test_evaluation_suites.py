@@ -123,6 +123,28 @@ def test_set_that_is_named_replaces_the_one_below_eval_root_and_other_names_are_
     assert sorted(names) == ['fog', 'imagenet', 'imagenet-a', 'imagenet-r', 'imagenetv2', 'objectnet']
 
 
+def test_border_of_objectnets_images_is_cut_and_of_no_others(run, root, tmp_path, monkeypatch):
+    seen = {}
+    score = timm_sam.evaluation.protocol.score
+
+    def watched(subject, loaded, places, space, title, **kwargs):
+        seen[title] = torch.cat([images for images, _ in loaded])
+        return score(subject, loaded, places, space, title, **kwargs)
+    monkeypatch.setattr(timm_sam.evaluation.protocol, 'score', watched)
+    top = shutil.copytree(root, tmp_path / 'top')
+    framed = Image.new('RGB', (24, 24), (255, 0, 0))
+    framed.paste((0, 255, 0), (1, 1, 23, 23))
+    for path in [*top.glob('objectnet-1.0/images/*/*'), *top.glob('fog/*/*')]:
+        framed.save(path)
+    sets = f'--eval objectnet={top}/objectnet-1.0 fog={top}/fog --allow-partial --crop-pct 1'
+    for option, frames in (('', {'objectnet': False, 'fog': True}),
+                           ('--crop-border-pixels 0', {'objectnet': True, 'fog': True}),
+                           ('--crop-border-pixels 2', {'objectnet': False, 'fog': False})):
+        assert run(f'{sets} {option}').code == 0
+        # red is normalized to -1 where there is none of it
+        assert {name: bool((images[:, 0] > -0.99).any()) for name, images in seen.items()} == frames
+
+
 def test_missing_classes_are_an_error_without_allow_partial(run, root, tmp_path):
     done = run(f'--eval imagenet-r={root}/imagenet-r --results-file r.json')
     assert done.code == 2 and '197 of 200 classes of ImageNet-R have no folder' in done.last_line
