@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,9 +82,14 @@ def runs(tmp_path_factory, image_folder) -> Runs:
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
-    for line in process.stdout:
-        if text in line:
-            return
+    clock = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))  # a run that hangs prints nothing any more
+    clock.start()
+    try:
+        for line in process.stdout:
+            if text in line:
+                return
+    finally:
+        clock.cancel()
     raise AssertionError(f'{text!r} never came')
 
 
