@@ -37,9 +37,9 @@ SEEDS = (0, 1, 2)
 
 # Radii by model, variant and selection, sought with single runs on a split of the training images (`python -m
 # timm_sam.digits DIR --tune`): a factor of 2 to 4 apart, below where training collapses (resnet10t does with sam on
-# normalization layers at 2, elementwise_l2 at 3 and 4). Not every cell was tried: the others follow by the ratios in the
-# paper's Table 7. One bound is not free of the validation images: that sam on all parameters collapses at 0.5 was seen
-# there.
+# normalization layers at 2, elementwise_l2 at 3 and 4). Not every cell was tried: the others follow by the ratios in
+# the paper's Table 7. One bound is not free of the validation images: that sam on all parameters collapses at 0.5 was
+# seen there.
 RADII: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
     "resnet10t": {
         ("sam", "all"): (0.03, 0.1, 0.3),

@@ -220,3 +220,17 @@ def test_broken_yaml_of_a_run_is_refused(refuse, run, tmp_path, monkeypatch, tex
 def test_value_of_a_wrong_type_in_a_run_is_refused(refuse, run, key, value):
     message = refuse(f'--checkpoint {run(**{**OF_A_RUN, key: value})}')
     assert 'args.yaml' in message and f'{key}: {value!r}' in message
+
+
+def test_epsilon_of_batch_norm_goes_into_the_model_as_it_did_in_the_run(parse, run):
+    path = run(**OF_A_RUN, bn_eps=0.01)
+    assert parse(f'--checkpoint {path}').model_kwargs == {'bn_eps': 0.01, 'depth': 2}
+    assert parse(f'--checkpoint {path} --model-kwargs bn_eps=0.1').model_kwargs == {'bn_eps': 0.1}
+
+
+def test_folder_after_the_checkpoint_is_the_data_as_in_timms_script(parse, run, tmp_path):
+    path, data = run(**OF_A_RUN), tmp_path / 'images'
+    data.mkdir()
+    parser = validate.build_parser()
+    args = parse_validate_args(parser, ['--device', 'cpu', '--checkpoint', str(path), str(data)])
+    assert (args.checkpoint, args.data_dir, args.suites) == ([str(path)], str(data), False)

@@ -58,15 +58,23 @@ class Journal:
             os.remove(file)
 
     def add(self, key: str, value: Mapping[str, Any]) -> None:
-        """Notes a finished part; it is on disk when this returns."""
+        """Notes a finished part; it is on disk when this returns.
+
+        Raises:
+            OptionError: The file cannot be written.
+        """
         self.done[key] = value
         if not self._file:
             return
         torn = os.path.exists(self._file) and os.path.getsize(self._file) > 0 and not _ends_with_line_break(self._file)
-        with open(self._file, "a", encoding="utf-8") as f:
-            f.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with open(self._file, "a", encoding="utf-8") as f:
+                f.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise OptionError(f"--results-file: {self._file} cannot be written ({e.strerror}); make room, or name "
+                              f"another file") from None
 
 
 def _ends_with_line_break(path: str) -> bool:

@@ -206,6 +206,7 @@ def parse_validate_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
     try:
         args.eval = [_named_folder(text) for text in args.eval]
         args.attack = list(dict.fromkeys(radius for radii in args.attack for radius in radii))
+        _release_data(args)
         args.data_dir = args.data or args.data_dir
         args.suites = bool(args.eval or args.eval_root or args.attack) or len(args.checkpoint) > 1
         args.folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
@@ -225,11 +226,22 @@ def _named_folder(text: str) -> tuple[str, str]:
     return name, folder
 
 
+def _release_data(args: argparse.Namespace) -> None:
+    """``--checkpoint FILE DIR`` is timm's way to name the data after the checkpoint, not two checkpoints."""
+    last = args.checkpoint[-1] if len(args.checkpoint) > 1 else ""
+    if not args.data and not args.data_dir and not args.eval and os.path.isdir(last) and not _in_folder(last):
+        args.data = args.checkpoint.pop()
+
+
+def _in_folder(path: str) -> list[str]:
+    """The checkpoints in a folder: timm's script takes these two endings."""
+    return [file for ending in ("*.pth.tar", "*.pth") for file in glob.glob(os.path.join(glob.escape(path), ending))]
+
+
 def _checkpoint_files(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
-    # timm's script takes these two endings of a folder
-    files = [file for ending in ("*.pth.tar", "*.pth") for file in glob.glob(os.path.join(glob.escape(path), ending))]
+    files = _in_folder(path)
     if not files:
         raise OptionError(f"--checkpoint {path} holds no *.pth.tar and no *.pth; give the file")
     return sorted(files, key=natural_key)
@@ -255,6 +267,8 @@ def _take_from_run(parser: argparse.ArgumentParser, args: argparse.Namespace, gi
     for key, value in values.items():
         if getattr(given, key) is None:
             setattr(args, key, value)
+    if isinstance(run.get("bn_eps"), float):  # a flag of train.py only, but part of what the model computes
+        args.model_kwargs = {"bn_eps": run["bn_eps"], **args.model_kwargs}
     args.taken_from = path
 
 
@@ -357,7 +371,7 @@ def _suite_rules(args: argparse.Namespace) -> Rules:
     yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
     for dest in ("dataset", "dataset_download", "dataset_trust_remote_code", "num_samples", "input_key", "target_key",
-                 "real_labels", "valid_labels", "metrics_avg", "naflex_loader", "tf_preprocessing", "retry"):
+                 "real_labels", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
         value, flag = getattr(args, dest), "--" + dest.replace("_", "-")
         yield (bool(value),
                f"{flag} is for a single data set: leave it out with --eval, --attack or several checkpoints")
@@ -368,9 +382,12 @@ def _suite_rules(args: argparse.Namespace) -> Rules:
            f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "
            f"three, or add --results-format")
     if not args.attack:
-        for flag, value in (("--attack-set", args.attack_set), ("--attack-num-samples", args.attack_num_samples)):
-            yield value is not None, f"{flag} has no effect without --attack: add --attack l2=0.5, or leave it out"
+        for dest, default in {"set": None, "num_samples": None, "steps": 100, "targets": 9}.items():
+            yield (getattr(args, f"attack_{dest}") != default,
+                   f"--attack-{dest.replace('_', '-')} has no effect without --attack: add --attack l2=0.5, or leave "
+                   f"it out")
         return
+    yield args.naflex_loader, "--attack needs images of one size: leave out --naflex-loader"
     yield (args.amp or args.model_dtype in ("float16", "bfloat16"),
            "--attack works in float32 only: leave out --amp and --model-dtype")
     yield (args.torchscript or args.aot_autograd,

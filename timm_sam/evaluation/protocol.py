@@ -157,7 +157,8 @@ def _identity(args: argparse.Namespace, subject: Subject, suite: Suite) -> dict[
         sha256=subject.sha256, model=subject.name, num_classes=subject.num_classes, model_kwargs=args.model_kwargs,
         pool=args.gp, use_ema=args.use_ema, reparam=args.reparam, test_pool=args.test_pool, fast_norm=args.fast_norm,
         preprocessing=_preprocessing(args, subject), precision=_precision(args), batch_size=args.batch_size,
-        suite=suite.name, space=suite.space.groups, border=suite.crop_border_pixels, samples=samples_sha256(suite))
+        device=subject.device.type, suite=suite.name, space=suite.space.groups, border=suite.crop_border_pixels,
+        samples=samples_sha256(suite))
 
 
 def samples_sha256(suite: Suite) -> str:
@@ -171,7 +172,7 @@ def samples_sha256(suite: Suite) -> str:
 
 def _preprocessing(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     return dict(subject.data_config, crop_pct=subject.crop_pct, crop_border_pixels=args.crop_border_pixels,
-                img_mode=args.input_img_mode)
+                img_mode=args.input_img_mode, naflex=args.naflex_max_seq_len if args.naflex_loader else None)
 
 
 def _precision(args: argparse.Namespace) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import OptionError
+
 GROUPS = ("ID", "OOD", "adversarial")  # the order of Table 4 of the SAM-ON paper
 
 
@@ -120,11 +122,19 @@ def result_files(results_file: str, results_format: str | None) -> dict[str, str
 
 
 def write(files: dict[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> None:
-    """Writes the table, each file in one piece."""
+    """Writes the table, each file in one piece.
+
+    Raises:
+        OptionError: A file cannot be written.
+    """
     texts = {"md": lambda: as_markdown(measures, names), "csv": lambda: as_csv(measures, names),
              "json": lambda: as_json(measures, names, protocol)}
     for kind, path in files.items():
         temporary = f"{path}.part"
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(texts[kind]())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(texts[kind]())
+            os.replace(temporary, path)
+        except OSError as e:
+            raise OptionError(f"--results-file: {path} cannot be written ({e.strerror}); make room or name another "
+                              f"file") from None
