@@ -25,7 +25,8 @@ from timm_sam.report.runs import (
     find_runs,
     read_run,
 )
-from timm_sam.report.tables import NOT_COMPARED, build_tables
+from timm_sam.report.tables import build_tables
+from timm_sam.sameness import NOT_COMPARED
 
 EPOCHS = 3
 LONG_AGO = time.time() - 7 * 24 * 3600
@@ -158,6 +159,19 @@ def test_epochs_without_perturbation_are_no_divergence(tmp_path):
     text = (folder / 'summary.csv').read_text()
     (folder / 'summary.csv').write_text(text.replace('0.75', 'nan'))
     assert read_run(str(folder)).status == FINISHED
+
+
+def test_run_that_went_on_from_another_or_with_other_options_is_mixed(tmp_path):
+    write_run(tmp_path / 'late')
+    path = tmp_path / 'late' / 'summary.csv'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join(lines[:1] + lines[2:]))
+    run = read_run(str(tmp_path / 'late'))
+    assert run.status == MIXED and 'begins with epoch 1' in run.reason
+    write_run(tmp_path / 'changed')
+    (tmp_path / 'changed' / 'args-before-epoch-2.yaml').write_text('lr: 1')
+    run = read_run(str(tmp_path / 'changed'))
+    assert run.status == MIXED and 'args-before-epoch-2.yaml' in run.reason
 
 
 HEAD = 'epoch,train_loss,eval_loss,eval_top1\n0,1,1,50\n'
@@ -494,9 +508,9 @@ def test_plain_runs_alone_have_a_loss_and_no_radius(tmp_path, png):
 def test_report_of_real_runs_one_of_them_resumed(run_train, tmp_path):
     run_train('--epochs 2 --experiment plain')
     options = '--epochs 2 --sam-variant sam --sam-rho 0.5 --experiment sam'
-    run_train(f'{options} --epochs 1')
-    first = rows(tmp_path / 'out' / 'sam' / 'timing.csv')
-    done = run_train(f'{options} --resume out/sam/last.pth.tar --recovery-interval 2')
+    run_train(options)
+    first = rows(tmp_path / 'out' / 'sam' / 'timing.csv')[:1]
+    done = run_train(f'{options} --resume out/sam/checkpoint-0.pth.tar --recovery-interval 2')
     times = rows(tmp_path / 'out' / 'sam' / 'timing.csv')
     assert done.code == 0 and times[0] == first[0] and [row['epoch'] for row in times] == ['0', '1']
     assert all(float(row['seconds']) > 0 and row['ranks'] == '1' and row['device'] == 'cpu' for row in times)

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from timm_sam.random_state import RandomState
+from timm_sam.report.runs import MIXED, read_run
 from timm_sam.restart import EXIT_PREEMPTED, newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SAM = '--sam-variant sam --sam-rho 0.5'
+TWO = f'{SAM} --epochs 3 -b 2'
 
 
 class Runs:
@@ -81,6 +83,12 @@ def runs(tmp_path_factory, image_folder) -> Runs:
     return runs
 
 
+@pytest.fixture(scope='module')
+def whole_of_two(runs) -> str:
+    runs.run(f'{TWO} --experiment whole2', ranks=2)
+    return 'whole2'
+
+
 def wait_for(process: subprocess.Popen, text: str) -> None:
     clock = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))  # a run that hangs prints nothing any more
     clock.start()
@@ -142,16 +150,48 @@ def test_resume_auto_without_experiment_is_refused(runs):
     assert '--resume auto needs --experiment' in runs.run(f'{SAM} --resume auto', code=2)
 
 
-def test_two_ranks_stop_after_the_same_update_and_go_on_as_if_nothing_had_been(runs):
-    runs.run(f'{SAM} --epochs 3 -b 2 --experiment whole2', ranks=2)
-    process = runs.start(f'{SAM} --epochs 3 -b 2 --experiment stopped2', ranks=2)
+@pytest.mark.parametrize('who', ['torchrun', 'rank 1'])
+def test_two_ranks_stop_after_the_same_update_and_go_on_as_if_nothing_had_been(runs, whole_of_two, who):
+    name = who.replace(' ', '')
+    process = runs.start(f'{TWO} --experiment {name}', ranks=2)
     wait_for(process, 'Train: 1 [   0/10')
-    kill(process, signal.SIGTERM)
-    # torchrun sends the signal to the ranks' process groups: the loaders' workers have to outlive it
-    found = newest_checkpoint(str(runs.folder / 'out' / 'stopped2'))
+    if who == 'torchrun':  # it sends the signal to the ranks' process groups: the loaders' workers have to outlive it
+        kill(process, signal.SIGTERM)
+    else:
+        os.kill(pid_of_rank(process.pid, 1), signal.SIGTERM)
+        process.communicate(timeout=60)
+    found = newest_checkpoint(str(runs.folder / 'out' / name))
     assert Path(found).name.startswith('recovery-1-')
-    runs.run(f'{SAM} --epochs 3 -b 2 --experiment stopped2 --resume auto', ranks=2)
-    runs.assert_same('stopped2', 'whole2')
+    runs.run(f'{TWO} --experiment {name} --resume auto', ranks=2)
+    runs.assert_same(name, whole_of_two)
+
+
+def pid_of_rank(torchrun: int, rank: int) -> int:
+    children = Path(f'/proc/{torchrun}/task/{torchrun}/children').read_text().split()
+    return next(int(pid) for pid in children
+                if f'RANK={rank}'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
+
+
+@pytest.mark.parametrize('options, words', [
+    ('--sam-rho 0.7', ['--sam-rho', '0.7']), ('--sam-rho 0.5 --lr 0.01', ['--lr', '0.01']),
+    ('--sam-rho 0.5 --seed 1', ['--seed', '1'])])
+def test_resume_auto_does_not_go_on_with_another_run(runs, options, words):
+    folder = runs.folder / 'out' / 'whole'
+    before = (folder / 'args.yaml').read_bytes()
+    out = runs.run(f'--sam-variant sam {options} --epochs 4 --experiment whole --resume auto', code=2)
+    last = out.rstrip().splitlines()[-1]
+    assert all(word in last for word in ['--resume auto', 'another', '--experiment', *words]) and 'Traceback' not in out
+    assert (folder / 'args.yaml').read_bytes() == before
+
+
+def test_options_of_a_run_that_goes_on_with_others_are_kept(runs):
+    runs.run(f'{SAM} --epochs 1 --experiment changed')
+    folder = runs.folder / 'out' / 'changed'
+    before = (folder / 'args.yaml').read_bytes()
+    out = runs.run(f'--sam-variant sam --sam-rho 0.1 --epochs 2 --experiment changed --resume {folder}/last.pth.tar')
+    assert 'other options than before: epochs, sam_rho' in out
+    assert (folder / 'args-before-epoch-1.yaml').read_bytes() == before
+    assert read_run(str(folder)).status == MIXED
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 from timm import utils
 from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
@@ -14,9 +15,13 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.summary import trim_summary
 
 from .errors import OptionError, one_line
+from .options import dump_args
 from .restart import newest_checkpoint
+from .sameness import changed_options
 
 _logger = logging.getLogger("train")
+
+ARGS_BEFORE = "args-before-epoch-{}.yaml"  # options of a run up to where it went on with others
 
 
 def why_unreadable(error: Exception) -> str:
@@ -148,12 +153,31 @@ def check_output(args: argparse.Namespace) -> None:
         OptionError: The experiment's folder has results that the run would not continue.
     """
     folder = _folder(args)
-    if not args.experiment or not os.path.isdir(folder) or args.resume == "auto" or _inside(args.resume, folder):
+    if not args.experiment or not os.path.isdir(folder) or _inside(args.resume, folder):
+        return
+    if args.resume == "auto":
+        # more epochs are a reason to go on; anything else is another run under the name of this one
+        changed = [name for name in _changed(folder, dump_args(args)) if name != "epochs"]
+        if changed and any(name.endswith(".pth.tar") for name in os.listdir(folder)):
+            flag = "--" + changed[0].replace("_", "-")
+            raise OptionError(
+                f"--resume auto: the run in {folder} had another {flag} than {getattr(args, changed[0])}; choose "
+                f"another --experiment, or go on with other options by --resume {os.path.join(folder, 'last.pth.tar')}")
         return
     if any(name == "summary.csv" or name.endswith(".pth.tar") for name in os.listdir(folder)):
         raise OptionError(
             f"--experiment {args.experiment}: {folder} holds another run; choose another name, or go on with "
             f"--resume {os.path.join(folder, 'last.pth.tar')}")
+
+
+def _changed(folder: str, args_text: str) -> list[str]:
+    """The options that make this run another one than that in the folder; none if that one's are unknown."""
+    try:
+        with open(os.path.join(folder, "args.yaml"), encoding="utf-8") as f:
+            before = yaml.safe_load(f)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return []
+    return changed_options(before, yaml.safe_load(args_text)) if isinstance(before, dict) else []
 
 
 def _folder(args: argparse.Namespace, name: str = "") -> str:
@@ -202,7 +226,13 @@ def create_output(
         saver.load_state_dict_from_checkpoint(args.resume)
     if _inside(args.resume, folder) or args.resume_auto:
         trim_summary(os.path.join(folder, "summary.csv"), start_epoch)
-    with open(os.path.join(folder, "args.yaml"), "w", encoding="utf-8") as f:
+    path = os.path.join(folder, "args.yaml")
+    changed = _changed(folder, args_text)
+    if changed:
+        _logger.warning(f"Going on with other options than before: {', '.join(changed)}. The earlier ones are kept in "
+                        f"{ARGS_BEFORE.format(start_epoch)}.")
+        os.replace(path, os.path.join(folder, ARGS_BEFORE.format(start_epoch)))
+    with open(path, "w", encoding="utf-8") as f:
         f.write(args_text)
     return folder, saver
 

@@ -247,9 +247,13 @@ def newest_checkpoint(folder: str) -> str | None:
 class Preemption:
     """Notices SIGTERM, and lets all ranks stop after the same update.
 
-    Gradients are synchronized in every update, so no rank is more than one update ahead of another. The first rank to
-    notice it writes, after its update u, that all stop after u + 2; by then every rank has seen it.
+    The signal may reach the ranks at different moments, or some of them only. Who notices it says so in the process
+    group's store; the first rank writes there, after its update u, that all stop after u + 2. Gradients are
+    synchronized in every update: no rank can finish u + 1 before the first one takes part in it, and all read the store
+    after each.
     """
+
+    _WANTED, _AFTER = "timm_sam/stop", "timm_sam/stop_after"
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.noticed = False
@@ -276,14 +280,14 @@ class Preemption:
 
     def should_stop(self, update: int) -> bool:
         """Whether the run ends now, after the ``update``-th update of all."""
-        if not self.noticed:
-            return False
         if self.store is None:
-            return True
+            return self.noticed
         if self.stop_after is None:
-            if self.primary:
+            if self.noticed:
+                self.store.set(self._WANTED, "1")
+            if self.primary and (self.noticed or self.store.check([self._WANTED])):
                 self.stop_after = update + 2
-                self.store.set("timm_sam/stop_after", str(self.stop_after))
-            elif self.store.check(["timm_sam/stop_after"]):
-                self.stop_after = int(self.store.get("timm_sam/stop_after"))
+                self.store.set(self._AFTER, str(self.stop_after))
+            elif not self.primary and self.store.check([self._AFTER]):
+                self.stop_after = int(self.store.get(self._AFTER))
         return self.stop_after is not None and update >= self.stop_after

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import functools
+import glob
 import io
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from .. import timing
+from ..checkpoint import ARGS_BEFORE
 from ..errors import OptionError, one_line
 from ..factory import create_schedule
 from ..options import build_train_parser
@@ -106,6 +108,7 @@ def read_run(folder: str, running_minutes: float = 60) -> Run:
         run = replace(run, args=args, epochs=_planned_epochs(args))
         run = replace(run, rows=tuple(_read_summary(os.path.join(folder, "summary.csv"))))
         run = _timed(run)
+        _check_single(run)
     except _Unusable as e:
         return replace(run, status=e.status, reason=str(e))
     last = run.rows[-1] if run.rows else {}
@@ -190,6 +193,15 @@ def _read_summary(path: str) -> list[dict[str, float]]:
                                    f"{rows[-1]['epoch']:g}: two runs in one file")
         rows.append(row)
     return rows
+
+
+def _check_single(run: Run) -> None:
+    """Raises for a folder whose epochs are not all those of one training."""
+    before = sorted(glob.glob(os.path.join(glob.escape(run.path), ARGS_BEFORE.format("*"))))
+    if before:
+        raise _Unusable(MIXED, f"went on with other options than before, see {os.path.basename(before[0])}")
+    if run.rows and run.rows[0]["epoch"] >= run.args["val_interval"]:
+        raise _Unusable(MIXED, f"begins with epoch {run.rows[0]['epoch']:g}: it went on from another run")
 
 
 def _timed(run: Run) -> Run:

@@ -1,37 +1,14 @@
 """Runs in the form of the paper's tables: one grid of variants, selections and radii per setting."""
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..perturbation import VARIANTS
+from ..sameness import NOT_COMPARED, data_name, normal
 from .runs import DIVERGED, DUPLICATE, FINISHED, Run, default_args
 
-# Options in which the runs of one cell may differ, and why that does not make them another experiment.
-NOT_COMPARED = {
-    "seed": "it is what the mean is over",
-    "output": "where the run was written",
-    "experiment": "its name",
-    "config": "what it set is in the other options",
-    "resume": "the same run, gone on with",
-    "data": "an older name of data_dir, which holds it too",
-    "local_rank": "ignored by train.py",
-    "device": "the same training elsewhere; times are compared by timing.csv's device",
-    "device_modules": "likewise",
-    "workers": "who decodes the images",
-    "pin_mem": "how batches are copied",
-    "dataset_download": "how the data came here",
-    "log_interval": "logging",
-    "log_wandb": "logging",
-    "wandb_project": "logging",
-    "wandb_tags": "logging",
-    "wandb_resume_id": "logging",
-    "save_images": "logging",
-    "recovery_interval": "checkpoints",
-    "checkpoint_hist": "checkpoints",
-}
 # These make the cells of one table.
 GRID = ("sam_variant", "sam_params", "sam_rho")
 SELECTIONS = ("all", "onlynorm", "nonorm")
@@ -183,27 +160,15 @@ def _twin_reason(run: Run, twin: Run, epoch: str) -> str:
 
 def _setting(run: Run) -> dict[str, Any]:
     """Everything in which runs of one table agree."""
-    args = {key: _normal(value) for key, value in run.args.items()
+    args = {key: normal(value) for key, value in run.args.items()
             if key not in NOT_COMPARED and not key.startswith("sam_")}
-    # the same data may lie elsewhere on another machine; another data set has another name
-    args["data_dir"] = os.path.basename(os.path.normpath(str(args["data_dir"] or "")))
+    args["data_dir"] = data_name(args["data_dir"])
     args["ranks"] = run.ranks if run.ranks is not None else "unknown"
     return args
 
 
 def _setting_key(run: Run) -> str:
     return json.dumps(_setting(run), sort_keys=True, default=str)
-
-
-def _normal(value: Any) -> Any:
-    """1 and 1.0, a tuple and a list are the same option."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, (list, tuple)):
-        return [_normal(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _normal(v) for k, v in value.items()}
-    return value
 
 
 def _place(run: Run) -> tuple[Row, str | None, float | None]:
@@ -215,7 +180,7 @@ def _place(run: Run) -> tuple[Row, str | None, float | None]:
     defaults = {**default_args(), "sam_eta": VARIANTS[variant].eta}
     options = tuple(sorted((key, str(value)) for key, value in args.items()
                            if key.startswith("sam_") and key not in GRID and value is not None
-                           and _normal(value) != _normal(defaults.get(key))))
+                           and normal(value) != normal(defaults.get(key))))
     return Row(list(VARIANTS).index(variant), variant, options), args["sam_params"], float(args["sam_rho"])
 
 

@@ -1,0 +1,61 @@
+"""Which options make two trainings different ones."""
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Options in which two runs may differ without being another experiment, and why.
+NOT_COMPARED = {
+    "seed": "what means are over",
+    "output": "where the run was written",
+    "experiment": "its name",
+    "config": "what it set is in the other options",
+    "resume": "the same run, gone on with",
+    "data": "an older name of data_dir, which holds it too",
+    "local_rank": "ignored by train.py",
+    "device": "the same training elsewhere; times are compared by timing.csv's device",
+    "device_modules": "likewise",
+    "workers": "who decodes the images",
+    "pin_mem": "how batches are copied",
+    "dataset_download": "how the data came here",
+    "log_interval": "logging",
+    "log_wandb": "logging",
+    "wandb_project": "logging",
+    "wandb_tags": "logging",
+    "wandb_resume_id": "logging",
+    "save_images": "logging",
+    "recovery_interval": "checkpoints",
+    "checkpoint_hist": "checkpoints",
+}
+
+
+def normal(value: Any) -> Any:
+    """1 and 1.0, a tuple and a list are the same option."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return [normal(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): normal(v) for k, v in value.items()}
+    return value
+
+
+def data_name(data_dir: str | None) -> str:
+    """The same data may lie elsewhere on another machine; another data set has another name."""
+    return os.path.basename(os.path.normpath(str(data_dir or "")))
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the options that make ``now`` another training than ``before``, seeds included.
+
+    Options that ``before`` does not name (it may be timm's, or older) count where they turn SAM on.
+    """
+    changed = []
+    for name, value in now.items():
+        if name in NOT_COMPARED and name != "seed" or name not in before and name != "sam_variant":
+            continue
+        old = before.get(name)
+        if name == "data_dir":
+            old, value = data_name(old), data_name(value)
+        if normal(old) != normal(value):
+            changed.append(name)
+    return changed
