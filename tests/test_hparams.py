@@ -441,13 +441,16 @@ SMALL = {  # sizes at which two updates take a moment
     'resnet18': '--img-size 32',
     'vit_tiny': '', 'vit_small': '',
 }
-# All runs on ImageNet and all of the smallest network and data set on CIFAR; for the rest, plain and one more, as they
-# differ in the network, which those two show, and in numbers, which are checked above.
-TWO_UPDATES = [(f, n) for f, n in PAPER if f.startswith('imagenet') or f == 'cifar/vit_tiny/cifar10'
-               or n in ('sgd', 'adamw', 'fisher_onlynorm')]
 
 
-@pytest.mark.parametrize(('folder', 'name'), TWO_UPDATES)
+def is_shown_by_others(folder, name):
+    """Not of ImageNet, nor of the smallest network on CIFAR-10, nor one of two per folder that show its network."""
+    shown = folder.startswith('imagenet') or folder == 'cifar/vit_tiny/cifar10'
+    return not shown and name not in ('sgd', 'adamw', 'fisher_onlynorm')
+
+
+@pytest.mark.parametrize(('folder', 'name'), [
+    pytest.param(f, n, marks=pytest.mark.slow if is_shown_by_others(f, n) else ()) for f, n in PAPER])
 def test_recipe_trains(folder, name, four_images, tmp_path, monkeypatch, request):
     for variable in LAUNCHER:
         monkeypatch.delenv(variable, raising=False)
