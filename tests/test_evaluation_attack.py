@@ -3,6 +3,7 @@ import json
 from collections import Counter
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_suites import R_IDS
@@ -74,6 +75,23 @@ def test_model_is_attacked_in_eval_mode_on_images_that_it_normalizes_itself(run,
         assert targets == labels[indices].tolist()
         with torch.no_grad():
             torch.testing.assert_close(model(images), fitted.model(expected[indices]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('loader', ['', '--no-prefetcher'])
+def test_grey_images_are_normalized_by_the_attack_as_by_the_loader(tmp_path, fitted, attacks, loader):
+    """The mean of the channels' numbers, not the first channel's."""
+    model = timm.create_model('test_resnet', num_classes=6, in_chans=1)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'grey.pth')
+    overlay = "pretrained_cfg_overlay={'mean':(0.1,0.4,0.7),'std':(0.2,0.2,0.5)}"
+    command = (f'--model test_resnet --num-classes 6 --in-chans 1 --model-kwargs "{overlay}" --checkpoint grey.pth '
+               f'--eval validation={fitted.data}/validation {ATTACK} {loader}')
+    (line,) = result(run_validate(tmp_path, command))
+    assert line['validation_clean'] == line['validation_top1']
+    normalized, images, *_ = attacks[0]
+    torch.testing.assert_close(normalized.mean.flatten(), torch.tensor([0.4]))
+    torch.testing.assert_close(normalized.std.flatten(), torch.tensor([0.3]))
+    preprocessing = json.loads((tmp_path / 'r.json').read_text())['protocol']['preprocessing']
+    assert preprocessing['mean'] == pytest.approx([0.4]) and images.shape[1] == 1
 
 
 def test_subset_is_class_balanced_seeded_and_part_of_the_result(run, attacks, fitted, tmp_path):

@@ -228,6 +228,34 @@ def test_epsilon_of_batch_norm_goes_into_the_model_as_it_did_in_the_run(parse, r
     assert parse(f'--checkpoint {path} --model-kwargs bn_eps=0.1').model_kwargs == {'bn_eps': 0.1}
 
 
+def second_run(tmp_path, **values):
+    folder = tmp_path / 'other'
+    folder.mkdir()
+    (folder / 'last.pth.tar').write_bytes(b'other')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(values))
+    return folder / 'last.pth.tar'
+
+
+@pytest.mark.parametrize('key, value', [
+    ('num_classes', 8), ('mean', None), ('interpolation', 'bicubic'), ('model', 'test_resnet'), ('gp', 'avg'),
+    ('model_kwargs', {}), ('bn_eps', 0.01)])
+def test_runs_that_differ_are_not_evaluated_together(refuse, parse, run, tmp_path, key, value):
+    values = {**OF_A_RUN, 'bn_eps': 0.1}
+    first, second = run(**values), second_run(tmp_path, **{**values, key: value})
+    message = refuse(f'--checkpoint {first} {second}')
+    assert f'--checkpoint: {key} is ' in message and repr(values[key]) in message
+    assert f'{first.parent}/args.yaml' in message and f'{second.parent}/args.yaml' in message
+    assert vars(parse(f'--model test_vit --checkpoint {first} {second}'))['num_classes'] is None
+
+
+def test_runs_may_differ_in_other_options_and_in_what_the_command_line_says(parse, run, tmp_path):
+    without = tmp_path / 'last.pth'
+    without.write_bytes(b'')
+    first, second = run(**OF_A_RUN, lr=1.0), second_run(tmp_path, **{**OF_A_RUN, 'crop_pct': 0.8, 'lr': 2.0})
+    args = parse(f'--checkpoint {without} {first} {second} --crop-pct 1')
+    assert (args.model, args.num_classes, args.crop_pct) == ('test_vit', 7, 1)
+
+
 def test_folder_after_the_checkpoint_is_the_data_as_in_timms_script(parse, run, tmp_path):
     path, data = run(**OF_A_RUN), tmp_path / 'images'
     data.mkdir()

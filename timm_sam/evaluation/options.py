@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
@@ -194,7 +195,7 @@ def parse_validate_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
 
     ``checkpoint`` becomes a list of files, ``eval`` a list of pairs (name, folder), ``attack`` a list of radii;
     ``suites`` says whether anything is asked that timm's script does not do. What the command line does not say of the
-    model and its images is taken from the ``args.yaml`` beside the first checkpoint, if ``--model`` is not given.
+    model and its images is taken from the ``args.yaml`` beside the checkpoints, if ``--model`` is not given.
 
     Raises:
         SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
@@ -248,10 +249,41 @@ def _checkpoint_files(path: str) -> list[str]:
 
 
 def _take_from_run(parser: argparse.ArgumentParser, args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """Completes the options by what the run that wrote the checkpoint was started with."""
-    path = os.path.join(os.path.dirname(args.checkpoint[0]), "args.yaml")
-    if not os.path.isfile(path):
+    """Completes the options by what the runs that wrote the checkpoints were started with.
+
+    Raises:
+        OptionError: An ``args.yaml`` cannot be read, or two of them differ in what the command line does not say.
+    """
+    paths = [os.path.join(os.path.dirname(checkpoint), "args.yaml") for checkpoint in args.checkpoint]
+    paths = [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
+    if not paths:
         return
+    actions = {action.dest: action for action in parser._actions}
+    path, *others = paths
+    values = _of_run(actions, path)
+    for other in others:
+        theirs = _of_run(actions, other)
+        for key in (*_OF_A_RUN, "bn_eps"):
+            default = actions[key].default if key in actions else None
+            mine, its = values.get(key, default), theirs.get(key, default)
+            if mine != its and getattr(given, key, None) is None:
+                remedy = f"evaluate them one by one, or give --{key.replace('_', '-')}" if key in actions else (
+                    "evaluate them one by one")
+                raise OptionError(f"--checkpoint: {key} is {mine!r} in {path}, and {its!r} in {other}; {remedy}")
+    if given.img_size is not None and "input_size" in values:
+        # timm would prefer it to the size that the command line asks for
+        values.setdefault("in_chans", values.pop("input_size")[0])
+    bn_eps = values.pop("bn_eps", None)
+    for key, value in values.items():
+        if getattr(given, key) is None:
+            setattr(args, key, value)
+    if bn_eps is not None:
+        args.model_kwargs = {"bn_eps": bn_eps, **args.model_kwargs}
+    args.taken_from = path
+
+
+def _of_run(actions: dict[str, argparse.Action], path: str) -> dict[str, Any]:
+    """What an ``args.yaml`` says of the model and its images."""
     try:
         with open(path, encoding="utf-8") as f:
             run = yaml.safe_load(f)
@@ -259,17 +291,10 @@ def _take_from_run(parser: argparse.ArgumentParser, args: argparse.Namespace, gi
         run = None
     if not isinstance(run, dict):
         raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")
-    actions = {action.dest: action for action in parser._actions}
     values = {key: yaml_value(path, actions[key], run[key]) for key in _OF_A_RUN if run.get(key) is not None}
-    if given.img_size is not None and "input_size" in values:
-        # timm would prefer it to the size that the command line asks for
-        values.setdefault("in_chans", values.pop("input_size")[0])
-    for key, value in values.items():
-        if getattr(given, key) is None:
-            setattr(args, key, value)
     if isinstance(run.get("bn_eps"), float):  # a flag of train.py only, but part of what the model computes
-        args.model_kwargs = {"bn_eps": run["bn_eps"], **args.model_kwargs}
-    args.taken_from = path
+        values["bn_eps"] = run["bn_eps"]
+    return values
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -109,10 +109,9 @@ def _attack_batches(args: argparse.Namespace, subject: Subject, attacked: Attack
                     places: list[int], key: Any, journal: Journal, ranks: Ranks) -> dict[str, dict[str, int]]:
     """Attacks this rank's batches with every radius; returns what it has added to the journal."""
     config = subject.data_config
-    channels = config["input_size"][0]
     # a compiled model would be compiled anew for each of the sizes to which batches shrink
-    model = Normalized(getattr(subject.model, "_orig_mod", subject.model), _per_channel(config["mean"], channels),
-                       _per_channel(config["std"], channels), attacked.suite.space.reduce)
+    model = Normalized(getattr(subject.model, "_orig_mod", subject.model), config["mean"], config["std"],
+                       attacked.suite.space.reduce)
     loaded = suite_loader(args, subject, attacked.suite, batches, places, raw=True)
     done: dict[str, dict[str, int]] = {}
     units = len(places) * len(args.attack)
@@ -139,10 +138,6 @@ def _attack_batches(args: argparse.Namespace, subject: Subject, attacked: Attack
                 _logger.info(f"Attack: {attacked.suite.name} [{finished:>4d}/{units}]  {radius}: robust "
                              f"{robust[radius].avg:.2f} %  Left: {left:.0f}s")
     return done
-
-
-def _per_channel(values: Any, channels: int) -> list[float]:
-    return list(values) * channels if len(values) == 1 else list(values)[:channels]
 
 
 def _count(found: Attacked) -> dict[str, int]:

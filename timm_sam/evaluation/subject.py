@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm import utils
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import create_model, load_checkpoint
 from torch import nn
@@ -34,7 +35,7 @@ class Subject:
         model: Images (B, C, H, W) -> logits (B, num_classes), on ``device``, in eval mode.
         num_classes: Number of outputs.
         param_count: Number of parameters.
-        data_config: Of ``timm.data.resolve_data_config``.
+        data_config: Of ``timm.data.resolve_data_config``; ``mean`` and ``std`` have one number per channel.
         crop_pct: Share of the image that the crop keeps.
         device: Where the model is.
         dtype: Of the weights; None: float32.
@@ -101,6 +102,8 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     if verbose:
         _logger.info(f"Model {name} created, {param_count:,} parameters")
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=verbose)
+    for key in ("mean", "std"):  # as timm's loader would: the attack normalizes by the same numbers
+        data_config[key] = tuple(adapt_to_chs(data_config[key], data_config["input_size"][0]))
     num_classes, crop_pct = model.num_classes, data_config["crop_pct"]
     if args.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
