@@ -320,6 +320,41 @@ def test_which_sets_are_in_distribution(tree, published):
     assert [s.kind for s in open_suites({'imagenet-r': published['imagenet-r']}, 1000)] == ['ood']
 
 
+def test_sets_that_only_the_order_of_folders_numbers_have_the_same_folders(tree):
+    mine, same, other = tree('mine', 'abc'), tree('same', 'abc'), tree('other', 'abd')
+    assert [targets(s) for s in open_suites({'mine': mine, 'same': same}, 3)] == [{'a': {0}, 'b': {1}, 'c': {2}}] * 2
+    for allow_partial in (False, True):
+        with pytest.raises(OptionError) as caught:
+            open_suites({'mine': mine, 'other': other}, 3, allow_partial=allow_partial)
+        text = str(caught.value)
+        assert text.startswith(f'--eval other={other}: class folders (d) that mine={mine} lacks')
+        assert '--class-map' in text and '\n' not in text
+    numbers = {'a': 0, 'b': 1, 'c': 2, 'd': 2}
+    both = open_suites({'mine': mine, 'other': other}, 3, numbers)
+    assert targets(both[1]) == {'a': {0}, 'b': {1}, 'd': {2}}
+
+
+@pytest.mark.parametrize('order', [('mine', 'few'), ('few', 'mine')])
+def test_partial_set_takes_its_classes_from_a_complete_one(tree, order):
+    folders = {'mine': tree('mine', ['c1', 'c2', 'c10']), 'few': tree('few', ['c10', 'c2'])}
+    folders = {name: folders[name] for name in order}
+    with pytest.raises(OptionError, match='--eval few=.*2 class folders'):
+        open_suites(folders, 3)
+    found = {suite.name: suite for suite in open_suites(folders, 3, allow_partial=True)}
+    assert targets(found['few']) == {'c2': {1}, 'c10': {2}} and found['few'].flags == ['partial: 2 of 3 classes']
+    assert found['mine'].flags == [] and found['mine'].space == found['few'].space
+    with pytest.raises(OptionError, match='--eval few=.*2 class folders'):
+        open_suites({'few': folders['few']}, 3, allow_partial=True)
+
+
+def test_partial_set_with_a_class_of_its_own_is_refused(tree):
+    folders = {'mine': tree('mine', 'abc'), 'few': tree('few', 'ax'), 'published': tree('more', 'abcx')}
+    with pytest.raises(OptionError, match=r'--eval few=.*class folders \(x\) that mine=.* lacks'):
+        open_suites(folders, 3, allow_partial=True)
+    with pytest.raises(OptionError, match='--eval published=.*4 class folders'):
+        open_suites({name: folders[name] for name in ('mine', 'published')}, 3)
+
+
 def test_find_suites(tmp_path):
     for folder in ('ILSVRC2012/val', V2, 'imagenetv2', 'sketch', 'objectnet-1.0'):
         (tmp_path / folder).mkdir(parents=True)

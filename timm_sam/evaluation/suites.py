@@ -128,9 +128,25 @@ def open_suites(folders: Mapping[str, str], num_classes: int, class_to_idx: Mapp
                 allow_partial: bool = False) -> list[Suite]:
     """``open_suite`` of several sets (name -> folder), in their order.
 
-    Where none of them is in distribution, the first one is, unless it is a published set.
+    Where none of them is in distribution, the first one is, unless it is a published set. Folders that only their
+    rank numbers must be the same in all sets; with ``allow_partial`` they may be some of those of a complete one.
+
+    Raises:
+        OptionError: Such folders differ, and all that ``open_suite`` raises.
     """
-    suites = [open_suite(name, folder, num_classes, class_to_idx, allow_partial) for name, folder in folders.items()]
+    ranked = {} if class_to_idx is not None else _ranked(folders, num_classes)
+    complete = next((name for name, names in ranked.items() if len(names) == num_classes), None)
+    ranks = {folder: i for i, folder in enumerate(sorted(ranked.get(complete, ()), key=natural_key))}
+    suites = []
+    for name, folder in folders.items():
+        names = ranked.get(name, ())
+        shared = bool(ranks) and bool(names) and (allow_partial or len(names) == num_classes)
+        other = [folder for folder in names if folder not in ranks]
+        if shared and other:
+            raise OptionError(
+                f"{_flag(name, folder)}: class folders ({_some(other)}) that {complete}={folders[complete]} lacks, so "
+                f"that their order numbers the two differently; give --class-map FILE, or rename them")
+        suites.append(open_suite(name, folder, num_classes, ranks if shared else class_to_idx, allow_partial))
     if suites and suites[0].name not in PUBLISHED and all(suite.kind == "ood" for suite in suites):
         suites[0].kind = "id"
     return suites
@@ -231,6 +247,22 @@ def _number(folder: str) -> int | None:
     return number if number < IMAGENET_CLASSES else None
 
 
+def _ranked(folders: Mapping[str, str], num_classes: int) -> dict[str, list[str]]:
+    """The class folders of those sets (name -> folder) whose classes are known by their folders' order only."""
+    ranked = {}
+    for name, folder in folders.items():
+        if name not in PUBLISHED:
+            flag = _flag(name, folder)
+            names = sorted(_class_folders(_class_root(name, folder, flag), flag))
+            if not _of_imagenet(names, num_classes):
+                ranked[name] = names
+    return ranked
+
+
+def _of_imagenet(folders: Sequence[str], num_classes: int) -> bool:
+    return num_classes == IMAGENET_CLASSES and all(map(_WORDNET_ID.fullmatch, folders))
+
+
 def _training(folders: Sequence[str], num_classes: int, class_to_idx: Mapping[str, int] | None,
               flag: str) -> _Classes:
     space = LabelSpace(f"training ({num_classes} classes)")
@@ -243,7 +275,7 @@ def _training(folders: Sequence[str], num_classes: int, class_to_idx: Mapping[st
                     f"outputs; use the class map and --num-classes of the training")
             names[index] = names[index] or str(folder)
         return _Classes("the class map", names, class_to_idx.get, space)
-    if num_classes == IMAGENET_CLASSES and all(map(_WORDNET_ID.fullmatch, folders)):
+    if _of_imagenet(folders, num_classes):
         return _wordnet(range(IMAGENET_CLASSES), imagenet_space(), "ImageNet")
     if len(folders) != num_classes:
         raise OptionError(
