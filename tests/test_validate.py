@@ -235,7 +235,8 @@ def small_memory(monkeypatch):
         model = create(*args, **kwargs)
 
         def limit(module, inputs):
-            seen.append(len(inputs[0]))
+            if len(inputs[0]) > 1:  # the first image only tries the size
+                seen.append(len(inputs[0]))
             if len(inputs[0]) > 3:
                 raise RuntimeError('CUDA out of memory.\nTried to allocate 2 GiB')
         model.register_forward_pre_hook(limit)

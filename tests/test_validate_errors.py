@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_errors import tree
@@ -37,6 +38,11 @@ ROWS = [
     ('{sets} --checkpoint ten.pth ./ten.pth', ['--checkpoint ten.pth', 'twice']),
     ('{single} --model test_resnot', ['--model test_resnot', 'did you mean', 'test_resnet']),
     ('{single} --model-kwargs foo=1', ['--model test_resnet', "'foo'", '--model-kwargs']),
+    # size of the images
+    *((f'{{{kind}}} --model test_vit --num-classes 6 --checkpoint vit.pth {size}',
+       ['--model test_vit', f'images of {shape}', '--img-size', '--input-size', '--in-chans'])
+      for kind in ('single', 'sets') for size, shape in [
+          ('--img-size 40', '3x40x40'), ('--input-size 1 160 160 --in-chans 3', '1x160x160')]),
     # the data set
     ('', ['--data-dir is missing']),
     ('--data-dir nowhere', ['--data-dir nowhere', 'does not exist']),
@@ -150,6 +156,8 @@ def folder(tmp_path, fitted):
     torch.save(5, tmp_path / 'number.pth')
     for name, outputs in {'three': 3, 'five': 5, 'ten': 10}.items():
         constant_checkpoint(tmp_path / f'{name}.pth', [0], outputs)
+    vit = timm.create_model('test_vit', num_classes=6)
+    torch.save({'state_dict': vit.state_dict()}, tmp_path / 'vit.pth')
     texts = {'words.txt': 'one\ntwo\n', 'six.txt': '0\n6\n', 'twice.txt': '1\n1\n', 'two.txt': '0\n1\n',
              'short.json': '[[1], [2]]', 'right.json': str([[1]] * 24), 'map.txt': '\n'.join(GREYS)}
     for name, text in texts.items():

@@ -15,7 +15,8 @@ from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import create_model, load_checkpoint
-from torch import nn
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
 
 from ..checkpoint import why_unreadable
 from ..errors import OptionError, one_line
@@ -89,7 +90,8 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
         verbose: Whether to log.
 
     Raises:
-        OptionError: The name is unknown, its arguments do not fit, or the weights cannot be loaded into it.
+        OptionError: The name is unknown, its arguments do not fit, the weights cannot be loaded into it, or it takes
+            no images of this size.
     """
     name = name or args.model
     utils.random_seed(args.seed)
@@ -113,11 +115,15 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     model = model.to(device=device, dtype=dtype)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    model = _transformed(args, model)
     model.eval()
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if args.amp:
         autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+    if not isinstance(model, NaFlexVit):
+        with autocast():
+            _try(model, name, torch.zeros(1, *data_config["input_size"], device=device, dtype=dtype))
+    model = _transformed(args, model)
+    model.eval()
     return Subject(
         name=name, checkpoint=checkpoint, sha256=file_sha256(checkpoint) if checkpoint else None, model=model,
         num_classes=num_classes, param_count=param_count, data_config=data_config, crop_pct=crop_pct, device=device,
@@ -149,6 +155,24 @@ def _load(model: nn.Module, name: str, path: str, use_ema: bool) -> None:
         raise OptionError(
             f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: {why_unreadable(e)}; "
             f"give a checkpoint of this model, or mend --model and --num-classes") from e
+
+
+def _try(model: nn.Module, name: str, images: Tensor) -> None:
+    """A forward pass, to see whether the images' size is the model's.
+
+    Not under inference_mode: what a model keeps of it could not be used under autograd later.
+    """
+    try:
+        with torch.no_grad():
+            model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError, IndexError) as e:
+        if "memory" in str(e):
+            raise
+        raise OptionError(
+            f"--model {name} cannot be run on images of {'x'.join(map(str, images.shape[1:]))}: {one_line(e)}; check "
+            f"--img-size, --input-size, --in-chans and --model-dtype") from e
 
 
 def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
