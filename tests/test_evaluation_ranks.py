@@ -200,6 +200,30 @@ def test_unreadable_image_of_the_second_rank_is_one_line_and_code_2(fitted, tmp_
     assert not list(tmp_path.glob('r*'))
 
 
+FAILS = """
+import os, sys, torch
+import timm_sam.evaluation.protocol as protocol, validate
+def failing(*args, **kwargs):
+    if os.environ['RANK'] == '1':
+        raise {error}
+    return done(*args, **kwargs)
+done, protocol.{function} = protocol.{function}, failing
+sys.exit(validate.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize('function, error, words', [
+    ('build_subject', 'torch.OutOfMemoryError("CUDA out of memory")', '--batch-size 5 is too large'),
+    ('open_suites', 'validate.OptionError("mine")', 'error: mine')])
+def test_mistake_that_only_the_second_rank_meets_is_printed(fitted, tmp_path, function, error, words):
+    (tmp_path / 'run.py').write_text(FAILS.format(function=function, error=error))
+    code, out, err = torchrun(
+        ['run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'], tmp_path)
+    lines = [line for line in err.splitlines() if 'validate.py: error: ' in line]
+    assert code != 0 and out == '' and len(lines) == 1 and words in lines[0], err[-3000:]
+    assert 'exitcode  : 2' in err and 'exitcode  : 1' not in err
+
+
 # Ranks without processes
 
 def test_every_batch_is_in_one_share():

@@ -223,7 +223,8 @@ def test_protocol_says_what_the_numbers_depend_on(run, root, tmp_path, checkpoin
         f'--attack l2=0.5 linf=1/255 --attack-num-samples 5 --attack-steps 2 --attack-targets 3 --results-file r.json')
     protocol = read(tmp_path / 'r.json')[1]['protocol']
     assert protocol['checkpoints'] == [
-        dict(path=checkpoints[0], sha256=sha256(checkpoints[0]), model='test_resnet', parameters=469688)]
+        dict(path=checkpoints[0], sha256=sha256(checkpoints[0]), weights='state_dict', model='test_resnet',
+             parameters=469688)]
     assert (protocol['seed'], protocol['batch_size'], protocol['use_ema']) == (7, 3, False)
     assert protocol['precision'] == 'float32' and protocol['device'] == 'cpu'
     assert protocol['versions'] == dict(timm_sam=timm_sam.__version__, timm=timm.__version__,
@@ -242,14 +243,29 @@ def test_protocol_says_what_the_numbers_depend_on(run, root, tmp_path, checkpoin
         'imagenet', 5, 7, 2, 3)
 
 
-def test_use_ema_takes_the_averaged_weights(root, tmp_path):
-    path = constant_checkpoint(tmp_path / 'c.pth', FIRST, key='state_dict_ema')
-    sets = f'--checkpoint {path} --eval imagenet={root}/imagenet --allow-partial'
+@pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema'])
+def test_use_ema_takes_the_averaged_weights(root, tmp_path, key):
+    path = constant_checkpoint(tmp_path / 'c.pth', FIRST, key=key)
+    sets = f'--checkpoint {path} --eval imagenet={root}/imagenet --allow-partial --results-file r.json --overwrite'
     # without it, the outputs are all zero; which of them is best is torch's choice, but not all of FIRST's
     averaged = result(run_validate(tmp_path, f'{sets} --use-ema'))[0]
+    assert read(tmp_path / 'r.json')[1]['protocol']['checkpoints'][0]['weights'] == key
     plain = result(run_validate(tmp_path, sets))[0]
+    assert read(tmp_path / 'r.json')[1]['protocol']['checkpoints'][0]['weights'] == 'state_dict'
     assert (averaged['imagenet_top1'], averaged['imagenet_top5']) == (37.5, 50)
     assert (plain['imagenet_top1'], plain['imagenet_top5']) != (37.5, 50)
+
+
+def test_file_of_nothing_but_weights(root, tmp_path):
+    path = constant_checkpoint(tmp_path / 'c.pth', FIRST)
+    state = torch.load(path, weights_only=True)['state_dict']
+    torch.save(state, tmp_path / 'new.pth')
+    torch.save(state, tmp_path / 'old.pth', _use_new_zipfile_serialization=False)  # cannot be mapped
+    for name in ('new.pth', 'old.pth'):
+        done = run_validate(tmp_path, f'--checkpoint {name} --eval imagenet={root}/imagenet --allow-partial '
+                                      f'--results-file r.json --overwrite')
+        assert result(done)[0]['imagenet_top1'] == 37.5
+        assert read(tmp_path / 'r.json')[1]['protocol']['checkpoints'][0]['weights'] == ''
 
 
 def test_options_of_the_run_beside_the_checkpoint_build_the_model(root, tmp_path):

@@ -161,6 +161,18 @@ def test_results_file_holds_what_is_printed(run, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['r.csv', 'r.json']
 
 
+@pytest.mark.parametrize('path', ['c.pth', 'folder'])
+def test_plain_weights_are_taken_with_a_warning_where_there_are_no_averaged_ones(run, tmp_path, path):
+    (tmp_path / 'folder').mkdir()
+    for name in ('c.pth', 'folder/c.pth'):
+        constant_checkpoint(tmp_path / name, [0, 1, 2, 3, 4], CLASSES)
+    done = run(f'--checkpoint {path} --use-ema')
+    found = result(done)
+    assert (found if path == 'c.pth' else found[0])['top1'] == 16.6667
+    assert len([line for line in done.err.splitlines() if 'c.pth has no averaged weights' in line]) == 1
+    assert 'averaged' not in run('--use-ema').err
+
+
 # Many evaluations
 
 @pytest.fixture

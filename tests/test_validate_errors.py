@@ -38,6 +38,8 @@ ROWS = [
     ('{sets} --checkpoint ten.pth ./ten.pth', ['--checkpoint ten.pth', 'twice']),
     ('{single} --model test_resnot', ['--model test_resnot', 'did you mean', 'test_resnet']),
     ('{single} --model-kwargs foo=1', ['--model test_resnet', "'foo'", '--model-kwargs']),
+    ('{sets} --checkpoint six.pth --use-ema', ['--use-ema: six.pth has no averaged weights', 'leave it out']),
+    ('{sets} --checkpoint fitted.pth six.pth --use-ema', ['--use-ema: six.pth has no averaged weights']),
     # size of the images
     *((f'{{{kind}}} --model test_vit --num-classes 6 --checkpoint vit.pth {size}',
        ['--model test_vit', f'images of {shape}', '--img-size', '--input-size', '--in-chans'])
@@ -151,10 +153,11 @@ def folder(tmp_path, fitted):
     torch.save({'state_dict': {'fc.bias': Evil()}}, tmp_path / 'evil.pth')
     (tmp_path / 'evil.tar').write_bytes(pickle.dumps(Evil()))
     content = Path(fitted.checkpoint).read_bytes()
+    (tmp_path / 'fitted.pth').write_bytes(content)
     (tmp_path / 'torn.pth').write_bytes(content[:len(content) // 2])
     (tmp_path / 'text.pth').write_text('weights')
     torch.save(5, tmp_path / 'number.pth')
-    for name, outputs in {'three': 3, 'five': 5, 'ten': 10}.items():
+    for name, outputs in {'three': 3, 'five': 5, 'six': 6, 'ten': 10}.items():
         constant_checkpoint(tmp_path / f'{name}.pth', [0], outputs)
     vit = timm.create_model('test_vit', num_classes=6)
     torch.save({'state_dict': vit.state_dict()}, tmp_path / 'vit.pth')

@@ -117,7 +117,7 @@ def fit(folder):
         model.fc.weight.copy_(torch.linalg.solve(gram, features.T @ targets).T)
         model.fc.bias.zero_()
     path = folder / 'fitted.pth.tar'
-    torch.save({'state_dict': model.state_dict()}, path)
+    torch.save({'state_dict': model.state_dict(), 'state_dict_ema': model.state_dict()}, path)
     return Fitted(model, str(path), data)
 
 

@@ -87,7 +87,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="global pooling: fast, avg, max, avgmax or avgmaxc; none: the model's own")
     add("--checkpoint", nargs="+", type=str, metavar="PATH", default="",
         help="weights: a file, several (evaluated one by one, with mean and standard deviation), or a folder of them")
-    add("--use-ema", action="store_true", help="take the averaged weights of a checkpoint, where it has some")
+    add("--use-ema", action="store_true",
+        help="take the averaged weights of a checkpoint; without any: an error in suites, else the plain ones")
     add("--reparam", action="store_true", help="merge the model's branches, where it can be done")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
         help="further arguments of the model's constructor")

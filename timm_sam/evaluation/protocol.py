@@ -44,15 +44,15 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
     checkpoints: list[str | None] = list(args.checkpoint) or [None]
     if len(checkpoints) > 1:
         # hours may lie between the first and the last one: a file that does not fit is found now
-        check_weights(args, args.checkpoint)
+        ranks.each(lambda: check_weights(args, args.checkpoint))
 
     suites: list[Suite] = []
     attacked: AttackedSet | None = None
     per_checkpoint, described = [], []
     for checkpoint in checkpoints:
-        subject = build_subject(args, checkpoint, device, verbose=ranks.primary)
+        subject = ranks.each(lambda c=checkpoint: build_subject(args, c, device, verbose=ranks.primary))
         if not suites:
-            suites = _open_suites(args, subject.num_classes, ranks)
+            suites = ranks.each(lambda outputs=subject.num_classes: _open_suites(args, outputs, ranks))
             attacked = _attacked_set(args, suites, subject.num_classes)
             _start(args, journal, ranks)  # the options are in order: from here on files change
         measures = []
@@ -62,7 +62,8 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
             measures += attack_suite(args, subject, attacked, _identity(args, subject, attacked.suite), journal, ranks)
         per_checkpoint.append(measures)
         described.append(
-            dict(path=checkpoint, sha256=subject.sha256, model=subject.name, parameters=subject.param_count))
+            dict(path=checkpoint, sha256=subject.sha256, weights=subject.weights, model=subject.name,
+                 parameters=subject.param_count))
 
     names = short_names(checkpoints, args.model)
     merged = tables.merge(per_checkpoint)

@@ -72,6 +72,16 @@ class Ranks:
                 raise kind(message)
         return [part for part, _ in together]
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Does some work on each rank, which keeps what comes of it.
+
+        Raises:
+            OptionError, torch.OutOfMemoryError, RuntimeError: As :meth:`run`, on all ranks.
+        """
+        kept: list[T] = []
+        self.run(lambda: kept.append(work()))
+        return kept[0]
+
     def close(self) -> None:
         """Lets go of the group, so that it can be destroyed."""
         self._group = None

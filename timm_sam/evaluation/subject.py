@@ -16,6 +16,7 @@ from timm.data.loader import adapt_to_chs
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import create_model, load_checkpoint
 from timm.models.naflexvit import NaFlexVit
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import Tensor, nn
 
 from ..checkpoint import why_unreadable
@@ -23,6 +24,8 @@ from ..errors import OptionError, one_line
 from ..factory import check_model_name
 
 _logger = logging.getLogger("validate")
+
+_AVERAGED = ("state_dict_ema", "model_ema")  # keys of averaged weights, as timm looks for them
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Subject:
         device: Where the model is.
         dtype: Of the weights; None: float32.
         autocast: Context of a forward pass.
+        weights: Which of the file's weights they are, by their key in it.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Subject:
     device: torch.device
     dtype: torch.dtype | None
     autocast: Callable[[], AbstractContextManager]
+    weights: str = ""
 
 
 def prepare_device(args: argparse.Namespace) -> torch.device:
@@ -96,8 +101,11 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     name = name or args.model
     utils.random_seed(args.seed)
     model = _create(args, name, pretrained=args.pretrained or checkpoint is None)
+    weights = "timm's"
     if checkpoint is not None:
-        _load(model, name, checkpoint, args.use_ema)
+        weights = _load(args, model, name, checkpoint)
+        if args.use_ema and weights not in _AVERAGED and verbose:
+            _logger.warning(f"--use-ema: {checkpoint} has no averaged weights; the plain ones are evaluated")
     if args.reparam:
         model = utils.reparameterize_model(model)
     param_count = sum(p.numel() for p in model.parameters())
@@ -127,7 +135,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     return Subject(
         name=name, checkpoint=checkpoint, sha256=file_sha256(checkpoint) if checkpoint else None, model=model,
         num_classes=num_classes, param_count=param_count, data_config=data_config, crop_pct=crop_pct, device=device,
-        dtype=dtype, autocast=autocast)
+        dtype=dtype, autocast=autocast, weights=weights)
 
 
 def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
@@ -146,15 +154,34 @@ def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
             f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
 
 
-def _load(model: nn.Module, name: str, path: str, use_ema: bool) -> None:
+def _load(args: argparse.Namespace, model: nn.Module, name: str, path: str) -> str:
+    """Loads a file's weights; returns their key in it."""
     if not os.path.isfile(path):
         raise OptionError(f"--checkpoint {path} is not a file: give the path of a checkpoint")
     try:
-        load_checkpoint(model, path, use_ema)
+        load_checkpoint(model, path, args.use_ema)
+        weights = _key_of_weights(path, args.use_ema)
     except Exception as e:  # unpickling a torn or foreign file raises almost anything
         raise OptionError(
             f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: {why_unreadable(e)}; "
             f"give a checkpoint of this model, or mend --model and --num-classes") from e
+    if args.use_ema and args.suites and weights not in _AVERAGED:
+        raise OptionError(f"--use-ema: {path} has no averaged weights; leave it out, or give checkpoints with them")
+    return weights
+
+
+def _key_of_weights(path: str, use_ema: bool) -> str:
+    """Where in a file timm takes the weights from; empty: the file is nothing but weights."""
+    if os.path.splitext(path)[1].lower() in (".safetensors", ".npz", ".npy"):
+        return ""
+    try:
+        content = load_checkpoint_metadata(path)
+    except RuntimeError:  # torch 1.5 and older wrote files that cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        return ""
+    averaged = [key for key in _AVERAGED if use_ema and content.get(key) is not None]
+    return next((key for key in (*averaged, "state_dict", "model") if key in content), "")
 
 
 def _try(model: nn.Module, name: str, images: Tensor) -> None:
@@ -198,4 +225,4 @@ def check_weights(args: argparse.Namespace, checkpoints: Sequence[str]) -> None:
     """
     model = _create(args, args.model, pretrained=False)
     for path in checkpoints:
-        _load(model, args.model, path, args.use_ema)
+        _load(args, model, args.model, path)
