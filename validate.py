@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger().setLevel(logging.WARNING)
         if getattr(args, "taken_from", None) and ranks.primary:
             _logger.info(f"Model and preprocessing as in {args.taken_from}: {args.model}")
+        if args.left_out and ranks.primary:
+            _logger.info(f"Unfinished or the same as another checkpoint: {', '.join(args.left_out)}")
         if args.suites:
             return suites(args, device, ranks)
         return one_or_bulk(args, device, ranks)

@@ -243,6 +243,19 @@ def test_protocol_says_what_the_numbers_depend_on(run, root, tmp_path, checkpoin
         'imagenet', 5, 7, 2, 3)
 
 
+def test_weights_that_are_twice_in_a_folder_are_evaluated_once_and_said(root, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    constant_checkpoint(folder / 'checkpoint-1.pth', SECOND)
+    constant_checkpoint(folder / 'checkpoint-2.pth', FIRST)
+    (folder / 'last.pth').hardlink_to(folder / 'checkpoint-2.pth')
+    (folder / 'tmp.pth').write_bytes(b'torn')
+    done = run_validate(tmp_path, f'--checkpoint {folder} --eval imagenet={root}/imagenet --allow-partial')
+    assert [line['imagenet_top1'] for line in result(done)] == [12.5, 37.5]
+    assert done.log('Unfinished or the same') == [
+        f'Unfinished or the same as another checkpoint: {folder}/tmp.pth, {folder}/last.pth']
+
+
 @pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema'])
 def test_use_ema_takes_the_averaged_weights(root, tmp_path, key):
     path = constant_checkpoint(tmp_path / 'c.pth', FIRST, key=key)

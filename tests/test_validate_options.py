@@ -144,12 +144,30 @@ def test_folder_is_all_of_its_checkpoints_in_natural_order(parse, tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
     for name in ('checkpoint-10.pth.tar', 'checkpoint-9.pth.tar', 'last.pth', 'args.txt'):
-        (folder / name).write_bytes(b'')
+        (folder / name).write_text(name)
     args = parse(f'--model test_resnet --checkpoint {folder}')
     assert args.checkpoint == [f'{folder}/{name}' for name in ('checkpoint-9.pth.tar', 'checkpoint-10.pth.tar',
                                                                'last.pth')]
     assert args.suites is False and args.folder_of_checkpoints is True
     assert parse(f'--model test_resnet --checkpoint {folder} --attack l2=1').checkpoint == args.checkpoint
+
+
+def test_copies_and_unfinished_files_of_a_folder_count_in_no_suite(parse, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('checkpoint-8.pth.tar', 'checkpoint-9.pth.tar', 'tmp.pth.tar', 'recovery-1-5.pth.tar'):
+        (folder / name).write_text(name)
+    (folder / 'last.pth.tar').hardlink_to(folder / 'checkpoint-9.pth.tar')
+    (folder / 'model_best.pth.tar').write_text('checkpoint-8.pth.tar')
+    (tmp_path / 'copy.pth').write_text('checkpoint-9.pth.tar')
+    suites = f'--model test_resnet --eval x={tmp_path} --checkpoint'
+    args = parse(f'{suites} {folder}')
+    assert [Path(path).name for path in args.checkpoint] == ['checkpoint-8.pth.tar', 'checkpoint-9.pth.tar']
+    assert {Path(path).name for path in args.left_out} == {
+        'tmp.pth.tar', 'recovery-1-5.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
+    assert len(parse(f'{suites} {folder} {tmp_path}/copy.pth').checkpoint) == 3  # what is named is wanted
+    assert len(parse(f'--model test_resnet --checkpoint {folder}').checkpoint) == 6  # as in timm's script
+    assert parse(f'--model test_resnet --checkpoint {folder}').left_out == []
 
 
 # args.yaml of a training run

@@ -17,6 +17,7 @@ from ..checks import INTERPOLATIONS, Rules, is_device
 from ..errors import OptionError
 from ..flags import ParseKwargs
 from ..options import OptionParser, yaml_value
+from .subject import file_sha256
 from .suites import PUBLISHED
 
 FORMATS = ("csv", "json", "md")
@@ -86,7 +87,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--gp", type=str, metavar="POOL",
         help="global pooling: fast, avg, max, avgmax or avgmaxc; none: the model's own")
     add("--checkpoint", nargs="+", type=str, metavar="PATH", default="",
-        help="weights: a file, several (evaluated one by one, with mean and standard deviation), or a folder of them")
+        help="weights: a file, several (evaluated one by one, with mean and standard deviation), or a folder of them; "
+             "in suites those of a folder count as one checkpoint each, copies once")
     add("--use-ema", action="store_true",
         help="take the averaged weights of a checkpoint; without any: an error in suites, else the plain ones")
     add("--reparam", action="store_true", help="merge the model's branches, where it can be done")
@@ -194,9 +196,10 @@ def _radii(text: str) -> list[Radius]:
 def parse_validate_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses and checks a command line.
 
-    ``checkpoint`` becomes a list of files, ``eval`` a list of pairs (name, folder), ``attack`` a list of radii;
-    ``suites`` says whether anything is asked that timm's script does not do. What the command line does not say of the
-    model and its images is taken from the ``args.yaml`` beside the checkpoints, if ``--model`` is not given.
+    ``checkpoint`` becomes a list of files (``left_out``: what was in folders beside them), ``eval`` a list of pairs
+    (name, folder), ``attack`` a list of radii; ``suites`` says whether anything is asked that timm's script does not
+    do. What the command line does not say of the model and its images is taken from the ``args.yaml`` beside the
+    checkpoints, if ``--model`` is not given.
 
     Raises:
         SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
@@ -212,7 +215,8 @@ def parse_validate_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
         args.data_dir = args.data or args.data_dir
         args.suites = bool(args.eval or args.eval_root or args.attack) or len(args.checkpoint) > 1
         args.folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
-        args.checkpoint = [file for path in args.checkpoint or () if path for file in _checkpoint_files(path)]
+        args.checkpoint, args.left_out = _checkpoint_files([path for path in args.checkpoint or () if path],
+                                                           args.suites)
         if given.model is None and args.checkpoint:
             _take_from_run(parser, args, given)
         _check(args)
@@ -240,13 +244,29 @@ def _in_folder(path: str) -> list[str]:
     return [file for ending in ("*.pth.tar", "*.pth") for file in glob.glob(os.path.join(glob.escape(path), ending))]
 
 
-def _checkpoint_files(path: str) -> list[str]:
-    if not os.path.isdir(path):
-        return [path]
-    files = _in_folder(path)
-    if not files:
-        raise OptionError(f"--checkpoint {path} holds no *.pth.tar and no *.pth; give the file")
-    return sorted(files, key=natural_key)
+def _checkpoint_files(paths: Sequence[str], distinct: bool) -> tuple[list[str], list[str]]:
+    """The files that paths of files and folders stand for, and those left out of folders.
+
+    With ``distinct`` these are the files that a training has not finished, and copies of a file before them: last,
+    best and a numbered checkpoint are often the same weights, which must count once.
+    """
+    kept: list[str] = []
+    left_out: list[str] = []
+    seen: dict[str, str] = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            kept.append(path)
+            continue
+        files = sorted(_in_folder(path), key=natural_key)
+        unfinished = [f for f in files if distinct and os.path.basename(f).startswith(("tmp", "recovery"))]
+        files = [f for f in files if f not in unfinished]
+        if not files:
+            raise OptionError(f"--checkpoint {path} holds no *.pth.tar and no *.pth; give the file")
+        left_out += unfinished
+        for file in files:
+            first = seen.setdefault(file_sha256(file), file) if distinct else file
+            (kept if first == file else left_out).append(file)
+    return kept, left_out
 
 
 def _take_from_run(parser: argparse.ArgumentParser, args: argparse.Namespace, given: argparse.Namespace) -> None:

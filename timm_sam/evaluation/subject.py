@@ -75,11 +75,18 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
 
 
 def file_sha256(path: str) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
+    """SHA-256 of a checkpoint's content.
+
+    Raises:
+        OptionError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+    except OSError as e:
+        raise OptionError(f"--checkpoint {path} cannot be read ({e.strerror}); check its permissions") from None
     return digest.hexdigest()
 
 
