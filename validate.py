@@ -75,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def suites(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     """Every checkpoint on every data set; the table and its JSON on stdout, and in ``--results-file``."""
-    measures, names, protocol = evaluate_suites(args, device, ranks)
+    files = tables.result_files(args.results_file, args.results_format if args.format_given else None)
+    measures, names, protocol = evaluate_suites(args, device, ranks, files)
     if ranks.primary:
         print(tables.as_text(measures, names))
         rows = [dict(model=args.model, checkpoint=checkpoint["path"],
                      **{f"{m.dataset}_{m.name}".replace(" ", "_"): round(m.values[i], 4) for m in measures})
                 for i, checkpoint in enumerate(protocol["checkpoints"])]
         print_result(rows)
-        for path in tables.result_files(args.results_file, args.results_format if args.format_given else None).values():
+        tables.write(files, measures, names, protocol)
+        for path in files.values():
             _logger.info(f"Wrote {path}")
     return 0
 

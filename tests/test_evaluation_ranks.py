@@ -16,7 +16,10 @@ from validating import labelled, result, run_validate
 import timm_sam.evaluation.ranks
 import timm_sam.evaluation.robustness
 from timm_sam.errors import OptionError
+from timm_sam.evaluation.label_spaces import LabelSpace
+from timm_sam.evaluation.protocol import _check_same
 from timm_sam.evaluation.ranks import Ranks, batches_of
+from timm_sam.evaluation.suites import Suite
 
 RANKS = 2
 
@@ -225,6 +228,44 @@ def test_mistake_that_only_the_second_rank_meets_is_printed(fitted, tmp_path, fu
 
 
 # Ranks without processes
+
+def test_ranks_that_see_other_files_are_an_error_on_all(monkeypatch):
+    def suite(name, fingerprint):
+        made = Suite(name, f'/{name}', [], LabelSpace('x'), 'id', 4)
+        made.__dict__['samples_sha256'] = fingerprint
+        return made
+    here = [suite('a', '1'), suite('b', '2')]
+    for there, named in (([('a', '1'), ('b', '2')], None), ([('a', '1'), ('b', '3')], 'b'), ([('a', '1')], 'b'),
+                         ([('a', '1'), ('b', '2'), ('c', '3')], 'c')):
+        ranks = Ranks()
+        monkeypatch.setattr(ranks, 'gather', lambda mine, there=there: [mine, mine, (dict(there), None)])
+        if named is None:
+            _check_same(here, ranks)
+            continue
+        with pytest.raises(OptionError, match=f'--eval {named}: rank 2 does not see the files that rank 0 sees; give'):
+            _check_same(here, ranks)
+
+
+SEES = """
+import os, sys
+import timm_sam.evaluation.protocol as protocol, validate
+opened = protocol.open_suites
+def other(*args, **kwargs):
+    suites = opened(*args, **kwargs)
+    if os.environ['RANK'] == '1':
+        del suites[0].samples[-1]
+    return suites
+protocol.open_suites = other
+sys.exit(validate.main(sys.argv[1:]))
+"""
+
+
+def test_second_rank_with_one_file_less_ends_the_evaluation(fitted, tmp_path):
+    (tmp_path / 'run.py').write_text(SEES)
+    code, out, err = torchrun(
+        ['run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'], tmp_path)
+    lines = [line for line in err.splitlines() if 'validate.py: error: ' in line]
+    assert code != 0 and out == '' and len(lines) == 1 and 'rank 1 does not see' in lines[0], err[-3000:]
 
 def test_every_batch_is_in_one_share():
     batches = batches_of(range(23), 5)

@@ -8,9 +8,10 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 from conftest import LAUNCHER, ROOT
-from validating import result, run_validate
+from validating import BASE, result, run_validate, sha256
 
 import timm_sam.evaluation.protocol
 import timm_sam.evaluation.robustness
@@ -75,6 +76,12 @@ def files(folder):
     return {kind: (folder / f'r.{kind}').read_text() for kind in ('json', 'csv', 'md')}
 
 
+def forget_tables(folder):
+    """Leaves the journal, as an interrupted evaluation does."""
+    for kind in ('json', 'csv', 'md'):
+        (folder / f'r.{kind}').unlink()
+
+
 def journal(folder):
     return sorted(line for path in folder.glob('r.journal.*.jsonl') for line in path.read_text().splitlines())
 
@@ -125,6 +132,9 @@ def test_half_of_the_last_line_is_done_again(counted, command, stop_after, whole
     ('--attack-num-samples 12', 6, 0),
     ('--seed 3', 10, 0),
     ('-b 6', 8, 1),
+    ('--channels-last', 10, 1),
+    ('--no-prefetcher', 10, 1),
+    ('--torchcompile eager', 10, 1),
     ('--img-size 40', 10, 1),
     ('--crop-pct 0.8', 10, 1),
     ('--use-ema', 10, 1),
@@ -132,8 +142,35 @@ def test_half_of_the_last_line_is_done_again(counted, command, stop_after, whole
 ])
 def test_what_changes_the_numbers_is_done_again_and_nothing_else(
         counted, command, finished, change, attacks, scores):
+    forget_tables(finished)  # some of these would replace a row of them
     result(run_validate(finished, f'--skip-existing {change}', command))
     assert (counted.attacks, len(counted.scores)) == (attacks, scores)
+
+
+@pytest.mark.parametrize('package', [timm, torch])
+def test_other_version_of_what_computes_is_evaluated_again(counted, command, finished, package, monkeypatch):
+    monkeypatch.setattr(package, '__version__', '99.0')
+    result(run_validate(finished, '--skip-existing', command))
+    assert (counted.attacks, counted.scores) == (BATCHES, ['validation'])
+
+
+def test_weights_of_timm_are_told_apart_by_their_values(counted, fitted, tmp_path):
+    path = tmp_path / 'weights.pth'
+    shutil.copy(fitted.checkpoint, path)
+    kwargs = f'''"pretrained_cfg_overlay={{'file': '{path}', 'num_classes': 6}}"'''
+    command = (f'{BASE} --num-classes 6 --model-kwargs {kwargs} --eval validation={fitted.data}/validation '
+               f'--results-file r --skip-existing')
+    for _ in range(2):
+        result(run_validate(tmp_path, '', command))
+    assert counted.scores == ['validation']
+    before = json.loads((tmp_path / 'r.json').read_text())['protocol']['checkpoints'][0]
+    assert before['path'] is None and len(before['sha256']) == 64
+    state = fitted.model.state_dict()
+    torch.save({'state_dict': {**state, 'fc.bias': state['fc.bias'] + 0.1}}, path)
+    assert 'r.json holds None (SHA-256' in run_validate(tmp_path, '', command).last_line
+    forget_tables(tmp_path)
+    result(run_validate(tmp_path, '', command))
+    assert counted.scores == ['validation'] * 2
 
 
 def test_other_weights_under_the_same_name_are_evaluated(counted, command, finished, fitted, tmp_path):
@@ -142,10 +179,57 @@ def test_other_weights_under_the_same_name_are_evaluated(counted, command, finis
     shutil.copy(fitted.checkpoint, path)
     result(run_validate(finished, '', command))
     assert (counted.attacks, counted.scores) == (0, [])  # the content counts, not the name
-    state = fitted.model.state_dict()
+    state, before = fitted.model.state_dict(), sha256(path)
     torch.save({'state_dict': {**state, 'fc.bias': state['fc.bias'] + 0.1}}, path)
+    assert f'r.json holds {path} (SHA-256 {before[:12]}), which is not' in run_validate(finished, '', command).last_line
+    assert (counted.attacks, counted.scores) == (0, [])
+    forget_tables(finished)
     result(run_validate(finished, '', command))
     assert (counted.attacks, counted.scores) == (BATCHES, ['validation'])
+
+
+@pytest.mark.parametrize('kinds', ['json csv md', 'csv md'])
+@pytest.mark.parametrize('change, lost', [
+    ('--eval other={data}/validation --attack-set other', 'top1 of validation, ...'),
+    ('--attack l2=0.05', 'linf 0.5/255 of validation,'),
+    ('--checkpoint {other}', '{checkpoint}'),
+])
+def test_rows_of_an_existing_table_are_not_lost(
+        counted, command, finished, fitted, tmp_path, tmp_path_factory, kinds, change, lost):
+    for kind in {'json', 'csv', 'md'} - set(kinds.split()):
+        (finished / f'r.{kind}').unlink()
+    other = tmp_path_factory.mktemp('other') / 'other.pth'
+    torch.save({'state_dict': {**fitted.model.state_dict(), 'fc.bias': torch.zeros(6)}}, other)
+    before = {path.name: path.read_text() for path in finished.iterdir()}
+    change = change.format(data=fitted.data, other=other)
+    done = run_validate(finished, f'--skip-existing {change}', command)
+    assert done.code == 2 and done.out == '' and (counted.attacks, counted.scores) == (0, [])
+    lost = lost.format(checkpoint=fitted.checkpoint)
+    assert f'--skip-existing: r.{kinds.split()[0]} holds {lost}' in done.last_line and '--overwrite' in done.last_line
+    assert {path.name: path.read_text() for path in finished.iterdir()} == before
+    for kind in ('json', 'csv'):
+        (finished / f'r.{kind}').unlink(missing_ok=True)
+    assert run_validate(finished, f'--skip-existing {change}', command).code == 0  # Markdown is not read
+
+
+def test_csv_alone_may_get_one_more_checkpoint_and_no_less(command, finished, fitted, tmp_path_factory):
+    (finished / 'r.json').unlink()
+    other = tmp_path_factory.mktemp('other') / 'other.pth'
+    torch.save({'state_dict': {**fitted.model.state_dict(), 'fc.bias': torch.zeros(6)}}, other)
+    both = f'--skip-existing --checkpoint {fitted.checkpoint} {other}'
+    assert len(result(run_validate(finished, both, command))) == 2
+    (finished / 'r.json').unlink()
+    assert len(result(run_validate(finished, both, command))) == 2
+    (finished / 'r.json').unlink()
+    assert 'r.csv holds' in run_validate(finished, '--skip-existing', command).last_line
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"results": 5}', '{"key": "mine"}'])
+def test_file_that_is_no_table_is_not_replaced_by_skip_existing(command, finished, text):
+    (finished / 'r.json').write_text(text)
+    done = run_validate(finished, '--skip-existing', command)
+    assert done.code == 2 and '--skip-existing: r.json is no table of validate.py' in done.last_line
+    assert (finished / 'r.json').read_text() == text
 
 
 def test_other_images_under_the_same_name_of_the_set_are_evaluated(counted, command, finished, fitted, tmp_path):

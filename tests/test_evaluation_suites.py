@@ -1,4 +1,5 @@
 """Suites of validate.py: published sets in small, with models whose outputs are known, so that scores are known too."""
+import argparse
 import csv
 import io
 import json
@@ -16,6 +17,7 @@ from validating import GREYS, constant_checkpoint, result, run_validate, sha256
 
 import timm_sam
 import timm_sam.evaluation.protocol
+import timm_sam.evaluation.single
 
 # Outputs 1 and 988 are classes of ImageNet-R, 15 and 988 of ImageNet-A; 303 is ObjectNet's air_mug
 FIRST = [0, 1, 15, 303, 988]
@@ -241,6 +243,65 @@ def test_protocol_says_what_the_numbers_depend_on(run, root, tmp_path, checkpoin
                                dict(norm='linf', radius=1 / 255, written='1/255')]
     assert (attack['dataset'], attack['images'], attack['seed'], attack['steps'], attack['targets']) == (
         'imagenet', 5, 7, 2, 3)
+
+
+def test_protocol_holds_all_that_a_score_is_known_by(run, root, tmp_path, monkeypatch):
+    identities = []
+    key_of = timm_sam.evaluation.protocol.key_of
+
+    def watched(**parts):
+        if 'part' in parts:
+            identities.append(json.loads(json.dumps(parts)))
+        return key_of(**parts)
+    monkeypatch.setattr(timm_sam.evaluation.protocol, 'key_of', watched)
+    assert run(f'--eval imagenet={root}/imagenet objectnet={root}/objectnet-1.0 --allow-partial --gp max '
+               f'--results-file r.json').code == 0
+    protocol = read(tmp_path / 'r.json')[1]['protocol']
+    assert [identity['sha256'] for identity in identities] == [protocol['checkpoints'][0]['sha256']] * 2
+    for identity, dataset in zip(identities, protocol['datasets'], strict=True):
+        assert identity['settings'].items() <= protocol.items()
+        assert identity['dataset'].items() <= dataset.items()
+    assert protocol['gp'] == 'max' and protocol['num_classes'] == 1000 and protocol['allow_partial'] is True
+    assert protocol['class_map'] == '' and protocol['model_kwargs'] == {} and protocol['prefetcher'] is True
+
+
+def test_products_are_not_shortened_in_suites(run, root, tmp_path, monkeypatch):
+    seen = {}
+    for name in ('protocol', 'single'):
+        module = getattr(timm_sam.evaluation, name)
+
+        def watched(*args, name=name, score=module.score, **kwargs):
+            cudnn = torch.backends.cudnn
+            seen[name] = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+            return score(*args, **kwargs)
+        monkeypatch.setattr(module, 'score', watched)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        assert run(f'--eval imagenet={root}/imagenet --allow-partial').code == 0
+        assert torch.get_float32_matmul_precision() == 'high' and torch.backends.cudnn.allow_tf32
+        assert run(f'--data-dir {root}/imagenet --split val').code == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {'protocol': ('highest', False, True), 'single': ('high', True, True)}
+
+
+@pytest.mark.parametrize('options, device, text', [
+    ({}, 'cpu', 'float32'), ({}, 'cuda', 'float32 (TF32 off)'),
+    ({'model_dtype': 'float32'}, 'cuda', 'float32 (TF32 off)'),
+    ({'model_dtype': 'bfloat16'}, 'cuda', 'bfloat16'), ({'amp': True}, 'cuda', 'float32, autocast to float16')])
+def test_precision_of_the_protocol(options, device, text):
+    args = argparse.Namespace(**{'amp': False, 'amp_dtype': 'float16', 'model_dtype': None, **options})
+    assert timm_sam.evaluation.protocol._precision(args, torch.device(device)) == text
+
+
+def test_image_that_is_a_dangling_link_is_named(run, root, tmp_path):
+    shutil.copytree(root / 'fog', tmp_path / 'fog')
+    (tmp_path / 'fog' / IDS[0] / 'gone.png').symlink_to('nowhere')
+    done = run(f'--eval fog={tmp_path}/fog --allow-partial')
+    assert done.code == 2 and 'Traceback' not in done.err and f'{IDS[0]}/gone.png cannot be read' in done.last_line
 
 
 def test_weights_that_are_twice_in_a_folder_are_evaluated_once_and_said(root, tmp_path):

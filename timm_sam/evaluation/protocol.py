@@ -1,10 +1,9 @@
 """Suites of data sets and attacks on one or many checkpoints, in one process or one group of ranks."""
 import argparse
 import dataclasses
-import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -18,19 +17,26 @@ from ..errors import OptionError, one_line
 from . import tables
 from .journal import Journal, key_of
 from .loaders import suite_loader
+from .precision import full_precision
 from .ranks import Ranks, batches_of
 from .robustness import AttackedSet, attack_suite
 from .scoring import mean_of, score
-from .subject import Subject, build_subject, check_weights
+from .subject import Subject, build_subject, check_weights, file_sha256
 from .suites import Suite, find_suites, open_suites
 from .tables import Measure
 
 _logger = logging.getLogger("validate")
 
 
-def evaluate_suites(args: argparse.Namespace, device: torch.device,
-                    ranks: Ranks) -> tuple[list[Measure], list[str], dict[str, Any]]:
+def evaluate_suites(args: argparse.Namespace, device: torch.device, ranks: Ranks,
+                    files: Mapping[str, str]) -> tuple[list[Measure], list[str], dict[str, Any]]:
     """Evaluates every checkpoint on every data set, and under attack.
+
+    Args:
+        args: All options.
+        device: Of this rank.
+        ranks: Who shares the work.
+        files: Where the results will go, by format; they are not written here.
 
     Returns:
         The measures, the checkpoints' short names, and the protocol: all that the numbers depend on.
@@ -38,7 +44,6 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
     Raises:
         OptionError: A data set is not what it is said to be, weights do not fit, or results would be replaced.
     """
-    files = tables.result_files(args.results_file, args.results_format if args.format_given else None)
     journal = _journal(args, ranks)
     _refuse_existing(args, [*files.values(), *journal.files()])
     checkpoints: list[str | None] = list(args.checkpoint) or [None]
@@ -53,7 +58,13 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
         subject = ranks.each(lambda c=checkpoint: build_subject(args, c, device, verbose=ranks.primary))
         if not suites:
             suites = ranks.each(lambda outputs=subject.num_classes: _open_suites(args, outputs, ranks))
+            _check_same(suites, ranks)
             attacked = _attacked_set(args, suites, subject.num_classes)
+            if args.skip_existing:
+                rows = _rows(args, suites, attacked, subject.num_classes)
+                sha256s = {subject.sha256, *map(file_sha256, args.checkpoint)}
+                ranks.each(lambda s=sha256s, r=rows: tables.check_kept(
+                    files, [path or args.model for path in checkpoints], s, r))
             _start(args, journal, ranks)  # the options are in order: from here on files change
         measures = []
         for suite in suites:
@@ -67,10 +78,7 @@ def evaluate_suites(args: argparse.Namespace, device: torch.device,
 
     names = short_names(checkpoints, args.model)
     merged = tables.merge(per_checkpoint)
-    protocol = _protocol(args, subject, suites, attacked, described)
-    if ranks.primary:
-        tables.write(files, merged, names, protocol)
-    return merged, names, protocol
+    return merged, names, _protocol(args, subject, suites, attacked, described)
 
 
 def _journal(args: argparse.Namespace, ranks: Ranks) -> Journal:
@@ -152,23 +160,55 @@ def _attacked_set(args: argparse.Namespace, suites: Sequence[Suite], outputs: in
     return AttackedSet.choose(suite, args)
 
 
+def _check_same(suites: Sequence[Suite], ranks: Ranks) -> None:
+    """Compares what the ranks see, which may run on different machines.
+
+    Raises:
+        OptionError: A data set is not the same for all of them.
+    """
+    first, *others = ranks.run(lambda: {suite.name: suite.samples_sha256 for suite in suites})
+    for rank, theirs in enumerate(others, 1):
+        different = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        if different:
+            raise OptionError(f"--eval {different[0]}: rank {rank} does not see the files that rank 0 sees; give all "
+                              f"machines the same data")
+
+
+def _rows(args: argparse.Namespace, suites: Sequence[Suite], attacked: AttackedSet | None,
+          outputs: int) -> set[tuple[str, str]]:
+    """What the table will hold, as pairs (data set, measure)."""
+    rows = {(suite.name, name) for suite in suites for name in _names(suite, outputs)}
+    if attacked is not None:
+        rows |= {(attacked.suite.name, name) for name in ("clean", *map(str, args.attack))}
+    return rows
+
+
+def _names(suite: Suite, outputs: int) -> list[str]:
+    return ["top1", "top5", *([f"top1_{outputs}way"] if suite.space.differs else [])]
+
+
 def _identity(args: argparse.Namespace, subject: Subject, suite: Suite) -> dict[str, Any]:
-    """What the scores of a suite depend on."""
+    """What the scores of a suite depend on: all of it is in the protocol too."""
+    return dict(sha256=subject.sha256, settings=_settings(args, subject), dataset=_dataset(args, suite))
+
+
+def _settings(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """What scores depend on beside the weights and the data set."""
+    options = ("model_kwargs", "gp", "use_ema", "reparam", "test_pool", "fast_norm", "batch_size", "num_gpu",
+               "channels_last", "torchscript", "torchcompile", "torchcompile_mode", "aot_autograd", "fuser")
     return dict(
-        sha256=subject.sha256, model=subject.name, num_classes=subject.num_classes, model_kwargs=args.model_kwargs,
-        pool=args.gp, use_ema=args.use_ema, reparam=args.reparam, test_pool=args.test_pool, fast_norm=args.fast_norm,
-        preprocessing=_preprocessing(args, subject), precision=_precision(args), batch_size=args.batch_size,
-        device=subject.device.type, suite=suite.name, space=suite.space.groups, border=suite.crop_border_pixels,
-        samples=samples_sha256(suite))
+        {option: getattr(args, option) for option in options}, model=subject.name, num_classes=subject.num_classes,
+        prefetcher=not args.no_prefetcher, preprocessing=_preprocessing(args, subject),
+        precision=_precision(args, subject.device), device_type=subject.device.type,
+        versions=dict(timm_sam=__version__, timm=timm.__version__, torch=torch.__version__,
+                      torchvision=torchvision.__version__))
 
 
-def samples_sha256(suite: Suite) -> str:
-    """Fingerprint of a suite: the files' names below its folder with their classes and sizes, in order."""
-    digest = hashlib.sha256()
-    for path, target in suite.samples:
-        entry = f"{os.path.relpath(path, suite.root)}\0{target}\0{os.path.getsize(path)}\n"
-        digest.update(entry.encode("utf-8", "replace"))
-    return digest.hexdigest()
+def _dataset(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
+    """What scores depend on of a data set."""
+    border = suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
+    return dict(name=suite.name, label_space=suite.space.name, groups=key_of(groups=suite.space.groups),
+                classes=suite.num_classes, crop_border_pixels=border, samples_sha256=suite.samples_sha256)
 
 
 def _preprocessing(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
@@ -176,11 +216,11 @@ def _preprocessing(args: argparse.Namespace, subject: Subject) -> dict[str, Any]
                 img_mode=args.input_img_mode, naflex=args.naflex_max_seq_len if args.naflex_loader else None)
 
 
-def _precision(args: argparse.Namespace) -> str:
+def _precision(args: argparse.Namespace, device: torch.device) -> str:
     if args.amp:
         return f"float32, autocast to {args.amp_dtype}"
-    tf32 = args.device != "cpu" and torch.backends.cuda.matmul.allow_tf32
-    return (args.model_dtype or "float32") + (" (TF32 products)" if tf32 and not args.model_dtype else "")
+    dtype = args.model_dtype or "float32"
+    return f"{dtype} (TF32 off)" if device.type == "cuda" and dtype == "float32" else dtype
 
 
 def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, journal: Journal,
@@ -189,9 +229,10 @@ def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, jo
     if key not in journal.done:
         batches = batches_of(range(len(suite.samples)), args.batch_size)
         loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-        parts = ranks.run(lambda: score(
-            subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
-            channels_last=args.channels_last, log_freq=args.log_freq))
+        with full_precision(benchmark=torch.backends.cudnn.benchmark):
+            parts = ranks.run(lambda: score(
+                subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
+                channels_last=args.channels_last, log_freq=args.log_freq))
         together = [batch for part in parts for batch in part]
         scores = mean_of(sorted(together, key=lambda batch: batch.index))
         if ranks.primary:
@@ -199,11 +240,9 @@ def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, jo
         journal.done[key] = dataclasses.asdict(scores)
     scores = journal.done[key]
     images = scores["images"]
-    right = {"top1": scores["right1"], "top5": scores["right5"]}
-    if suite.space.differs:
-        right[f"top1_{subject.num_classes}way"] = scores["right1_all"]
+    right = (scores["right1"], scores["right5"], scores["right1_all"])
     return [Measure(suite.kind.upper(), suite.name, name, images, suite.flags, [100 * count / images])
-            for name, count in right.items()]
+            for name, count in zip(_names(suite, subject.num_classes), right)]
 
 
 def short_names(checkpoints: Sequence[str | None], model: str) -> list[str]:
@@ -224,19 +263,14 @@ def _protocol(args: argparse.Namespace, subject: Subject, suites: Sequence[Suite
               described: list[dict[str, Any]]) -> dict[str, Any]:
     device = torch.cuda.get_device_name(subject.device) if subject.device.type == "cuda" else subject.device.type
     return dict(
+        _settings(args, subject),
         checkpoints=described,
-        use_ema=args.use_ema,
-        preprocessing=_preprocessing(args, subject),
-        precision=_precision(args),
-        batch_size=args.batch_size,
+        class_map=args.class_map,
+        allow_partial=args.allow_partial,
         seed=args.seed,
         datasets=[dict(
-            name=suite.name, folder=os.path.abspath(suite.root), images=len(suite.samples), kind=suite.kind,
-            label_space=suite.space.name, classes=suite.num_classes,
-            crop_border_pixels=suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels,
-            samples_sha256=samples_sha256(suite), flags=suite.flags, notes=suite.notes) for suite in suites],
+            _dataset(args, suite), folder=os.path.abspath(suite.root), images=len(suite.samples), kind=suite.kind,
+            flags=suite.flags, notes=suite.notes) for suite in suites],
         attack=None if attacked is None else attacked.describe(args),
         device=device,
-        versions=dict(timm_sam=__version__, timm=timm.__version__, torch=torch.__version__,
-                      torchvision=torchvision.__version__),
     )

@@ -35,7 +35,7 @@ class Subject:
     Attributes:
         name: timm's name of the model.
         checkpoint: File of the weights, or None: timm's, or random ones.
-        sha256: Of that file, as 64 hexadecimal digits, or None.
+        sha256: Of that file, or of the weights themselves without one, as 64 hexadecimal digits; None: not asked for.
         model: Images (B, C, H, W) -> logits (B, num_classes), on ``device``, in eval mode.
         num_classes: Number of outputs.
         param_count: Number of parameters.
@@ -90,6 +90,14 @@ def file_sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+def _weights_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torch.device, name: str | None = None,
                   verbose: bool = True) -> Subject:
     """Builds the model, loads the weights and brings it to the device.
@@ -113,6 +121,9 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
         weights = _load(args, model, name, checkpoint)
         if args.use_ema and weights not in _AVERAGED and verbose:
             _logger.warning(f"--use-ema: {checkpoint} has no averaged weights; the plain ones are evaluated")
+    sha256 = None
+    if args.suites:
+        sha256 = _weights_sha256(model) if checkpoint is None else file_sha256(checkpoint)
     if args.reparam:
         model = utils.reparameterize_model(model)
     param_count = sum(p.numel() for p in model.parameters())
@@ -140,7 +151,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     model = _transformed(args, model)
     model.eval()
     return Subject(
-        name=name, checkpoint=checkpoint, sha256=file_sha256(checkpoint) if checkpoint else None, model=model,
+        name=name, checkpoint=checkpoint, sha256=sha256, model=model,
         num_classes=num_classes, param_count=param_count, data_config=data_config, crop_pct=crop_pct, device=device,
         dtype=dtype, autocast=autocast, weights=weights)
 

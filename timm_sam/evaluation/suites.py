@@ -4,6 +4,8 @@ Layouts: ImageNet (https://image-net.org), ImageNetV2 (https://github.com/modest
 (https://github.com/hendrycks/imagenet-r), ImageNet-A (https://github.com/hendrycks/natural-adv-examples),
 ImageNet-Sketch (https://github.com/HaohanWang/ImageNet-Sketch), ObjectNet (https://objectnet.dev).
 """
+import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +89,22 @@ class Suite:
     def flag(self) -> str:
         """What errors of this set begin with."""
         return _flag(self.name, self.root)
+
+    @functools.cached_property
+    def samples_sha256(self) -> str:
+        """Fingerprint: the files' names below ``root`` with their classes and sizes, in order.
+
+        Raises:
+            OptionError: A file is gone.
+        """
+        digest = hashlib.sha256()
+        for path, target in self.samples:
+            try:
+                entry = f"{os.path.relpath(path, self.root)}\0{target}\0{os.path.getsize(path)}\n"
+            except OSError as e:
+                raise OptionError(f"{self.flag}: {path} cannot be read: {e.strerror}; restore the file") from None
+            digest.update(entry.encode("utf-8", "replace"))
+        return digest.hexdigest()
 
 
 @dataclass

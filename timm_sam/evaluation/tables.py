@@ -4,7 +4,7 @@ import io
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,47 @@ def result_files(results_file: str, results_format: str | None) -> dict[str, str
     return {kind: f"{results_file}.{kind}" for kind in ("md", "csv", "json")}
 
 
-def write(files: dict[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> None:
+def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collection[str | None],
+               rows: Collection[tuple[str, str]]) -> None:
+    """Looks whether a new table holds what an existing one does: its JSON, else its CSV; Markdown is not read.
+
+    Args:
+        files: Format -> file.
+        paths: Of the new table's checkpoints; a CSV file's columns are named by parts of them.
+        sha256s: Of the same files.
+        rows: Its pairs (data set, measure).
+
+    Raises:
+        OptionError: It lacks something, or the existing table cannot be read.
+    """
+    kind = next((kind for kind in ("json", "csv") if os.path.exists(files.get(kind, ""))), None)
+    if kind is None:
+        return
+    try:
+        with open(files[kind], encoding="utf-8", newline="") as f:
+            if kind == "json":
+                content = json.load(f)
+                old = [(row["dataset"], row["measure"]) for row in content["results"]]
+                lost = [f"{c['path']} (SHA-256 {str(c['sha256'])[:12]})" for c in content["protocol"]["checkpoints"]
+                        if c["sha256"] not in sha256s]
+            else:
+                head, *lines = csv.reader(f)
+                old = [(line[1], line[2]) for line in lines]
+                wholes = [f"/{os.path.normpath(path)}/" for path in paths]
+                lost = [name for name in head[4:-3]
+                        if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise OptionError(
+            f"--skip-existing: {files[kind]} is no table of validate.py; name another --results-file, or use "
+            f"--overwrite") from None
+    lost += [f"{measure} of {dataset}" for dataset, measure in old if (dataset, measure) not in rows]
+    if lost:
+        raise OptionError(
+            f"--skip-existing: {files[kind]} holds {lost[0]}{', ...' if len(lost) > 1 else ''}, which is not "
+            f"evaluated now and would be lost; ask for it too, name another --results-file, or use --overwrite")
+
+
+def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> None:
     """Writes the table, each file in one piece.
 
     Raises:
