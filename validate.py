@@ -9,6 +9,7 @@ On a single data set it prints the numbers of timm's script, digit for digit. Wi
 """
 import argparse
 import csv
+import io
 import json
 import logging
 import os
@@ -113,13 +114,17 @@ def one_or_bulk(args: argparse.Namespace, device: torch.device, ranks: Ranks) ->
                 if ranks.primary:
                     _logger.error(f"{checkpoint or name} left out: {e}")
                 continue
+            except KeyboardInterrupt:
+                if ranks.primary:
+                    _logger.warning(f"Interrupted: {checkpoint or name} and what follows it is left out")
+                break
             if "error" not in result:
                 results.append(result if checkpoint is None else OrderedDict(result, checkpoint=checkpoint))
         results.sort(key=lambda result: result["top1"], reverse=True)
     if ranks.primary:
+        print_result(results)
         if args.results_file:
             write_results(args.results_file, results, args.results_format)
-        print_result(results)
     if mistakes:
         raise OptionError(f"{mistakes} of {len(many or ())} evaluations were left out, see above; mend or remove them")
     return 0
@@ -148,18 +153,21 @@ def models_of(args: argparse.Namespace) -> list[tuple[str, str | None]] | None:
 
 
 def write_results(path: str, results: Any, kind: str) -> None:
-    """Writes results as timm's script does: CSV with one row per evaluation, or JSON."""
-    temporary = f"{path}.part"
-    with open(temporary, "w", encoding="utf-8", newline="") as f:
-        if kind == "json":
-            json.dump(results, f, indent=4)
-        else:
-            rows = results if isinstance(results, list) else [results]
-            writer = csv.DictWriter(f, fieldnames=list(rows[0]) if rows else [])
-            if rows:
-                writer.writeheader()
-                writer.writerows(rows)
-    os.replace(temporary, path)
+    """Writes results as timm's script does: CSV with one row per evaluation, or JSON.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    text = io.StringIO()
+    if kind == "json":
+        json.dump(results, text, indent=4)
+    else:
+        rows = results if isinstance(results, list) else [results]
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+        if rows:
+            writer.writeheader()
+            writer.writerows(rows)
+    tables.write_text(path, text.getvalue())
 
 
 def print_result(results: Any) -> None:

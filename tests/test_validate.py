@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from validating import BASE, GREYS, constant_checkpoint, labelled, preprocessed, result, run_validate
 
+import timm_sam.evaluation.single
 import timm_sam.evaluation.subject
 
 CLASSES = len(GREYS)
@@ -207,6 +208,34 @@ def test_checkpoint_that_does_not_fit_is_left_out_of_a_folder_and_named(run, fol
     assert done.code == 2 and done.last_line.startswith('validate.py: error: 1 of 3 evaluations')
     assert [line for line in done.err.splitlines() if 'checkpoint-3.pth.tar left out' in line] != []
     assert 'Traceback' not in done.err
+
+
+@pytest.mark.parametrize('after', [0, 1])
+def test_interrupted_folder_gives_what_is_finished(run, folder, tmp_path, monkeypatch, after):
+    score, calls = timm_sam.evaluation.single.score, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+    monkeypatch.setattr(timm_sam.evaluation.single, 'score', interrupted)
+    done = run(f'--checkpoint {folder} --results-file r.json --results-format json')
+    printed = result(done)
+    assert [Path(row['checkpoint']).name for row in printed] == ['checkpoint-2.pth.tar'][:after]
+    assert json.loads((tmp_path / 'r.json').read_text()) == printed
+    left_out = ['checkpoint-2.pth.tar', 'checkpoint-10.pth'][after]
+    assert len([line for line in done.err.splitlines() if f'Interrupted: {folder}/{left_out}' in line]) == 1
+
+
+@pytest.mark.parametrize('command', ['', '--checkpoint {folder}', '--eval validation={data}/validation'])
+def test_results_that_cannot_be_written_are_printed(run, fitted, folder, tmp_path, command):
+    (tmp_path / 'r.json.part').mkdir()
+    done = run(f'{command.format(folder=folder, data=fitted.data)} --results-file r.json --results-format json'
+               .replace('--eval', '--data-dir "" --eval'))
+    assert done.code == 2 and 'Traceback' not in done.err
+    assert '--results-file: r.json cannot be written (Is a directory)' in done.last_line
+    assert 'top1' in done.out.split('--result\n')[1]
 
 
 @pytest.fixture

@@ -50,6 +50,9 @@ ROWS = [
     ('--data-dir nowhere', ['--data-dir nowhere', 'does not exist']),
     ('--data-dir empty', ['--data-dir empty', '--split validation']),
     ('{single} --class-map nowhere.txt', ['--class-map nowhere.txt', 'does not exist']),
+    *((f'{{{kind}}} --class-map {file}.pkl', [f'--class-map {file}.pkl', 'a class per line'])
+      for kind in ('single', 'sets') for file in ('evil', 'torn', 'empty')),
+    ('{sets} --class-map list.pkl', ['--class-map list.pkl', 'a class per line']),
     ('{single} --valid-labels nowhere.txt', ['--valid-labels nowhere.txt', 'not a file']),
     ('{single} --valid-labels words.txt', ['--valid-labels words.txt', 'one index of an output per line']),
     ('{single} --valid-labels six.txt', ['--valid-labels six.txt', 'from 0 to 5']),
@@ -152,6 +155,10 @@ def folder(tmp_path, fitted):
     (tmp_path / 'empty').mkdir()
     torch.save({'state_dict': {'fc.bias': Evil()}}, tmp_path / 'evil.pth')
     (tmp_path / 'evil.tar').write_bytes(pickle.dumps(Evil()))
+    (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'grey0': Evil()}))
+    (tmp_path / 'list.pkl').write_bytes(pickle.dumps(list(GREYS)))
+    (tmp_path / 'torn.pkl').write_bytes(pickle.dumps(dict.fromkeys(GREYS, 0))[:-20])
+    (tmp_path / 'empty.pkl').write_bytes(b'')
     content = Path(fitted.checkpoint).read_bytes()
     (tmp_path / 'fitted.pth').write_bytes(content)
     (tmp_path / 'torn.pth').write_bytes(content[:len(content) // 2])

@@ -1,6 +1,7 @@
 """Options -> data sets and loaders of an evaluation, through timm's factories, shared by the ranks."""
 import argparse
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,8 @@ def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
             trust_remote_code=args.dataset_trust_remote_code,
             seed=args.seed,
         )
+    except (pickle.UnpicklingError, EOFError) as e:
+        raise OptionError(f"--class-map {args.class_map}: {one_line(e)}; give a text file with a class per line") from e
     except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
         raise OptionError(f"--data-dir {args.data_dir} --dataset {args.dataset or '(folder)'} --split {args.split}: "
                           f"{one_line(e) or 'cannot be opened'}; check the folder and the split's name") from e

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,7 +135,7 @@ def _open_suites(args: argparse.Namespace, num_classes: int, ranks: Ranks) -> li
     if args.class_map:
         try:
             class_map = load_class_map(args.class_map, args.data_dir or "")
-        except (AssertionError, ValueError, OSError) as e:
+        except (AssertionError, ValueError, OSError, EOFError, pickle.UnpicklingError) as e:
             raise OptionError(
                 f"--class-map {args.class_map}: {one_line(e)}; give a text file with a class per line") from None
     suites = open_suites(folders, num_classes, class_map, args.allow_partial)

@@ -102,7 +102,7 @@ def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> str:
+def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """The table and all that its numbers depend on."""
     results = [dict(group=m.group, dataset=m.dataset, measure=m.name, images=m.images, values=m.values, mean=m.mean,
                     std=m.std, flags=list(m.flags)) for m in measures]
@@ -161,7 +161,8 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
             f"evaluated now and would be lost; ask for it too, name another --results-file, or use --overwrite")
 
 
-def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: dict[str, Any]) -> None:
+def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence[str],
+          protocol: Mapping[str, Any]) -> None:
     """Writes the table, each file in one piece.
 
     Raises:
@@ -170,11 +171,20 @@ def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence
     texts = {"md": lambda: as_markdown(measures, names), "csv": lambda: as_csv(measures, names),
              "json": lambda: as_json(measures, names, protocol)}
     for kind, path in files.items():
-        temporary = f"{path}.part"
-        try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.write(texts[kind]())
-            os.replace(temporary, path)
-        except OSError as e:
-            raise OptionError(f"--results-file: {path} cannot be written ({e.strerror}); make room or name another "
-                              f"file") from None
+        write_text(path, texts[kind]())
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file of results in one piece.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    temporary = f"{path}.part"
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OptionError(
+            f"--results-file: {path} cannot be written ({e.strerror}); make room, or name another file") from None
