@@ -12,8 +12,9 @@ from PIL import Image
 from timm.data import create_loader
 
 from timm_sam.errors import OptionError
+from timm_sam.evaluation.images import SuiteDataset, UnreadableImage, class_balanced_subset
 from timm_sam.evaluation.label_spaces import LabelSpace
-from timm_sam.evaluation.suites import Suite, SuiteDataset, UnreadableImage, class_balanced_subset, open_suite
+from timm_sam.evaluation.suites import Suite, open_suite
 
 
 def suite_of(samples, root='/set', **kwargs):

@@ -14,6 +14,7 @@ import torch
 from conftest import LAUNCHER, Finished, _logging_as_before, working_directory
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.utils import accuracy
 
 import validate
 
@@ -119,6 +120,13 @@ def fit(folder):
     path = folder / 'fitted.pth.tar'
     torch.save({'state_dict': model.state_dict(), 'state_dict_ema': model.state_dict()}, path)
     return Fitted(model, str(path), data)
+
+
+def hits(space, logits, targets, topk=(1, 5)):
+    """Per k, which samples are right in the label space: as timm counts them, one by one."""
+    reduced = space.reduce(logits)
+    return torch.tensor([[bool(accuracy(row[None], target[None], (k,))[0]) for row, target in zip(reduced, targets)]
+                         for k in topk])
 
 
 def sha256(path):

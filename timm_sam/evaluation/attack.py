@@ -64,14 +64,12 @@ class Attacked:
             that it can be broken.
         no_gradient: (B,) bool, was attacked, stands, and its gradient was zero or not finite at every point: nothing
             but the random starts was tried.
-        images: (B, C, H, W), where the attack broke a sample the image that did, elsewhere the clean one; or None.
     """
 
     clean: Tensor
     robust: Tensor
     non_finite: Tensor
     no_gradient: Tensor
-    images: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,13 +94,12 @@ class _Objective:
     2, 4, 8, ... evaluations: at most half of the passes of a sample are wasted.
     """
 
-    def __init__(self, model: Model, loss: Loss, images: Tensor, labels: Tensor, keep_images: bool) -> None:
+    def __init__(self, model: Model, loss: Loss, labels: Tensor) -> None:
         self.model, self.loss, self.labels = model, loss, labels
         self.rows = torch.arange(len(labels), device=labels.device)
         self.broken = torch.zeros_like(labels, dtype=torch.bool)
         self.non_finite = torch.zeros_like(self.broken)
         self.moved = torch.zeros_like(self.broken)
-        self.images = images.clone() if keep_images else None
         self.evaluations = 0
 
     def __call__(self, points: Points) -> tuple[Tensor, Points]:
@@ -120,9 +117,6 @@ class _Objective:
 
         peak = vector_length(grad, torch.inf).flatten()
         wrong = logits.isfinite().all(1) & losses.isfinite() & (logits.argmax(1) != self.labels[rows])
-        if self.images is not None:
-            first = (wrong & ~self.broken[rows]).view(-1, 1, 1, 1)
-            self.images[rows] = torch.where(first, images.detach(), self.images[rows])
         self.broken[rows] |= wrong
         self.non_finite[rows] |= ~(logits.isfinite().all(1) & peak.isfinite())
         self.moved[rows] |= peak > 0
@@ -151,7 +145,6 @@ def attack(
         steps: int = 100,
         n_targets: int = 9,
         seed: int = 0,
-        return_images: bool = False,
 ) -> Attacked:
     """Attacks one batch with APGD-CE and then APGD-T.
 
@@ -169,7 +162,6 @@ def attack(
         steps: Steps per attack and target.
         n_targets: Targets of APGD-T: the classes after the label, by clean logits; at most K-1 of them.
         seed: Seed of the random starts, >= 0.
-        return_images: Also return the images that broke a sample.
 
     Returns:
         Per sample, whether it is classified correctly clean and under attack.
@@ -196,22 +188,19 @@ def attack(
         targets = others.topk(min(n_targets, classes - 1), dim=1).indices
 
         robust, non_finite, moved = clean.clone(), ~finite, torch.zeros_like(clean)
-        found = images.clone() if return_images else None
         for stage in range(1 + targets.shape[1]):  # stage 0 is APGD-CE, stage t the t-th target
             rows = robust.nonzero().squeeze(1)
             if rows.numel() == 0:
                 break
             ball = Ball(images[rows], norm, radius)
             loss = _loss(labels[rows], targets[rows, stage - 1] if stage else None)
-            objective = _Objective(model, loss, ball.center, labels[rows], return_images)
+            objective = _Objective(model, loss, labels[rows])
             start = noise(norm, images.shape[1:], seed, [indices[i] for i in rows.tolist()], stage)
             apgd(objective, ball, ball.surface(start.to(images.device)), 2 * radius, steps, stop=objective.done)
             robust[rows] = ~objective.broken
             non_finite[rows] |= objective.non_finite
             moved[rows] |= objective.moved
-            if found is not None and objective.images is not None:
-                found[rows] = objective.images
-        return Attacked(clean, robust, non_finite, robust & ~moved, found)
+        return Attacked(clean, robust, non_finite, robust & ~moved)
 
 
 def _loss(labels: Tensor, targets: Tensor | None) -> Loss:

@@ -86,25 +86,19 @@ class LabelSpace:
         # max, not amax: a group's gradient goes to one output, undivided, though its padding repeats the first one
         return members.unflatten(1, (len(self.groups), -1)).max(dim=2).values
 
-    def hits(self, logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> tuple[Tensor, Tensor]:
-        """Which samples are right, by this space and by plain ranking of all K outputs.
-
-        Ranks come from one ``topk`` call with the arguments of ``timm.utils.accuracy``, so that ties fall alike; k is
-        cut to the number of classes. In the plain ranking an output outside the target's group is wrong.
+    def right_of_all(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Which samples are right by the best of all K outputs: one outside the target's group is wrong.
 
         Args:
             logits: ``(B, K)``, the model's outputs, not reduced.
             targets: ``(B,)``, int64: classes of this space, 0 to C - 1.
-            topk: The ranks k asked for.
 
         Returns:
-            ``(official, plain)``, boolean, ``(len(topk), B)`` each; the same tensor twice where ``differs`` is False.
+            ``(B,)``, boolean.
         """
-        official = _among_best(_ranked(self.reduce(logits), topk), targets, topk)
-        if self.groups is None:
-            return official, official
-        owners = self._owners(logits.shape[1], logits.device)
-        return official, _among_best(owners[_ranked(logits, topk)], targets, topk)
+        # not argmax: ties fall as for timm.utils.accuracy with topk=(1, 5), which counts in the space itself
+        best = logits.topk(min(5, logits.shape[1]), 1, True, True)[1][:, 0]
+        return (best if self.groups is None else self._owners(logits.shape[1], logits.device)[best]) == targets
 
     def _members(self, device: torch.device) -> Tensor:
         """The groups one after the other, each padded to the largest one's length with its first output."""
@@ -128,15 +122,6 @@ class LabelSpace:
     def _keep(self, key: Any, values: list, device: torch.device) -> None:
         with torch.inference_mode(False):  # a table made inside inference mode could not be used under autograd later
             self._tables[key] = torch.tensor(values, device=device)
-
-
-def _ranked(scores: Tensor, topk: Sequence[int]) -> Tensor:
-    return scores.topk(min(max(topk), scores.shape[1]), 1, True, True)[1]
-
-
-def _among_best(ranked: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:
-    right = ranked == targets[:, None]
-    return torch.stack([right[:, :k].any(dim=1) for k in topk])
 
 
 @functools.cache

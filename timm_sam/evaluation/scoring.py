@@ -24,7 +24,7 @@ class Batch:
         size: Number of images.
         loss: Mean cross entropy, in the label space.
         top1, top5: Accuracy in percent, as ``timm.utils.accuracy`` rounds it, in the label space.
-        all_outputs: Number of images that are among the best 1 and the best 5 of all outputs, where that may differ.
+        right1_all: Number of images whose best of all outputs is right, where that may differ from top1.
     """
 
     index: int
@@ -32,7 +32,7 @@ class Batch:
     loss: float
     top1: float
     top5: float
-    all_outputs: tuple[int, ...] = ()
+    right1_all: int | None = None
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Scores:
         loss: Mean cross entropy, in the label space.
         top1, top5: In percent, in the label space: averages over batches of timm's percentages, as in its script.
         right1, right5: The same as numbers of images.
-        right1_all, right5_all: Among all outputs, where a prediction outside the label space is wrong.
+        right1_all: As right1 among all outputs, where a prediction outside the label space is wrong.
     """
 
     images: int
@@ -54,7 +54,6 @@ class Scores:
     right1: int
     right5: int
     right1_all: int
-    right5_all: int
 
 
 def score(
@@ -94,7 +93,7 @@ def score(
         for values in torch.stack(waiting).tolist() if waiting else ():
             index = len(batches)
             place = places[index] if index < len(places) else index
-            batches.append(Batch(place, sizes[index], *values[:3], tuple(int(v) for v in values[3:])))
+            batches.append(Batch(place, sizes[index], *values[:3], *map(int, values[3:])))
         waiting.clear()
 
     meter = utils.AverageMeter()
@@ -115,7 +114,7 @@ def score(
             if watch is not None:
                 watch(reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
-            plain = [right.sum() for right in space.hits(output, target, (1, 5))[1]] if space.differs else []
+            plain = [space.right_of_all(output, target).sum()] if space.differs else []
             waiting.append(torch.stack([value.double() for value in (loss, *accuracy, *plain)]))
             sizes.append(target.shape[0])
             meter.update((time.time() - end) / target.shape[0], target.shape[0])
@@ -152,8 +151,7 @@ def mean_of(batches: Sequence[Batch]) -> Scores:
         for batch in batches:
             meter.update(getattr(batch, name), batch.size)
     right = [sum(round(getattr(batch, name) * batch.size / 100) for batch in batches) for name in ("top1", "top5")]
-    right_all = right
-    if any(batch.all_outputs for batch in batches):
-        right_all = [sum(batch.all_outputs[i] for batch in batches) for i in range(2)]
+    plain = [batch.right1_all for batch in batches if batch.right1_all is not None]
     images = sum(batch.size for batch in batches)
-    return Scores(images, *(averages[name].avg for name in ("loss", "top1", "top5")), *right, *right_all)
+    return Scores(images, *(averages[name].avg for name in ("loss", "top1", "top5")), *right,
+                  sum(plain) if plain else right[0])

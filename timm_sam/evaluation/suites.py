@@ -15,7 +15,6 @@ from timm.data.readers import get_img_extensions
 from timm.utils.misc import natural_key
 
 from ..errors import OptionError
-from .images import SuiteDataset, UnreadableImage, class_balanced_subset
 from .label_spaces import (
     IMAGENET_CLASSES,
     LabelSpace,
@@ -26,11 +25,6 @@ from .label_spaces import (
     imagenet_wordnet_ids,
     objectnet_labels,
 )
-
-__all__ = [
-    "ID_NAMES", "PUBLISHED", "Suite", "SuiteDataset", "UnreadableImage", "class_balanced_subset", "find_suites",
-    "open_suite", "open_suites",
-]
 
 # What --eval-root looks for below its folder, the first that exists; a set's name -> folders, in the order of tables.
 PUBLISHED: dict[str, tuple[str, ...]] = {
