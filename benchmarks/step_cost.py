@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sam import SAM, compile_regions
+from timm_sam import SAM, compile_split
 from timm_sam.errors import OptionError, report
 from timm_sam.options import OptionParser
 
@@ -89,7 +89,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         model = copy.deepcopy(original)
         called: Callable = model
         if compiled and filter is not None and sam.get("share_forward", True):
-            compile_regions(model, filter=filter)
+            compile_split(model)
         elif compiled:
             called = torch.compile(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sam import SAM, VARIANTS, compile_regions
+from timm_sam import SAM, VARIANTS, compile_split
 
 BENCHMARK = pathlib.Path(__file__).parent.parent / 'benchmarks' / 'step_cost.py'
 LATE = {'resnet50': 'layer4', 'vit_small_patch32_224': r'blocks\.(8|9|10|11)\.'}
@@ -162,17 +162,14 @@ def compiled_run(compile_model, filter: str | None, every: int = 1) -> tuple[lis
     return measured, {n: p.detach().clone() for n, p in model.named_parameters()}, graphs
 
 
-# dynamo looks at the .grad of the inputs of a region, which are no leaves
-GRAD_OF_INPUTS = pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
 WAYS = {
     'whole': lambda model, backend: torch.compile(model, backend=backend),
-    'regions': lambda model, backend: compile_regions(model, filter=r'blocks\.[45]', backend=backend) and model,
+    'split': lambda model, backend: compile_split(model, backend=backend) or model,
 }
 
 
-@GRAD_OF_INPUTS
 @pytest.mark.parametrize('every', [1, 2])
-@pytest.mark.parametrize('way, filter', [('whole', None), ('whole', r'blocks\.[45]'), ('regions', r'blocks\.[45]')])
+@pytest.mark.parametrize('way, filter', [('whole', None), ('whole', r'blocks\.[45]'), ('split', r'blocks\.[45]')])
 def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updates(way, filter, every):
     expected, expected_weights, _ = compiled_run(lambda model, backend: model, filter, every)
     measured, weights, graphs = compiled_run(WAYS[way], filter, every)
@@ -183,8 +180,7 @@ def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updat
     assert graphs[-1] == graphs[1]
 
 
-@GRAD_OF_INPUTS
-def test_regions_share_the_forward_and_a_whole_graph_says_why_not():
+def test_split_graph_shares_the_forward_and_a_whole_graph_says_why_not():
     torch._dynamo.reset()
     sharing = {}
     for way, compile_model in WAYS.items():
@@ -193,7 +189,7 @@ def test_regions_share_the_forward_and_a_whole_graph_says_why_not():
         sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), called, rho=0.5, filter=r'blocks\.[45]')
         sam.minimize(lambda called=called: called(torch.ones(2, 3, 32, 32)).square().mean())
         sharing[way] = sam.sharing
-    assert sharing['regions'].startswith('one forward for both passes')
+    assert sharing['split'].startswith('one forward for both passes')
     assert sharing['whole'] == 'two full forwards per update: the model is compiled as a whole'
 
 

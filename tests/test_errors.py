@@ -101,6 +101,7 @@ ROWS = [
     ('--split-bn', ['--split-bn', '--aug-splits']),
     ('--torchscript --torchcompile', ['--torchscript', '--torchcompile']),
     ('--torchcompile nosuch', ['--torchcompile', 'nosuch']),
+    ('--torchcompile --torchcompile-mode nosuch', ['--torchcompile-mode', 'nosuch']),
     # device and precision
     ('--device foo', ['--device foo']),
     ('--amp --amp-dtype float8', ['--amp-dtype float8', 'bfloat16']),

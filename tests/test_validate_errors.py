@@ -134,6 +134,7 @@ ROWS = [
     ('{single} --amp --model-dtype float16', ['--amp', '--model-dtype float16']),
     ('{single} --fuser foo', ['--fuser foo', 'nvfuser']),
     ('{single} --torchcompile nosuch', ['--torchcompile nosuch']),
+    ('{single} --torchcompile --torchcompile-mode nosuch', ['--torchcompile-mode nosuch']),
     ('{single} --torchscript --torchcompile', ['--torchscript', '--torchcompile']),
     ('{single} --metrics-avg most', ['--metrics-avg', "'most'", 'macro']),
     ('{single} --device foo', ['--device foo']),

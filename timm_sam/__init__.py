@@ -1,8 +1,8 @@
 """Sharpness-aware minimization for timm: SAM-ON, SAM and their variants around any optimizer."""
 from .perturbation import VARIANTS
-from .regions import compile_regions
 from .sam import SAM, Stats
 from .selection import NORM_TYPES, SELECTIONS, select_parameters
+from .split import compile_split
 
 __version__ = "0.1.0"
-__all__ = ["NORM_TYPES", "SAM", "SELECTIONS", "Stats", "VARIANTS", "compile_regions", "select_parameters"]
+__all__ = ["NORM_TYPES", "SAM", "SELECTIONS", "Stats", "VARIANTS", "compile_split", "select_parameters"]

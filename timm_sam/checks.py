@@ -94,6 +94,8 @@ def _choices(args: argparse.Namespace) -> Rules:
         names["amp_dtype"] = ("float16", "bfloat16")
     if args.torchcompile is not None:
         names["torchcompile"] = tuple(torch.compiler.list_backends(exclude_tags=()))
+    if args.torchcompile == "inductor":
+        names["torchcompile_mode"] = (None, *torch._inductor.list_mode_options())
     for dest, allowed in names.items():
         value = getattr(args, dest)
         shown = ", ".join(str(a) for a in allowed if a)

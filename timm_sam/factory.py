@@ -28,8 +28,8 @@ from torch import nn
 from .checkpoint import why_unreadable
 from .data import Data, mixup_active
 from .errors import OptionError, one_line
-from .regions import compile_regions
 from .sam import SAM
+from .split import compile_split
 
 _logger = logging.getLogger("train")
 
@@ -233,26 +233,19 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
-    """Compiles the task's model: as a whole, or in regions where the passes of SAM have something to share.
-
-    Raises:
-        OptionError: Nothing is selected.
-    """
+    """Compiles the task's model: as a whole, or in two parts where the passes of SAM have something to share."""
     options = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
     # without a filter the first normalization layer is perturbed, and there is next to nothing below it
     shares = (args.sam_variant is not None and args.sam_filter is not None and not args.sam_no_shared_forward
               and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1)
     if shares:
-        try:
-            regions = compile_regions(task.get_trainable_module(), args.sam_params, args.sam_filter, **options)
-        except ValueError as e:
-            raise OptionError(str(e)) from e
+        compile_split(task.get_trainable_module(), **options)
     else:
         task.compile(**options)
     if task.has_ema():
         task.compile_ema(**options)
     if utils.is_primary(args):
-        parts = f"{regions} regions of the model" if shares else "the model"
+        parts = "two parts of the model" if shares else "the model"
         _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {args.torchcompile_mode}")
 
 

@@ -3,7 +3,8 @@
 The passes of SAM differ only in the selected parameters. Everything that a network computes before it first calls a
 module that owns one of them is the same in both, so the first pass keeps the outputs of such modules, with their graph,
 and the second answers with them. No model needs to know: modules without a perturbed parameter below them are taken in
-the order in which they are called, and anything between modules is simply computed again.
+the order in which they are called, and anything between modules is simply computed again. Of a model that
+``compile_split`` compiled, the parts of its graphs are taken as such modules.
 
 What makes this safe, update by update: recording ends with the first call of a module that owns a perturbed parameter;
 outputs are used in the second pass of the same batch only; if a perturbed module was never called (its parameters are
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .random_state import RandomState
+from .split import Around, Part, Splitter, splitter_of
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -52,9 +54,17 @@ class SharedForward:
         self.chosen = {id(p) for p in selected}
         self.owners: list[nn.Module] = []
         self.free: list[nn.Module] = []
+        self.splitters: list[Splitter] = []
+        self.compiled: set[int] = set()
         self._collect(model, below_free=False)
+        for splitter in self.splitters:
+            splitter.chosen = frozenset(self.chosen)
 
     def _collect(self, module: nn.Module, below_free: bool) -> None:
+        if (splitter := splitter_of(module)) is not None:
+            self.splitters.append(splitter)
+            self.compiled |= self.chosen & {id(p) for p in module.parameters()}
+            return
         holds = any(id(p) in self.chosen for p in module.parameters())
         compiled = _call_attribute(module) != "forward"  # one graph: nothing inside can be told apart
         if holds and (compiled or any(id(p) in self.chosen for p in module.parameters(recurse=False))):
@@ -96,14 +106,15 @@ class Recording:
         self.modules: list[nn.Module] = []
         self.depth = 0
         self.ended = False
-        self.uncalled = {id(m) for m in shared.owners}
+        self.uncalled = {id(m) for m in shared.owners} | shared.compiled
         self.mismatch = ""
         self.versions: list[tuple[Tensor, int]] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """The first pass runs inside."""
-        with _patched(self.shared.owners, self._ending), _patched(self.shared.free, self._recording):
+        with (_patched(self.shared.owners, self._ending), _patched(self.shared.free, self._recording),
+              _around(self.shared.splitters, self._recording, self._ending)):
             yield
         self._end()
 
@@ -134,7 +145,8 @@ class Recording:
 
             return answer
 
-        with _patched(self.modules, replaying):
+        modules = [m for m in self.modules if not isinstance(m, Part)]
+        with _patched(modules, replaying), _around(self.shared.splitters, replaying, lambda part, forward: forward):
             yield
 
     @torch.no_grad()
@@ -143,8 +155,11 @@ class Recording:
         inputs, outputs = _tensors([args, kwargs]), _tensors(kept.output)
         if inputs is None or outputs is None or any(id(t) in changed for t in (*inputs, *outputs)):
             return
-        copies = [t.clone() for t in inputs]  # it may work in place
-        again = self._nested(forward, *_replaced((args, kwargs), iter(copies)))
+        if isinstance(module, Part):
+            again = module.repeat(*args)
+        else:
+            copies = [t.clone() for t in inputs]  # it may work in place
+            again = self._nested(forward, *_replaced((args, kwargs), iter(copies)))
         if not _close(outputs, _tensors(again) or []):
             self.mismatch = type(module).__name__
 
@@ -162,6 +177,9 @@ class Recording:
                 self.modules.append(module)
             kept = _Kept(output, RandomState(self.devices), [(t, t._version) for t in tensors])
             self.outputs[id(module)].append(kept)
+            if isinstance(module, Part):
+                # or the backward graph of the next part, which is one operation, would lead to this one
+                return _replaced(output, (t.detach() for t in tensors))
             return output
 
         return call
@@ -170,6 +188,7 @@ class Recording:
         def call(*args: Any, **kwargs: Any) -> Any:
             self._end()
             self.uncalled.discard(id(module))
+            self.uncalled.difference_update(map(id, args))  # the parts of a graph are given their parameters
             return forward(*args, **kwargs)
 
         return call
@@ -223,6 +242,19 @@ def _patched(modules: list[nn.Module], wrap: Callable[[nn.Module, Callable], Cal
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = value
+
+
+@contextmanager
+def _around(splitters: list[Splitter], lower: Around, upper: Around) -> Iterator[None]:
+    """The same for the parts of compiled models."""
+    earlier = [(s.around_lower, s.around_upper) for s in splitters]
+    try:
+        for splitter in splitters:
+            splitter.around_lower, splitter.around_upper = lower, upper
+        yield
+    finally:
+        for splitter, around in zip(splitters, earlier):
+            splitter.around_lower, splitter.around_upper = around
 
 
 def _call_attribute(module: nn.Module) -> str:
