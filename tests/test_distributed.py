@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from conftest import LAUNCHER, ROOT
 from distributed.ranks import (
     CHUNKED,
+    COMPILED,
     DDP,
     LATE,
     MICRO_BATCHES,
@@ -189,6 +191,16 @@ def test_shared_forward_changes_no_bit_on_any_rank(scenario, ddp):
         assert_identical(one['weights'], two['weights'])
         assert_identical(one['buffers'], two['buffers'])
         assert one['counts'] == two['counts']
+
+
+@pytest.mark.parametrize('ddp', COMPILED)
+def test_compiled_shared_forward_gives_the_weights_of_eager_full_ones(scenario, ddp):
+    for one, two in zip(scenario(f'compiled {ddp}'), scenario('not compiled')):
+        graphs = '[2-9]' if ddp == 'several_buckets' else '[1-9]'  # dynamo makes a graph of each of DDP's buckets
+        assert re.match(f'one forward for both passes through {graphs} compiled graphs', one['sharing'])
+        for part in ('weights', 'buffers'):
+            for name, value in two[part].items():
+                torch.testing.assert_close(one[part][name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_shared_forward_sends_what_plain_ddp_sends(scenario):

@@ -320,7 +320,7 @@ class SAM(torch.optim.Optimizer):
             return loss_fn()
         if check:
             total = sum(p.numel() for p in self._model.parameters())
-            self.sharing = (f"one forward for both passes through {len(recording.modules)} modules, "
+            self.sharing = (f"one forward for both passes through {recording.describe()}, "
                             f"{recording.parameters():,} of {total:,} parameters")
         return loss
 

@@ -108,6 +108,7 @@ class Recording:
         self.ended = False
         self.uncalled = {id(m) for m in shared.owners} | shared.compiled
         self.mismatch = ""
+        self.known: set[int] = set()
         self.versions: list[tuple[Tensor, int]] = []
 
     @contextmanager
@@ -167,6 +168,9 @@ class Recording:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.ended or self.depth or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
+            if isinstance(module, Part) and any(_is_derived(a) and id(a) not in self.known for a in args):
+                self._end()  # an operation outside of the graphs, with parameters that nothing is known of
+                return forward(*args, **kwargs)
             output = self._nested(forward, args, kwargs)
             tensors = _tensors(output)
             if tensors is None:
@@ -177,18 +181,19 @@ class Recording:
                 self.modules.append(module)
             kept = _Kept(output, RandomState(self.devices), [(t, t._version) for t in tensors])
             self.outputs[id(module)].append(kept)
-            if isinstance(module, Part):
-                # or the backward graph of the next part, which is one operation, would lead to this one
-                return _replaced(output, (t.detach() for t in tensors))
+            self.known.update(map(id, tensors))
             return output
 
         return call
 
     def _ending(self, module: nn.Module, forward: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._end()
             self.uncalled.discard(id(module))
             self.uncalled.difference_update(map(id, args))  # the parts of a graph are given their parameters
+            if isinstance(module, Part) and not self.ended:
+                # its backward is one operation, and would compute gradients for the parts below, too
+                args = tuple(a.detach() if _is_derived(a) else a for a in args)
+            self._end()
             return forward(*args, **kwargs)
 
         return call
@@ -220,6 +225,12 @@ class Recording:
         if any(t._version != v for t, v in self.versions):
             return "what lies below the first perturbed layer is changed in place above it"
         return ""
+
+    def describe(self) -> str:
+        """What was recorded, in a few words."""
+        graphs = sum(isinstance(m, Part) for m in self.modules)
+        counts = {"modules": len(self.modules) - graphs, "compiled graphs": graphs}
+        return " and ".join(f"{count} {name}" for name, count in counts.items() if count)
 
     def parameters(self) -> int:
         """Number of parameters of the modules that were recorded."""
@@ -273,6 +284,10 @@ def _close(a: list[Tensor], b: list[Tensor]) -> bool:
         if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
             return False
     return True
+
+
+def _is_derived(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
 
 
 def _replaced(nested: Any, tensors: Iterator[Tensor]) -> Any:

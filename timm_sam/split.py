@@ -4,6 +4,7 @@ A model that is compiled as a whole is one graph: nothing in it can be left out 
 dynamo finds is cut in front of the first operation that reads a perturbed parameter, and the two parts are compiled
 separately. ``sharing.py`` keeps what the lower part returned in the first pass for the second.
 """
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ def compile_split(model: nn.Module, backend: str | Compiler = "inductor", mode: 
     def region(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
-    # dynamo keeps graphs by code object, and gives up on one that has many: each model has its own
+    # dynamo keeps graphs by code object, and gives up on one that has many: so each model has one of its own
     region.__code__ = region.__code__.replace(co_name=f"call_{type(module).__name__}")
     splitter = Splitter(_compiler(backend, mode))
     module._compiled_call_impl = torch.compile(region, backend=splitter)
@@ -155,7 +156,8 @@ class Part(nn.Module):
         if compiled is None:
             if self.weights is None:
                 self.weights = nn.ParameterList([a for a in args if isinstance(a, nn.Parameter)])
-            compiled = self.compiled[key] = self.splitter.compiler(self.gm, [_as_leaf(a) for a in args])
+            graph = GraphModule(self.gm, copy.deepcopy(self.gm.graph))  # compilers may change it
+            compiled = self.compiled[key] = self.splitter.compiler(graph, [_as_leaf(a) for a in args])
         output = compiled(*args)
         return output[0] if self.single else output
 

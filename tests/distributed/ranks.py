@@ -24,12 +24,13 @@ from torch import distributed, nn
 from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_sam import SAM, engine
+from timm_sam import SAM, compile_split, engine
 
 RANKS = 2
 SIZE = 4  # samples of a rank's batch
 RHO = 0.5
 LATE = r'^layer[34]\.'  # of the network 'resnet'
+LAST = r'^layer4\.0\.bn2'  # most of its parameters lie below
 
 DDP = {
     'default': {},
@@ -38,6 +39,7 @@ DDP = {
     'small_buckets': dict(bucket_cap_mb=0.0005),
     'find_unused': dict(find_unused_parameters=True),
 }
+COMPILED = {'default': {}, 'several_buckets': dict(bucket_cap_mb=1), 'find_unused': dict(find_unused_parameters=True)}
 CHUNKED = [(net, variant, params) for net in ('batchnorm', 'vit') for variant in ('sam', 'layerwise_l2')
            for params in ('onlynorm', 'all')]
 MICRO_BATCHES = 3
@@ -96,17 +98,19 @@ def collectives(counts):
             counts[event.name().removeprefix('gloo:'), math.prod(shape)] += 1
 
 
-def create(net, ddp, options, dtype=torch.float64):
+def create(net, ddp, options, dtype=torch.float64, compiled=False):
     model = network(net, dtype)
+    if compiled:
+        compile_split(model, backend='aot_eager')
     wrapped = DistributedDataParallel(model, **ddp)
     optimizer = OPTIMIZERS['sgd'](model)
     sam = None if options is None else SAM(optimizer, wrapped, **{'rho': RHO, **options})
     return model, wrapped, optimizer, sam
 
 
-def train(rank, net, options, ddp, updates=20, counted=True):
+def train(rank, net, options, ddp, updates=20, counted=True, compiled=False):
     """Updates by the DDP module; `options` are those of SAM, None is plain training."""
-    model, wrapped, optimizer, sam = create(net, ddp, options)
+    model, wrapped, optimizer, sam = create(net, ddp, options, compiled=compiled)
     names = [name for name, _ in sam.selected] if sam else []
     seen, counts = [], Counter()
     with collectives(counts) if counted else nullcontext():
@@ -233,6 +237,9 @@ def scenarios():
         yield f'shared {name}', train, ('resnet', dict(filter=LATE), ddp, 5)
     for name in ('default', 'no_buffer_broadcast'):
         yield f'unshared {name}', train, ('resnet', dict(filter=LATE, share_forward=False), DDP[name], 5)
+    for name, ddp in COMPILED.items():
+        yield f'compiled {name}', train, ('resnet', dict(filter=LAST), ddp, 5, True, True)
+    yield 'not compiled', train, ('resnet', dict(filter=LAST, share_forward=False), {}, 5)
     yield 'plain resnet', train, ('resnet', None, {}, 5)
     for net, variant, params in CHUNKED:
         yield f'{net} {variant} {params}', train, (net, dict(variant=variant, params=params, rho=0.1), {}, 10, False)
