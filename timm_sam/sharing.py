@@ -229,8 +229,8 @@ class Recording:
     def describe(self) -> str:
         """What was recorded, in a few words."""
         graphs = sum(isinstance(m, Part) for m in self.modules)
-        counts = {"modules": len(self.modules) - graphs, "compiled graphs": graphs}
-        return " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+        counts = {"module": len(self.modules) - graphs, "compiled graph": graphs}
+        return " and ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
     def parameters(self) -> int:
         """Number of parameters of the modules that were recorded."""
