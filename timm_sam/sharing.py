@@ -192,7 +192,7 @@ class Recording:
             self.uncalled.difference_update(map(id, args))  # the parts of a graph are given their parameters
             if isinstance(module, Part) and not self.ended:
                 # its backward is one operation, and would compute gradients for the parts below, too
-                args = tuple(a.detach() if _is_derived(a) else a for a in args)
+                args = tuple(a.detach() if id(a) in self.known else a for a in args)
             self._end()
             return forward(*args, **kwargs)
 

@@ -105,7 +105,8 @@ class _Graph:
         below = set(nodes[:_outside_contexts(nodes, readers[0])]) if readers else set()
         if not any(n.op.startswith("call") for n in below) or nodes[readers[0]].op == "output":
             return self.whole
-        parts = split_module(self.gm, self.gm, lambda node: 0 if node in below else 1)
+        # in order: what changes a buffer and what reads it are not connected in the graph
+        parts = split_module(self.gm, self.gm, lambda node: 0 if node in below else 1, keep_original_order=True)
         parts.submod_0 = Part(parts.submod_0, self.splitter, lower=True)
         parts.submod_1 = Part(parts.submod_1, self.splitter, lower=False)
         return parts
