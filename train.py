@@ -142,7 +142,10 @@ def train(args: argparse.Namespace, args_text: str) -> None:
         states = run.position["started_from"] if run.position else saved.get("random_state")
         restart.restore(args, states, run.tracked, [data.train, data.eval])
         restart.restore_buffers(args, saved.get("buffers"), run.modules)
-    fit(run, eval_model, eval_metric, start_epoch, num_epochs)
+    try:
+        fit(run, eval_model, eval_metric, start_epoch, num_epochs)
+    finally:
+        restart.dismiss([data.train, data.eval])
 
 
 def prepare_process(args: argparse.Namespace) -> torch.device:

@@ -37,8 +37,11 @@ class Runs:
         return [*python, str(ROOT / 'train.py'), *base.split(), *options.split()]
 
     def start(self, options: str, ranks: int = 1) -> subprocess.Popen:
+        return self.start_command(self.command(options, ranks))
+
+    def start_command(self, command: list[str]) -> subprocess.Popen:
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-        return subprocess.Popen(self.command(options, ranks), cwd=self.folder, env=env, stdout=subprocess.PIPE,
+        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
     def run(self, options: str, ranks: int = 1, code: int = 0) -> str:
@@ -121,8 +124,8 @@ def test_sigterm_finishes_the_update_and_the_resumed_run_is_the_one_that_was_not
     wait_for(process, 'Train: 1 [   1/')
     assert kill(process, signal.SIGTERM) == EXIT_PREEMPTED
     found = newest_checkpoint(str(runs.folder / 'out' / 'stopped'))
-    assert Path(found).name.startswith(('recovery-1-', 'last'))
-    runs.run(f'{SAM} --epochs 4 --experiment stopped --resume auto')
+    assert Path(found).name.startswith('recovery-1-')
+    assert_goes_on_within_epoch_1(runs.run(f'{SAM} --epochs 4 --experiment stopped --resume auto'))
     runs.assert_same('stopped', 'whole')
 
 
@@ -162,8 +165,34 @@ def test_two_ranks_stop_after_the_same_update_and_go_on_as_if_nothing_had_been(r
         process.communicate(timeout=60)
     found = newest_checkpoint(str(runs.folder / 'out' / name))
     assert Path(found).name.startswith('recovery-1-')
-    runs.run(f'{TWO} --experiment {name} --resume auto', ranks=2)
+    assert_goes_on_within_epoch_1(runs.run(f'{TWO} --experiment {name} --resume auto', ranks=2))
     runs.assert_same(name, whole_of_two)
+
+
+def assert_goes_on_within_epoch_1(out: str) -> None:
+    assert 'recovery-1-' in out.split('--resume auto: ')[1].splitlines()[0]
+    assert 'Train: 1 [' in out and 'Train: 0 [' not in out and 'Train: 1 [   0/' not in out
+
+
+@pytest.mark.parametrize('options', ['-j 0', '-j 1 --reprob 0.5', '-j 0 --no-prefetcher --mixup 0.2'])
+def test_run_goes_on_within_an_epoch_with_the_random_numbers_of_the_prefetcher(runs, options):
+    name = 'within' + options.replace(' ', '').replace('.', '')
+    runs.run(f'{SAM} {options} --epochs 2 --recovery-interval 3 --checkpoint-hist 9 --experiment {name}')
+    (found,) = (runs.folder / 'out' / name).glob('recovery-1-2.pth.tar')
+    runs.run(f'{SAM} {options} --epochs 2 --experiment {name}-resumed --resume {found}')
+    assert difference(runs.state(f'{name}-resumed'), runs.state(name)) is None
+
+
+def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch(runs, whole_of_two):
+    command = runs.command(f'{TWO} --experiment restarts --resume auto', ranks=2)
+    command[command.index('--standalone'):command.index('--standalone')] = ['--max-restarts', '3']  # gloo's own rendezvous may fail once
+    process = runs.start_command(command)
+    wait_for(process, 'Train: 1 [   0/10')
+    os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out[-3000:]
+    assert '--resume auto: out/restarts/' in out and 'Train: 0 [' not in out
+    runs.assert_same('restarts', whole_of_two)
 
 
 def pid_of_rank(torchrun: int, rank: int) -> int:

@@ -221,6 +221,16 @@ class InPlace(nn.Module):
         return self.head(x + y)
 
 
+class InPlaceBetween(InPlace):
+    """Changes what the layer below gave before the perturbed layer takes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x += 1
+        x.mul_(3)
+        return self.head(self.norm(x))
+
+
 class Unsteady(nn.Module):
     """Its first layer gives something else at every call."""
 
@@ -245,6 +255,7 @@ class Drifting(nn.Linear):
 @pytest.mark.parametrize('kind, reason', [
     (Functional, 'used without calling the module that owns them'),
     (InPlace, 'changed in place above it'),
+    (InPlaceBetween, 'changed in place between two modules'),
     (Unsteady, 'Drifting does not repeat its output'),
 ])
 def test_models_that_cannot_share_make_two_forwards_and_say_why(kind, reason):

@@ -186,6 +186,49 @@ def test_autocast_around_the_model_is_that_of_the_parts():
     assert abs(actual[loss] - expected[loss]) < abs(full[loss] - expected[loss]) / 4
 
 
+class Repeated(nn.Module):
+    """Blocks for which dynamo has one graph; the last one is perturbed, and its parameters are read once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({'norm': nn.BatchNorm2d(3), 'conv': nn.Conv2d(3, 3, 3, padding=1)})
+                                    for _ in range(3))
+        self.head = nn.Linear(3, 7)
+
+    def block(self, x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+        y = conv(norm(x))
+        torch._dynamo.graph_break()
+        return x + y.relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.block(x, block['norm'], block['conv'])
+        norm = self.blocks[2]['norm']
+        return self.head(x.relu().mean((2, 3))) + norm.weight.square().sum() * norm.bias.exp().sum()
+
+
+class Views(Small):
+    """A tensor and a view of it cross the boundary, and one is changed in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.stem(x))
+        view = x.flatten(2)
+        y = self.norm(x.clone())
+        x.mul_(2)
+        return self.head((y.flatten(2) + view).relu().mean(2))
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')
+@pytest.mark.parametrize('kind, filter', [(Repeated, r'blocks\.2'), (lambda: Views(''), '^norm')])
+def test_graphs_for_several_modules_and_views_over_the_boundary_equal_eager_ones(kind, filter):
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = kind().double().train()
+        results.append(updates(model, images([4] * 3, 8), compiled, filter=filter, share_forward=compiled)[0])
+    assert_same(*results)
+
+
 def test_batches_of_other_sizes_equal_eager_ones():
     batches = images([4, 4, 6, 3, 4, 5], 8)
     actual, sam = updates(small(), batches, compiled=True, filter='^norm')

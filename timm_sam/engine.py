@@ -84,7 +84,10 @@ class Run:
 
 
 class _Meters:
-    """Running averages whose values stay on the device until :meth:`flush`."""
+    """Running averages whose values stay on the device until :meth:`flush`.
+
+    Norms that are not finite are counted elsewhere, and would hide all others of the epoch.
+    """
 
     def __init__(self, *names: str) -> None:
         self.meters = {name: utils.AverageMeter() for name in names}
@@ -97,7 +100,8 @@ class _Meters:
         if self.waiting:
             values = torch.stack([value.double() for _, value, _, _ in self.waiting]).tolist()
             for (name, _, factor, n), value in zip(self.waiting, values):
-                self.meters[name].update(value * factor, n)
+                if math.isfinite(value) or not name.endswith("_norm"):
+                    self.meters[name].update(value * factor, n)
             self.waiting.clear()
 
     def __getitem__(self, name: str) -> utils.AverageMeter:
@@ -202,10 +206,15 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     settle()
     data_start = update_start = time.time()
 
-    for batch_idx, (input, target) in enumerate(data.train):
+    fetching = restart.Fetching(data.train, device)
+    for batch_idx, (input, target) in enumerate(fetching):
         if position is not None and batch_idx < position["batch"]:
             # the workers make these batches all the same, and with them the random numbers of those that follow
+            if batch_idx == position["batch"] - 2:
+                restart.restore_process(args, position["fetched_from"])
             if batch_idx == position["batch"] - 1:
+                if run.sam is not None:
+                    run.sam.nonfinite += restart.of_this_rank(args, position["nonfinite"])
                 meters.load_state_dict(restart.of_this_rank(args, position["meters"]))
                 num_updates = position["update"]
                 restart.restore_process(args, position["random_state"])
@@ -253,7 +262,13 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
             run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
         stop = not last_batch and run.preemption is not None and run.preemption.should_stop(num_updates)
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
-            _save_recovery(run, epoch, batch_idx, update_idx, num_updates, meters, started_from)
+            new = 0 if run.sam is None else int(run.sam.nonfinite - nonfinite_before)
+            _save_recovery(run, epoch, update_idx, meters, dict(
+                epoch=epoch, batch=batch_idx + 1, update=num_updates,
+                nonfinite=restart.of_all_ranks(args, new),
+                started_from=restart.of_all_ranks(args, started_from),
+                fetched_from=restart.of_all_ranks(args, fetching.state() or started_from),
+                random_state=restart.of_all_ranks(args, restart.local_states(device, None))))
         if stop:
             assert run.preemption is not None
             run.preemption.together()
@@ -318,15 +333,11 @@ def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_updat
         meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, count, accum_steps)
 
 
-def _save_recovery(run: Run, epoch: int, batch_idx: int, update_idx: int, num_updates: int, meters: _Meters,
-                   started_from: dict[str, Any]) -> None:
-    """Writes a checkpoint from which the epoch goes on after ``batch_idx``. All ranks take part."""
+def _save_recovery(run: Run, epoch: int, update_idx: int, meters: _Meters, position: dict[str, Any]) -> None:
+    """Writes a checkpoint from which the epoch goes on at ``position``. All ranks take part."""
     earlier = run.extras
-    run.extras = dict(buffers=restart.buffers_of_all_ranks(run.args, run.modules), position=dict(
-        epoch=epoch, batch=batch_idx + 1, update=num_updates,
-        meters=restart.of_all_ranks(run.args, meters.state_dict()),
-        started_from=restart.of_all_ranks(run.args, started_from),
-        random_state=restart.of_all_ranks(run.args, restart.local_states(run.device, None))))
+    position["meters"] = restart.of_all_ranks(run.args, meters.state_dict())
+    run.extras = dict(buffers=restart.buffers_of_all_ranks(run.args, run.modules), position=position)
     if run.saver is not None:
         run.saver.save_recovery(epoch, batch_idx=update_idx)
     run.extras = earlier
@@ -353,6 +364,9 @@ def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters:
     args = run.args
     now = {name: _mean_over_ranks(meter.val, run.device, args) for name, meter in meters.meters.items()}
     loss_avg = _mean_over_ranks(meters["loss"].avg, run.device, args)
+    nonfinite = 0
+    if run.sam is not None:
+        nonfinite = round(_mean_over_ranks(float(run.sam.nonfinite), run.device, args) * args.world_size)
     if not utils.is_primary(args):
         return
     rates = [group["lr"] for group in run.optimizer.param_groups]
@@ -360,7 +374,6 @@ def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters:
     if meters["sam_loss"].count:
         sam = (f"SAM loss: {now['sam_loss']:#.3g} ({meters['sam_loss'].avg:#.3g})  "
                f"|g|: {now['sam_grad_norm']:#.3g}  |eps|: {now['sam_eps_norm']:#.3g}  ")
-        nonfinite = int(run.sam.nonfinite) if run.sam is not None else 0
         if nonfinite:
             sam += f"non-finite: {nonfinite}  "
     updates = run.updates_per_epoch

@@ -240,6 +240,9 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
               and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1)
     if shares:
         compile_split(task.get_trainable_module(), **options)
+        if (teacher := getattr(task, "teacher", None)) is not None:
+            features = isinstance(task, FeatureDistillationTask)
+            teacher.compile(**options, compile_model=not features, compile_features=features)
     else:
         task.compile(**options)
     if task.has_ema():

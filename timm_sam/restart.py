@@ -94,6 +94,42 @@ class _OwnGroup:
             self.init(worker_id)
 
 
+class Fetching:
+    """Iterates over a loader, and knows this process's random state as it was before the last batch was fetched.
+
+    timm's prefetcher is one batch ahead, and draws random numbers for it in this process (random erasing; without
+    workers all of its augmentation), in between those that the model draws.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self.before: RandomState | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            self.before = RandomState({self.device})
+
+    def state(self) -> dict[str, Any] | None:
+        """As :func:`local_states`; None in front of the second batch."""
+        return None if self.before is None else dict(process=self.before.to_dict(), workers={})
+
+
+def dismiss(loaders: Sequence[Any]) -> None:
+    """Ends the workers that live on.
+
+    Left to the garbage collector, the queues to them may be gone before they are told, and each takes five seconds to
+    look around.
+    """
+    for loader in loaders:
+        inner = getattr(loader, "loader", loader)
+        inner = inner.loader if isinstance(inner, TrackedLoader) else inner
+        for name in ("_iterator", "iterator"):  # of torch's DataLoader, and of timm's MultiEpochsDataLoader
+            if getattr(inner, name, None) is not None:
+                setattr(inner, name, None)
+
+
 def shield(loader: Any) -> None:
     """Keeps signals to the process group of this process from the workers of timm's loader."""
     inner = getattr(loader, "loader", loader)

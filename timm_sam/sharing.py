@@ -8,7 +8,8 @@ the order in which they are called, and anything between modules is simply compu
 
 What makes this safe, update by update: recording ends with the first call of a module that owns a perturbed parameter;
 outputs are used in the second pass of the same batch only; if a perturbed module was never called (its parameters are
-used in some other way) or a kept output was changed in place afterwards, nothing is shared. The first time, the modules
+used in some other way) or a kept output was changed in place by something else than a recorded module, nothing is
+shared. The first time, the modules
 compute their outputs again all the same, and must find what was kept.
 """
 from collections import deque
@@ -108,7 +109,9 @@ class Recording:
         self.ended = False
         self.uncalled = {id(m) for m in shared.owners} | shared.compiled
         self.mismatch = ""
-        self.known: set[int] = set()
+        self.kept: dict[int, Tensor] = {}
+        self.version = 0
+        self.changed_between = False
         self.versions: list[tuple[Tensor, int]] = []
 
     @contextmanager
@@ -168,9 +171,11 @@ class Recording:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.ended or self.depth or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            if isinstance(module, Part) and any(_is_derived(a) and id(a) not in self.known for a in args):
+            if isinstance(module, Part) and any(
+                    id(a) in self.shared.chosen or _is_derived(a) and id(a) not in self.kept for a in args):
                 self._end()  # an operation outside of the graphs, with parameters that nothing is known of
                 return forward(*args, **kwargs)
+            self._notice_changes()
             output = self._nested(forward, args, kwargs)
             tensors = _tensors(output)
             if tensors is None:
@@ -181,7 +186,8 @@ class Recording:
                 self.modules.append(module)
             kept = _Kept(output, RandomState(self.devices), [(t, t._version) for t in tensors])
             self.outputs[id(module)].append(kept)
-            self.known.update(map(id, tensors))
+            self.kept.update((id(t), t) for t in tensors)
+            self.version = self._version()
             return output
 
         return call
@@ -192,7 +198,7 @@ class Recording:
             self.uncalled.difference_update(map(id, args))  # the parts of a graph are given their parameters
             if isinstance(module, Part) and not self.ended:
                 # its backward is one operation, and would compute gradients for the parts below, too
-                args = tuple(a.detach() if id(a) in self.known else a for a in args)
+                args = tuple(a.detach() if id(a) in self.kept else a for a in args)
             self._end()
             return forward(*args, **kwargs)
 
@@ -208,9 +214,17 @@ class Recording:
     def _end(self) -> None:
         if not self.ended:
             self.ended = True
+            self._notice_changes()
             self.versions = [
                 (t, t._version) for outputs in self.outputs.values() for kept in outputs for t, _ in kept.versions]
             self.on_perturbed()
+
+    def _version(self) -> int:
+        return sum(t._version for t in self.kept.values())
+
+    def _notice_changes(self) -> None:
+        # a recorded module that works in place is not run again; what is done between modules is
+        self.changed_between |= self._version() != self.version
 
     def usable(self) -> bool:
         """Whether the second pass may be answered from this recording."""
@@ -222,6 +236,8 @@ class Recording:
             return "the first layer is perturbed"
         if self.uncalled:
             return "perturbed parameters are used without calling the module that owns them"
+        if self.changed_between:
+            return "an output is changed in place between two modules"
         if any(t._version != v for t, v in self.versions):
             return "what lies below the first perturbed layer is changed in place above it"
         return ""

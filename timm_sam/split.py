@@ -5,7 +5,7 @@ dynamo finds is cut in front of the first operation that reads a perturbed param
 separately. ``sharing.py`` keeps what the lower part returned in the first pass for the second.
 """
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ def compile_split(model: nn.Module, backend: str | Compiler = "inductor", mode: 
         model: The model, inside or outside of DDP; its forward and the names of its parameters stay as they are. Which
             parameters are perturbed is learned from the SAM that is built with it afterwards.
         backend: As for ``torch.compile``.
-        mode: As for ``torch.compile``.
+        mode: As for ``torch.compile``, but without CUDA graphs: they would write over what is kept from one pass to
+            the next.
     """
     module = unwrap(model)
     call = module._call_impl
@@ -45,7 +46,7 @@ def compile_split(model: nn.Module, backend: str | Compiler = "inductor", mode: 
 def _compiler(backend: str | Compiler, mode: str | None) -> Compiler:
     options = {} if mode in (None, "default") else {"mode": mode}
     if backend == "inductor":
-        patches = torch._inductor.list_mode_options(mode or "default")
+        patches = {**torch._inductor.list_mode_options(mode or "default"), "triton.cudagraphs": False}
         return lambda gm, inputs: torch._inductor.compile(gm, inputs, patches)
     return partial(torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend, **options)
 
@@ -86,24 +87,29 @@ class _Graph:
         self.splitter = splitter
         self.whole = Part(gm, splitter, lower=False)
         self.chosen: frozenset[int] | None = None
-        self.parts: nn.Module = self.whole
+        self.cuts: dict[tuple[bool, ...], nn.Module] = {}
 
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.whole.run(*args)
         if self.chosen is not self.splitter.chosen:
             self.chosen = self.splitter.chosen
-            self.parts = self._cut([id(a) in self.chosen for a in args])
-        return self.parts(*args)
+            self.cuts.clear()
+        # modules of the same shape may have one graph, and not all of them perturbed parameters
+        is_chosen = tuple(id(a) in self.chosen for a in args)
+        if is_chosen not in self.cuts:
+            self.cuts[is_chosen] = self._cut(is_chosen)
+        return self.cuts[is_chosen](*args)
 
-    def _cut(self, is_chosen: list[bool]) -> nn.Module:
+    def _cut(self, is_chosen: tuple[bool, ...]) -> nn.Module:
         nodes = list(self.gm.graph.nodes)
         perturbed = {n for n, chosen in zip(self.gm.graph.find_nodes(op="placeholder"), is_chosen) if chosen}
         if not perturbed:
             return Part(self.gm, self.splitter, lower=True)
         readers = [i for i, n in enumerate(nodes) if perturbed & set(n.all_input_nodes)]
         below = set(nodes[:_outside_contexts(nodes, readers[0])]) if readers else set()
-        if not any(n.op.startswith("call") for n in below) or nodes[readers[0]].op == "output":
+        if (not any(n.op.startswith("call") for n in below) or nodes[readers[0]].op == "output"
+                or _share_memory(n for n in below if not below.issuperset(n.users))):
             return self.whole
         # in order: what changes a buffer and what reads it are not connected in the graph
         parts = split_module(self.gm, self.gm, lambda node: 0 if node in below else 1, keep_original_order=True)
@@ -125,6 +131,13 @@ def _outside_contexts(nodes: list[Node], cut: int) -> int:
         elif node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
     return place
+
+
+def _share_memory(nodes: Iterable[Node]) -> bool:
+    """Whether any two results do: if one is changed in place, AOTAutograd must have both in one graph."""
+    storages = [value.untyped_storage()._cdata for n in nodes
+                if n.op != "placeholder" and isinstance(value := n.meta.get("example_value"), Tensor)]
+    return len(set(storages)) < len(storages)
 
 
 class Part(nn.Module):
