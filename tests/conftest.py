@@ -14,8 +14,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tes
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models._hub import save_for_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py is a script at the top, not part of the package
@@ -141,3 +143,15 @@ def fitted(tmp_path_factory):
     """A model with mistakes, its checkpoint and its data, for validate.py."""
     from validating import fit
     return fit(tmp_path_factory.mktemp('fitted'))
+
+
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory):
+    """The folder of a teacher with random weights: none can be downloaded here."""
+    folder = tmp_path_factory.mktemp('teacher')
+    torch.manual_seed(1)
+    model = timm.create_model('test_resnet', num_classes=4)
+    with torch.no_grad():
+        model.fc.weight.mul_(20)  # a fresh one is indifferent between classes, and teaches nothing
+    save_for_hf(model, folder)
+    return folder

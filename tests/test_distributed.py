@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from command_lines import AOT, DEIT, JSD, KD, NAFLEX, VIT
 from conftest import LAUNCHER, ROOT
 from distributed.ranks import (
     CHUNKED,
@@ -379,16 +380,29 @@ TRAININGS = {
     'sync': f'{SAM_ON} --sam-sync',
     'chunks': f'{SAM_ON} --sam-m 4',
 }
-WITH_SAM = [name for name in TRAININGS if name != 'plain']
+# each once without and once with SAM, for two epochs
+MACHINERY = {
+    'feature_distillation': f'{KD} feature',
+    'token_distillation': f'{DEIT} {KD} token',
+    'jsd_with_split_bn': f'{JSD} --split-bn',
+    'naflex': NAFLEX,
+    'checkpointing': f'{VIT} --grad-checkpointing --drop-path 0.1',
+    'compiled': f'{AOT} --clip-grad 0.1',
+}
+SAM_MACHINERY = {'compiled': f'{SAM_ON} --sam-filter layer4'}
+TRAININGS |= {
+    f'{name}{end}': f"{options} --epochs 2 --val-split '' {sam}" for name, options in MACHINERY.items()
+    for end, sam in (('', ''), ('_sam', SAM_MACHINERY.get(name, SAM_ON)))}
+WITH_SAM = [name for name, options in TRAININGS.items() if '--sam' in options]
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 @pytest.fixture(scope='session')
-def trainings(base, tmp_path_factory):
+def trainings(base, teacher, tmp_path_factory):
     """The folder in which two ranks have run train.py with the options of TRAININGS."""
     folder = tmp_path_factory.mktemp('trainings')
     (folder / 'runs.json').write_text(json.dumps([
-        dict(name=name, port=port, command=f'{base} {options} --experiment {name}')
+        dict(name=name, port=port, command=f'{base} {options.format(teacher=teacher)} --experiment {name}')
         for port, (name, options) in zip(free_ports(len(TRAININGS)), TRAININGS.items())]))
     on_two_ranks(FOLDER / 'trainings.py', 'runs.json', cwd=folder)
     return folder
@@ -413,10 +427,12 @@ def different(a, b):
 @pytest.mark.parametrize('name', WITH_SAM)
 def test_train_py_on_two_ranks_perturbs_by_rho(trainings, name):
     with open(trainings / 'out' / name / 'summary.csv', newline='') as f:
-        (row,) = csv.DictReader(f)
-    assert float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
-    assert row['train_sam_nonfinite'] == '0' and float(row['train_sam_loss']) > float(row['train_loss'])
-    assert all(math.isfinite(float(value)) for value in row.values())
+        rows = list(csv.DictReader(f))
+    assert len(rows) == (2 if name.endswith('_sam') else 1)
+    for row in rows:
+        assert float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
+        assert row['train_sam_nonfinite'] == '0' and float(row['train_sam_loss']) > float(row['train_loss'])
+        assert all(math.isfinite(float(value)) for value in row.values())
 
 
 @pytest.mark.parametrize('name', TRAININGS)
@@ -424,13 +440,19 @@ def test_train_py_leaves_the_same_weights_on_both_ranks_and_in_the_checkpoint(tr
     first, second = state_of_ranks(trainings, name)
     assert_identical(parameters_only(first), parameters_only(second))
     saved = torch.load(trainings / 'out' / name / 'last.pth.tar', weights_only=False)
-    assert_identical(dict(saved['state_dict']), dict(first))
+    # what learns from features has more than the student
+    student = {n.removeprefix('student.'): value for n, value in first.items() if not n.startswith('projection.')}
+    assert_identical(dict(saved['state_dict']), student)
 
 
 @pytest.mark.parametrize('name', WITH_SAM)
 def test_sam_in_train_py_changes_every_weight_on_two_ranks(trainings, name):
-    plain, sam = (parameters_only(state_of_ranks(trainings, which)[0]) for which in ('plain', name))
-    assert different(plain, sam) == list(plain)
+    plain_name = name.removesuffix('_sam') if name.endswith('_sam') else 'plain'
+    plain, sam = (parameters_only(state_of_ranks(trainings, which)[0]) for which in (plain_name, name))
+    if 'filter' in TRAININGS[name]:  # a few weights of norm layers below move by less than their last bit
+        assert len(different(plain, sam)) > 0.8 * len(plain)
+    else:
+        assert different(plain, sam) == list(plain)
 
 
 @pytest.mark.parametrize('name', ['sync', 'chunks'])

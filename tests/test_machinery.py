@@ -3,12 +3,11 @@ import contextlib
 import math
 
 import pytest
-import timm
 import torch
+from command_lines import AOT, DEIT, JSD, KD, NAFLEX, SIZES, VIT
 from models import OPTIMIZERS, SELECTIONS, BatchLoss, TinyNet, assert_identical, batch, buffers, weights
 from reference import sam_gradients
 from timm import utils
-from timm.models._hub import save_for_hf
 from timm.task import ClassificationTask
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,27 +22,6 @@ from timm_sam.perturbation import perturbation
 RHO = 0.05
 SAM_ON = f'--sam-variant sam --sam-rho {RHO}'
 SHORT = "--epochs 2 --val-split '' --log-interval 99"
-VIT = '--model test_vit --model-kwargs img_size=32 patch_size=8 depth=2'
-NAFLEX = ('--model naflexvit_base_patch16_gap --model-kwargs embed_dim=32 depth=2 num_heads=2 patch_size=8 '
-          'init_values=0.1 --naflex-loader --naflex-train-seq-lens 9 16 --naflex-max-seq-len 16')
-JSD = '--aug-splits 3 --aa augmix-m3-w3 --jsd-loss'
-DEIT = ('--model deit_tiny_distilled_patch16_224 --model-kwargs img_size=32 patch_size=8 embed_dim=32 depth=2 '
-        'num_heads=2')
-KD = '--kd-model-name local-dir:{teacher} --kd-distill-type '
-SIZES = '--train-img-sizes 24 32 --train-batch-sizes 8 4'
-AOT = '--torchcompile aot_eager'
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    """The folder of a teacher with random weights: none can be downloaded here."""
-    folder = tmp_path_factory.mktemp('teacher')
-    torch.manual_seed(1)
-    model = timm.create_model('test_resnet', num_classes=4)
-    with torch.no_grad():
-        model.fc.weight.mul_(20)  # a fresh one is indifferent between classes, and teaches nothing
-    save_for_hf(model, folder)
-    return folder
 
 
 @pytest.fixture(scope='module')

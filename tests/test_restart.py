@@ -185,7 +185,8 @@ def test_run_goes_on_within_an_epoch_with_the_random_numbers_of_the_prefetcher(r
 
 def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch(runs, whole_of_two):
     command = runs.command(f'{TWO} --experiment restarts --resume auto', ranks=2)
-    command[command.index('--standalone'):command.index('--standalone')] = ['--max-restarts', '3']  # gloo's own rendezvous may fail once
+    place = command.index('--standalone')
+    command[place:place] = ['--max-restarts', '3']  # gloo's own rendezvous may fail once
     process = runs.start_command(command)
     wait_for(process, 'Train: 1 [   0/10')
     os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)

@@ -691,6 +691,24 @@ def test_recovery_checkpoint_holds_the_weights_within_an_epoch_and_goes_on_from_
     assert resumed == run_train(f'{SAM_ON} --epochs 2 --experiment whole').summary('whole')
 
 
+def test_nonfinite_gradients_are_counted_over_a_restart_and_hide_no_other_norms(run_train, monkeypatch):
+    compute_eps, calls = SAM._compute_eps, []
+
+    def poisoned(self, params, scale):
+        calls.append(1)
+        if len(calls) == 1:
+            params[0].grad.view(-1)[0] = float('inf')
+        return compute_eps(self, params, scale)
+
+    monkeypatch.setattr(SAM, '_compute_eps', poisoned)
+    whole = run_train(f'{SAM_ON} --recovery-interval 2 --experiment whole')
+    resumed = run_train(f'{SAM_ON} --resume out/whole/recovery-0-1.pth.tar --experiment resumed')
+    assert resumed.summary('resumed') == whole.summary('whole')
+    (row,) = resumed.summary('resumed')
+    assert row['train_sam_nonfinite'] == '1' and 'non-finite: 1 ' in resumed.log('Train: ')[-1]
+    assert finite(row) and float(row['train_sam_grad_norm']) > 0
+
+
 # Several processes
 
 RANK_SCRIPT = '''

@@ -214,7 +214,7 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
                 restart.restore_process(args, position["fetched_from"])
             if batch_idx == position["batch"] - 1:
                 if run.sam is not None:
-                    run.sam.nonfinite += restart.of_this_rank(args, position["nonfinite"])
+                    run.sam.nonfinite = run.sam.nonfinite + restart.of_this_rank(args, position["nonfinite"])
                 meters.load_state_dict(restart.of_this_rank(args, position["meters"]))
                 num_updates = position["update"]
                 restart.restore_process(args, position["random_state"])

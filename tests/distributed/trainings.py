@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from timm_sam.selection import unwrap  # noqa: E402
 
 torch.set_num_threads(1)
 fit = train.fit
@@ -25,7 +26,8 @@ def main(file):
     for run in json.loads(Path(file).read_text()):
         def fit_and_save(state, *rest, name=run['name']):
             fit(state, *rest)
-            torch.save(state.task.get_trainable_module().module.state_dict(), f'{name}-rank{state.args.rank}.pt')
+            weights = unwrap(state.task.get_trainable_module()).state_dict()
+            torch.save(weights, f'{name}-rank{state.args.rank}.pt')
 
         train.fit = fit_and_save
         # the launcher's store remembers the first run's addresses: each run gets a store of its own
