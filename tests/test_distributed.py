@@ -282,6 +282,22 @@ def test_synchronised_ascent_is_one_process_with_the_whole_batch(scenario, param
     assert max((own[name] - p).abs().max() for name, p in weights(model).items()) > 1e-4
 
 
+@pytest.mark.parametrize('params', ['onlynorm', 'all'])
+def test_synchronised_ascent_and_statistics_are_one_process_with_the_whole_batch(scenario, params):
+    model = network('batchnorm')
+    optimizer = OPTIMIZERS['sgd'](model)
+    sam = SAM(optimizer, model, params=params, rho=RHO, share_forward=False)
+    for step in range(10):
+        x, y = joined(samples('batchnorm', step, rank) for rank in range(RANKS))
+        sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    ranks = scenario(f'syncbn {params}')
+    for rank in ranks:
+        assert_close(rank['weights'], weights(model))
+        assert_close(rank['buffers'], buffers(model))
+    assert_identical(ranks[0]['weights'], ranks[1]['weights'])
+    assert_identical(ranks[0]['buffers'], ranks[1]['buffers'])
+
+
 # Gradient accumulation
 
 @pytest.mark.parametrize('way', ['backward', 'engine', 'sam_m'])
@@ -373,7 +389,7 @@ def test_half_precision_finds_its_scale_together(scenario):
 TRAININGS = {
     'plain': '',
     'sam': SAM_ON,
-    'bn_reduce': f'{SAM_ON} --dist-bn reduce',
+    'bn_reduce': f'{SAM_ON} --dist-bn reduce --no-ddp-bb',
     'bn_broadcast': f'{SAM_ON} --dist-bn broadcast --no-ddp-bb',
     'bn_own': f'{SAM_ON} --dist-bn "" --no-ddp-bb',
     'accumulation': f'{SAM_ON} -b 4 --grad-accum-steps 2 --model-ema',  # 3 updates: timm's average starts at the second
@@ -475,6 +491,8 @@ def test_dist_bn_shares_the_statistics_of_the_clean_passes(trainings):
     assert_identical(broadcast[0], own[0])
     assert_identical(broadcast[1], own[0])
     assert_identical(reduced[0], reduced[1])
+    for name, value in reduced[0].items():
+        torch.testing.assert_close(value, (own[0][name] + own[1][name]) / 2, rtol=1e-6, atol=1e-7)
     assert different(reduced[0], own[0]) == list(own[0])
 
 

@@ -22,6 +22,7 @@ from models import OPTIMIZERS, TinyNet, batch, buffers, weights
 from timm.task import ClassificationTask
 from torch import distributed, nn
 from torch.autograd.profiler import profile
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_sam import SAM, compile_split, engine
@@ -65,6 +66,22 @@ def network(name, dtype=torch.float64):
     return net.to(dtype)
 
 
+class SyncBatchNormOnCPU(nn.SyncBatchNorm):
+    """torch's own has kernels for accelerators only; this is what they compute."""
+
+    def forward(self, x):
+        assert self.training
+        dims, world = (0, 2, 3), distributed.get_world_size()
+        mean = all_reduce(x.mean(dims, keepdim=True)) / world
+        var = all_reduce((x - mean).square().mean(dims, keepdim=True)) / world
+        count = x[:, 0].numel() * world
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def samples(net, step, rank, size=SIZE, dtype=torch.float64):
     """The batch of one rank for one update."""
     seed = 10 * step + rank
@@ -103,6 +120,8 @@ def create(net, ddp, options, dtype=torch.float64, compiled=False):
     if compiled:
         compile_split(model, backend='aot_eager')
     wrapped = DistributedDataParallel(model, **ddp)
+    if net == 'syncbn':
+        model.bn.__class__ = SyncBatchNormOnCPU  # DDP itself has a look at the device
     optimizer = OPTIMIZERS['sgd'](model)
     sam = None if options is None else SAM(optimizer, wrapped, **{'rho': RHO, **options})
     return model, wrapped, optimizer, sam
@@ -246,6 +265,7 @@ def scenarios():
     for params in ('onlynorm', 'all'):
         for sync in (False, True):
             yield f'sync={sync} {params}', train, ('groupnorm', dict(params=params, sync=sync), {})
+        yield f'syncbn {params}', train, ('syncbn', dict(params=params, sync=True), {}, 10, False)
     yield 'plain groupnorm', train, ('groupnorm', None, {})
     for way in ('backward', 'engine', 'sam_m'):
         yield f'accumulated {way}', accumulated, (way,)
