@@ -174,15 +174,6 @@ def assert_goes_on_within_epoch_1(out: str) -> None:
     assert 'Train: 1 [' in out and 'Train: 0 [' not in out and 'Train: 1 [   0/' not in out
 
 
-@pytest.mark.parametrize('options', ['-j 0', '-j 1 --reprob 0.5', '-j 0 --no-prefetcher --mixup 0.2'])
-def test_run_goes_on_within_an_epoch_with_the_random_numbers_of_the_prefetcher(runs, options):
-    name = 'within' + options.replace(' ', '').replace('.', '')
-    runs.run(f'{SAM} {options} --epochs 2 --recovery-interval 3 --checkpoint-hist 9 --experiment {name}')
-    (found,) = (runs.folder / 'out' / name).glob('recovery-1-2.pth.tar')
-    runs.run(f'{SAM} {options} --epochs 2 --experiment {name}-resumed --resume {found}')
-    assert difference(runs.state(f'{name}-resumed'), runs.state(name)) is None
-
-
 def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch(runs, whole_of_two):
     command = runs.command(f'{TWO} --experiment restarts --resume auto', ranks=2)
     place = command.index('--standalone')

@@ -19,7 +19,6 @@ ARCHITECTURES = {
     'vit': ('test_vit', r'blocks\.[45]', {'img_size': 32, 'drop_path_rate': 0.2, 'proj_drop_rate': 0.1}, 32),
     'convnext': ('test_convnext', r'stages\.3', {'drop_path_rate': 0.2}, 32),
     'efficientnet': ('test_efficientnet', r'blocks\.4', {'drop_path_rate': 0.2}, 32),
-    'densenet': ('densenet121', 'denseblock4', {}, 32),
 }
 
 

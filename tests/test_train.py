@@ -691,6 +691,15 @@ def test_recovery_checkpoint_holds_the_weights_within_an_epoch_and_goes_on_from_
     assert resumed == run_train(f'{SAM_ON} --epochs 2 --experiment whole').summary('whole')
 
 
+@pytest.mark.parametrize('options', ['', '--reprob 0.5', '--no-prefetcher --mixup 0.2'])
+def test_run_goes_on_within_an_epoch_with_the_random_numbers_of_the_prefetcher(run_train, options):
+    whole = run_train(f'{SAM_ON} {options} --drop 0.1 --recovery-interval 2 --epochs 2 --experiment whole')
+    done = run_train(
+        f'{SAM_ON} {options} --drop 0.1 --epochs 2 --resume out/whole/recovery-1-1.pth.tar --experiment on')
+    assert done.summary('on') == whole.summary('whole')[1:]
+    assert differences(done.checkpoint('on')['state_dict'], whole.checkpoint('whole')['state_dict']) == []
+
+
 def test_nonfinite_gradients_are_counted_over_a_restart_and_hide_no_other_norms(run_train, monkeypatch):
     compute_eps, calls = SAM._compute_eps, []
 
