@@ -28,7 +28,7 @@ from timm_sam.data import create_data
 from timm_sam.engine import Preempted, Run, evaluate, train_one_epoch
 from timm_sam.errors import OptionError, report
 from timm_sam.options import OptionParser, build_train_parser, dump_args, parse_args
-from timm_sam.processes import leave_process_group
+from timm_sam.processes import leave_process_group, rendezvous_url
 
 try:
     import wandb
@@ -159,6 +159,7 @@ def prepare_process(args: argparse.Namespace) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     args.prefetcher = not args.no_prefetcher
+    args.dist_url = rendezvous_url()
     device = utils.init_distributed_device(args)
     if utils.is_primary(args):
         _logger.info(f"{args.world_size} process(es), one device each, this one on {args.device}; weights in "

@@ -1,8 +1,30 @@
 """The process group of a script's ranks."""
 import gc
+import os
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+
+def rendezvous_url() -> str:
+    """Where the ranks find each other, for ``init_process_group``.
+
+    torchrun gives the ranks that it starts again (``--max-restarts``) the store of those before, with the addresses of
+    processes that are gone: some then wait for them, or are refused. So every start but the first has names of its own
+    there. Between nodes the count of restarts is not the same, and torch's own way is all there is.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return "env://"
+
+    def handler(url: str, **kwargs: Any) -> Iterator[tuple[Any, int, int]]:
+        for store, rank, world_size in torch.distributed.rendezvous("env://", **kwargs):
+            yield torch.distributed.PrefixStore(f"restart_{restarts}", store), rank, world_size
+
+    torch.distributed.register_rendezvous_handler("restarted", handler)
+    return "restarted://"
 
 
 def settle() -> None:

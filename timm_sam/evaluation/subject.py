@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checkpoint import why_unreadable
 from ..errors import OptionError, one_line
 from ..factory import check_model_name
+from ..processes import rendezvous_url
 
 _logger = logging.getLogger("validate")
 
@@ -66,6 +67,7 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    args.dist_url = rendezvous_url()
     device = utils.init_distributed_device(args)
     if args.fuser:
         utils.set_jit_fuser(args.fuser)
