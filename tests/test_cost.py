@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, compile_split
+from timm_sam.multi_tensor import Backup
 
 BENCHMARK = pathlib.Path(__file__).parent.parent / 'benchmarks' / 'step_cost.py'
 LATE = {'resnet50': 'layer4', 'vit_small_patch32_224': r'blocks\.(8|9|10|11)\.'}
@@ -110,13 +111,68 @@ def test_gradients_with_a_loss_scale_read_nothing_from_the_device():
     assert reads.count == 0
 
 
-def test_only_the_selected_parameters_are_copied():
+def test_only_the_selected_parameters_and_running_statistics_are_copied():
     model = TinyNet()
     sam = sam_on(model)
     sam.minimize(BatchLoss(model, batch(0, dtype=torch.float32)))
-    held = [t for v in vars(sam).values() if isinstance(v, list) for t in v
-            if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
-    assert sum(t.numel() for t in held) == sum(p.numel() for _, p in sam.selected)
+    lists = [v.values if isinstance(v, Backup) else v for v in vars(sam).values() if isinstance(v, (Backup, list))]
+    held = [t for tensors in lists for t in tensors if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    copied = sum(p.numel() for _, p in sam.selected) + sum(b.numel() for b in model.buffers())
+    assert sum(t.numel() for t in held) == copied
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the kernels that an accelerator would run: one for a list of tensors where torch has one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.startswith('aten::_foreach'):
+            self.count += 1 if self.takes_one(func, args) else len(args[0])
+        else:
+            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+            self.count += not is_view and not func._schema.name.startswith('aten::empty')
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def takes_one(func, args) -> bool:
+        """The conditions of torch's ForeachUtils.h."""
+        lists = [a for a in args if isinstance(a, (list, tuple)) and isinstance(a[0], Tensor)]
+        factors = [a for a in args if isinstance(a, Tensor)]
+        every = [t for tensors in lists for t in tensors] + factors
+        dtypes = {t.dtype for t in every}
+        if func is torch.ops.aten._foreach_copy_.default:  # may convert
+            dtypes = max(({t.dtype for t in tensors} for tensors in lists), key=len)
+        return (len(dtypes) == 1 and len({t.device for t in every}) == 1
+                and all(torch.ops.aten.is_non_overlapping_and_dense(t) for t in every)
+                and all(len({t.stride() for t in tensors}) == 1 for tensors in zip(*lists)))
+
+
+def convolutions_and_norms(layers: int, dtype: torch.dtype) -> nn.Module:
+    parts = [part for _ in range(layers) for part in (nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))]
+    return nn.Sequential(*parts).to(dtype=dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('params', ['onlynorm', 'all'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_kernels_between_the_passes_do_not_grow_in_number_with_the_layers(variant, params, dtype):
+    counts = []
+    for layers in (3, 30):
+        model = convolutions_and_norms(layers, dtype)
+        sam = sam_on(model, variant=variant, params=params)
+        grads = [torch.randn_like(p) for _, p in sam.selected]
+        with Kernels() as kernels:
+            with sam.ascent(torch.tensor(8.0)):
+                for (_, p), grad in zip(sam.selected, grads):
+                    p.grad = grad
+            with sam.perturbed():
+                pass
+        assert float(sam.stats.eps_norm if sam.stats else sam._norms[1]) > 0
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] < 50
 
 
 class Graphs:

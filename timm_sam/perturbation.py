@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .multi_tensor import at_least_float32, by_factor, constants_like, zero_unless_
+
 Tensors = list[Tensor]
 
 
@@ -33,11 +35,14 @@ def _elementwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, 
 def _elementwise_orig(
         params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
     # Table 9 prints 1 + eta for biases; Section 3.2, the ASAM paper and both reference codes have 1
-    return [p.abs().add_(eta) if weight else torch.ones_like(p) for p, weight in zip(params, is_weight)]
+    t = torch._foreach_abs(params)
+    torch._foreach_mul_(t, [float(weight) for weight in is_weight])
+    torch._foreach_add_(t, [eta if weight else 1.0 for weight in is_weight])
+    return t
 
 
 def _layerwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
-    return [n.expand_as(p) for n, p in zip(torch._foreach_norm(params), params)]
+    return constants_like(torch._foreach_norm(params), params)
 
 
 def _fisher(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
@@ -115,14 +120,16 @@ def perturbation(
     eta = definition.eta if eta is None else eta
     is_weight = [True] * len(params) if is_weight is None else is_weight
     # half-precision tensors are widened: squares of half-precision gradients under- and overflow
-    params, grads = _at_least_float32(params), _at_least_float32(grads)
+    params, grads = at_least_float32(params), at_least_float32(grads)
     grad_norm = global_norm(grads)
     t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
     if definition.p == 2:
         tg = grads if t is None else torch._foreach_mul(grads, t)
         norm = grad_norm if t is None else global_norm(tg)
         usable = torch.isfinite(norm) & (norm > 0)
-        eps = _scaled(tg, torch.where(usable, norm, torch.ones_like(norm)), rho)
+        # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
+        eps = by_factor(torch._foreach_div, tg, torch.where(usable, norm, torch.ones_like(norm)))
+        torch._foreach_mul_(eps, rho)
         if t is not None:
             torch._foreach_mul_(eps, t)
     else:
@@ -131,23 +138,5 @@ def perturbation(
         torch._foreach_mul_(eps, rho)
         if t is not None:
             torch._foreach_mul_(eps, t)
-    # multiplying by zero would keep inf and nan
-    return [torch.where(usable.to(e.device, non_blocking=True), e, torch.zeros_like(e)) for e in eps], grad_norm
-
-
-def _at_least_float32(tensors: Sequence[Tensor]) -> Tensors:
-    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-
-
-def _scaled(tensors: Sequence[Tensor], norm: Tensor, rho: float) -> Tensors:
-    """rho * (tensors / norm), on whatever device each tensor is.
-
-    In this order no factor overflows: tensors / norm is at most 1, while rho / norm is infinite for a subnormal norm.
-    """
-    divisors = {d: norm.to(d, non_blocking=True) for d in {t.device for t in tensors}}
-    if len(divisors) == 1:
-        out = torch._foreach_div(list(tensors), next(iter(divisors.values())))
-    else:
-        out = [t / divisors[t.device] for t in tensors]
-    torch._foreach_mul_(out, rho)
-    return list(out)
+    zero_unless_(usable, eps)
+    return eps, grad_norm

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .multi_tensor import Backup, at_least_float32, by_factor, converted
 from .perturbation import VARIANTS, global_norm, perturbation
 from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
@@ -145,7 +146,9 @@ class SAM(torch.optim.Optimizer):
         self._eps: list[Tensor] | None = None
         self._norms: tuple[Tensor, Tensor] | None = None
         self._rng: RandomState | None = None
-        self._saved: list[Tensor] = []
+        self._weights = Backup()
+        self._statistics = Backup()
+        self._norm_layers = [m for m in model.modules() if is_norm(m)]
         self._stepped = True
 
     # What a torch optimizer has, all of it the base optimizer's.
@@ -386,8 +389,8 @@ class SAM(torch.optim.Optimizer):
                 f"closure must call backward(), on a loss that depends on them")
         dense = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
         if grad_scale is not None:
-            inverse = 1.0 / grad_scale
-            dense = list(torch._foreach_mul(dense, inverse))
+            inverse = torch.as_tensor(1.0 / grad_scale)
+            dense = by_factor(torch._foreach_mul, at_least_float32(dense), inverse)
         if self.sync:
             dense = self._averaged(dense)
         eps, grad_norm = perturbation(self.variant, params, dense, self.rho, self.eta, self._is_weight)
@@ -417,30 +420,22 @@ class SAM(torch.optim.Optimizer):
             raise ValueError("SAM.perturbed() needs an eps: run the loss and its backward() inside SAM.ascent() first")
         self._eps = self._rng = None
         params = [p for _, p in self.selected]
-        statistics = _Statistics(self._model) if self.bn_stats == "clean" else None
-        self._save(params)
+        buffers = []
+        if self.bn_stats == "clean":  # the running statistics, to be put back after the pass
+            buffers = [b for m in self._norm_layers if m.training for b in m.buffers(recurse=False)]
+        self._weights.save(params)
+        self._statistics.save(buffers)
         try:
             with torch.no_grad():
-                torch._foreach_add_(params, [e.to(p.dtype) for e, p in zip(eps, params)])
+                torch._foreach_add_(params, converted(eps, [p.dtype for p in params]))
             del eps
             rng.restore()
-            buffers = statistics.buffers if statistics is not None else []
             with _keep_graph_valid([*params, *buffers]) if self._second_order else nullcontext():
                 yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(params, self._saved)
-            if statistics is not None:
-                statistics.restore()
+            self._weights.restore()
+            self._statistics.restore()
             torch.clear_autocast_cache()
-
-    @torch.no_grad()
-    def _save(self, params: list[nn.Parameter]) -> None:
-        if any(s.device != p.device or s.dtype != p.dtype for s, p in zip(self._saved, params)):
-            self._saved = []
-        if not self._saved:
-            self._saved = [torch.empty_like(p) for p in params]
-        torch._foreach_copy_(self._saved, params)
 
 
 def _keep_graph_valid(tensors: list[Tensor]) -> AbstractContextManager:
@@ -456,20 +451,6 @@ def _keep_graph_valid(tensors: list[Tensor]) -> AbstractContextManager:
 def _set_requires_grad(params: list[nn.Parameter], value: bool) -> None:
     for p in params:
         p.requires_grad_(value)
-
-
-class _Statistics:
-    """The running statistics of a model's normalization layers, to be put back after a pass."""
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = [b for m in model.modules() if m.training and is_norm(m) for b in m.buffers(recurse=False)]
-        self.values = [b.clone() for b in self.buffers]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.values)
 
 
 def _check_number(name: str, value: float) -> None:

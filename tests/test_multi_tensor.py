@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from timm_sam.multi_tensor import Backup, at_least_float32, by_factor, constants_like, converted, copy_, zero_unless_
+
+KINDS = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize('dtypes', KINDS, ids=['alike', 'mixed'])
+def test_factor_takes_the_type_of_each_tensor(dtypes):
+    tensors = [torch.arange(1, 5, dtype=dtype) for dtype in dtypes]
+    quotients = by_factor(torch._foreach_div, tensors, torch.tensor(3.0, dtype=torch.float64))
+    for quotient, t in zip(quotients, tensors):
+        assert quotient.dtype == t.dtype
+        assert torch.equal(quotient, t / torch.tensor(3.0, dtype=t.dtype))
+
+
+@pytest.mark.parametrize('dtypes', KINDS, ids=['alike', 'mixed'])
+@pytest.mark.parametrize('value', [1.5, -0.0, float('inf'), float('nan'), 1e-45])
+def test_zero_unless_leaves_each_bit_or_none(value, dtypes):
+    for condition in (True, False):
+        tensors = [torch.full((2, 3), value, dtype=dtype) for dtype in dtypes]
+        before = [t.clone() for t in tensors]
+        zero_unless_(torch.tensor(condition), tensors)
+        for t, b in zip(tensors, before):
+            integers = torch.int32 if t.dtype == torch.float32 else torch.int64
+            assert torch.equal(t.view(integers), b.view(integers) if condition else torch.zeros_like(b, dtype=integers))
+
+
+def test_constants_have_shapes_strides_and_values_of_their_own():
+    shapes = [torch.empty(3), torch.empty(()), torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last),
+              torch.empty(4, 3).t(), torch.empty(0), torch.empty(2, 6)[:, ::2], torch.empty(7)]
+    values = [torch.tensor(float(i + 1)) for i in range(len(shapes))]
+    constants = constants_like(values, shapes)
+    for constant, value, like in zip(constants, values, shapes):
+        assert constant.shape == like.shape
+        assert (constant == value).all()
+    for i in (0, 1, 2, 3, 6):
+        assert constants[i].stride() == shapes[i].stride()
+
+
+def test_conversion_gives_back_what_has_its_type_already():
+    tensors = [torch.tensor([1.5]), torch.tensor([2.5], dtype=torch.bfloat16), torch.tensor([3.5], dtype=torch.float64)]
+    result = converted(tensors, [torch.float32, torch.float32, torch.bfloat16])
+    assert result[0] is tensors[0]
+    assert [r.dtype for r in result] == [torch.float32, torch.float32, torch.bfloat16]
+    assert [float(r) for r in result] == [1.5, 2.5, 3.5]
+    assert [t.dtype for t in at_least_float32(tensors)] == [torch.float32, torch.float32, torch.float64]
+
+
+def test_copies_go_into_the_type_of_the_target():
+    targets = [torch.zeros(2), torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)]
+    copy_(targets, [torch.ones(2), torch.full((3,), 4), torch.full((2,), 0.5)])
+    assert [t.tolist() for t in targets] == [[1, 1], [4, 4, 4], [0.5, 0.5]]
+    copy_([], [])
+
+
+def test_backup_restores_the_tensors_of_the_last_save_and_keeps_its_memory():
+    backup, tensors = Backup(), [torch.ones(2), torch.zeros((), dtype=torch.int64)]
+    backup.save(tensors)
+    memory = [v.data_ptr() for v in backup.values]
+    for t in tensors:
+        t.add_(5)
+    backup.restore()
+    assert [t.tolist() for t in tensors] == [[1, 1], 0]
+    backup.save(tensors)
+    assert [v.data_ptr() for v in backup.values] == memory
+    other = [torch.full((3,), 7.0)]
+    backup.save(other)
+    other[0].zero_()
+    tensors[0].fill_(9)
+    backup.restore()
+    assert (other[0] == 7).all() and (tensors[0] == 9).all()

@@ -1,0 +1,100 @@
+"""Operations on lists of tensors that are a few kernels for the whole list, not a few for each tensor.
+
+On an accelerator a hundred small tensors cost what their kernels' launches cost. torch's ``_foreach`` operations take
+one for all, but only where all tensors agree in device, type and strides, and a 0-dim factor with them in type. The
+functions here see to that. Lists that are mixed still give the right result.
+"""
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def by_factor(operation: Callable[[list[Tensor], Tensor], list[Tensor]], tensors: Sequence[Tensor],
+              factor: Tensor) -> list[Tensor]:
+    """``operation(tensors, factor)``, such as ``torch._foreach_div``, with a 0-dim factor of any type and device."""
+    kinds = {(t.device, t.dtype) for t in tensors}
+    factors = {kind: factor.to(*kind, non_blocking=True) for kind in kinds}
+    if len(kinds) == 1:
+        return list(operation(list(tensors), next(iter(factors.values()))))
+    return [operation([t], factors[t.device, t.dtype])[0] for t in tensors]
+
+
+def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The tensors in these types; one that has its type already is given back itself."""
+    result = list(tensors)
+    others = [i for i, (t, dtype) in enumerate(zip(tensors, dtypes)) if t.dtype != dtype]
+    for i in others:
+        result[i] = torch.empty_like(tensors[i], dtype=dtypes[i])
+    copy_([result[i] for i in others], [tensors[i] for i in others])
+    return result
+
+
+def at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """float16 and bfloat16 tensors as float32, the others as they are."""
+    halves = (torch.float16, torch.bfloat16)
+    return converted(tensors, [torch.float32 if t.dtype in halves else t.dtype for t in tensors])
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source into its target."""
+    groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources):
+        kind = target.device, target.dtype, source.device, source.dtype
+        pair = groups.setdefault(kind, ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    for pair in groups.values():
+        torch._foreach_copy_(*pair)
+
+
+def constants_like(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor one of its shape and strides that holds its 0-dim value everywhere."""
+    flat = torch.cat([value.expand(t.numel()) for value, t in zip(values, tensors)])
+    parts = flat.split([t.numel() for t in tensors])
+    return [_with_strides(part, t) for part, t in zip(parts, tensors)]
+
+
+def _with_strides(part: Tensor, like: Tensor) -> Tensor:
+    # all elements are the same, so any order of them will do
+    reach = sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) + 1
+    if reach > part.numel() or not part.numel():
+        return part.view(like.shape)
+    return part.as_strided(like.shape, like.stride(), part.storage_offset())
+
+
+def zero_unless_(condition: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Sets float32 or float64 tensors to zero where the 0-dim condition is false, whatever they hold.
+
+    Zero times inf or nan is nan; zero times the integer with their bits is zero, and one times it leaves each bit.
+    """
+    by_factor(_times_, [t.view(_INTEGERS[t.dtype]) for t in tensors], condition)
+
+
+def _times_(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    torch._foreach_mul_(tensors, factor)
+    return tensors
+
+
+class Backup:
+    """Values of tensors, to be put back: the memory for them is taken once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @torch.no_grad()
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        """Copies what ``tensors`` hold."""
+        self.tensors = list(tensors)
+        kinds = [(t.shape, t.dtype, t.device) for t in self.tensors]
+        if kinds != [(v.shape, v.dtype, v.device) for v in self.values]:
+            self.values = [torch.empty_like(t) for t in self.tensors]
+        copy_(self.values, self.tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copies it back."""
+        copy_(self.tensors, self.values)
