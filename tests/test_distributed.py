@@ -39,6 +39,7 @@ from distributed.ranks import (
 )
 from models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, buffers, weights
 from reference import base_step, sam_gradients
+from torch import nn
 
 from timm_sam import SAM, select_parameters
 
@@ -296,6 +297,40 @@ def test_synchronised_ascent_and_statistics_are_one_process_with_the_whole_batch
         assert_close(rank['buffers'], buffers(model))
     assert_identical(ranks[0]['weights'], ranks[1]['weights'])
     assert_identical(ranks[0]['buffers'], ranks[1]['buffers'])
+
+
+@pytest.mark.parametrize('share', [False, True])
+def test_synchronised_statistics_below_the_first_perturbed_layer_are_those_of_one_process(scenario, share):
+    model = network('resnet without drop')
+    optimizer = OPTIMIZERS['sgd'](model)
+    sam = SAM(optimizer, model, filter=LATE, rho=RHO, share_forward=False)
+    for step in range(5):
+        x, y = joined(samples('resnet', step, rank) for rank in range(RANKS))
+        sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    for rank in scenario(f'syncbn late share={share}'):
+        assert rank['sharing'].startswith('one forward for both' if share else 'two full forwards')
+        assert_close(rank['weights'], weights(model))
+        assert_close(rank['buffers'], buffers(model))
+
+
+def test_shared_forward_gathers_statistics_once(scenario):
+    def gathers(name):
+        return [sum(n for key, n in rank['counts'].items() if key[0] == 'all_gather') for rank in scenario(name)]
+
+    layers = sum(isinstance(m, nn.BatchNorm2d) for m in network('resnet without drop').modules())
+    assert gathers('syncbn plain') == [5 * layers] * RANKS
+    assert gathers('syncbn late share=False') == [10 * layers] * RANKS
+    late = sum(isinstance(m, nn.BatchNorm2d) for name, m in network('resnet without drop').named_modules()
+               if re.match(LATE, name))
+    for count in gathers('syncbn late share=True'):  # the first time the shared ones are computed again, for a check
+        assert 5 * (layers + late) <= count <= 5 * (layers + late) + layers - late < 10 * layers
+
+
+def test_ranks_share_their_forwards_together_or_not_at_all_where_statistics_are_synchronised(scenario):
+    first, second = scenario('syncbn unsteady')
+    assert second['sharing'] == 'two full forwards per update: Sequential does not repeat its output'
+    assert first['sharing'] == 'two full forwards per update: a module on another rank does not repeat its output'
+    assert_identical(first['weights'], second['weights'])
 
 
 # Gradient accumulation

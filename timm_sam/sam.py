@@ -316,9 +316,9 @@ class SAM(torch.optim.Optimizer):
         state = RandomState(recording.devices) if check else None
         with recording.replay(check):
             loss = loss_fn()
-        if state is not None and recording.mismatch:
+        if state is not None and (mismatch := self._on_any_rank(recording.mismatch)):
             self._shared = None
-            self.sharing = f"two full forwards per update: {recording.mismatch} does not repeat its output"
+            self.sharing = f"two full forwards per update: {mismatch} does not repeat its output"
             state.restore()
             return loss_fn()
         if check:
@@ -326,6 +326,18 @@ class SAM(torch.optim.Optimizer):
             self.sharing = (f"one forward for both passes through {recording.describe()}, "
                             f"{recording.parameters():,} of {total:,} parameters")
         return loss
+
+    def _on_any_rank(self, mismatch: str) -> str:
+        """The mismatch of another rank where this one has none: layers that synchronize need the same calls on all."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or not any(isinstance(m, nn.SyncBatchNorm) for m in self._norm_layers):
+            return mismatch
+        found = torch.tensor(int(bool(mismatch)), device=self.selected[0][1].device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group())
+        return mismatch or ("a module on another rank" if found else "")
+
+    def _group(self) -> Any:
+        return self._ddp[0].process_group if self._ddp else None
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -402,7 +414,7 @@ class SAM(torch.optim.Optimizer):
         """The mean over all ranks, by one collective; the gradients themselves without a process group."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return grads
-        group = self._ddp[0].process_group if self._ddp else None
+        group = self._group()
         flat = torch.cat([g.reshape(-1) for g in grads])
         torch.distributed.all_reduce(flat, group=group)
         flat /= torch.distributed.get_world_size(group)

@@ -7,6 +7,7 @@ A scenario that raises has its traceback as the result. The tests import network
 import argparse
 import datetime
 import gc
+import itertools
 import math
 import sys
 import time
@@ -18,11 +19,12 @@ from types import SimpleNamespace
 import timm
 import torch
 import torch.nn.functional as F
+from distributed.sync_batchnorm import run_on_cpu
 from models import OPTIMIZERS, TinyNet, batch, buffers, weights
+from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from torch import distributed, nn
 from torch.autograd.profiler import profile
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_sam import SAM, compile_split, engine
@@ -54,6 +56,8 @@ OVERFLOWS = {  # where the loss of the third update is infinite: (rank, passes)
 
 def network(name, dtype=torch.float64):
     torch.manual_seed(0)
+    if name == 'resnet without drop':
+        return timm.create_model('test_resnet', num_classes=3).to(dtype)
     if name == 'resnet':
         return timm.create_model('test_resnet', num_classes=3, drop_rate=0.1, drop_path_rate=0.1).to(dtype)
     if name == 'vit':
@@ -66,26 +70,10 @@ def network(name, dtype=torch.float64):
     return net.to(dtype)
 
 
-class SyncBatchNormOnCPU(nn.SyncBatchNorm):
-    """torch's own has kernels for accelerators only; this is what they compute."""
-
-    def forward(self, x):
-        assert self.training
-        dims, world = (0, 2, 3), distributed.get_world_size()
-        mean = all_reduce(x.mean(dims, keepdim=True)) / world
-        var = all_reduce((x - mean).square().mean(dims, keepdim=True)) / world
-        count = x[:, 0].numel() * world
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
-        return (x - mean) / (var + self.eps).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 def samples(net, step, rank, size=SIZE, dtype=torch.float64):
     """The batch of one rank for one update."""
     seed = 10 * step + rank
-    if net not in ('vit', 'resnet'):
+    if not net.startswith(('vit', 'resnet')):
         return batch(seed, size, dtype)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, 3, 32, 32, generator=generator, dtype=dtype)
@@ -115,21 +103,22 @@ def collectives(counts):
             counts[event.name().removeprefix('gloo:'), math.prod(shape)] += 1
 
 
-def create(net, ddp, options, dtype=torch.float64, compiled=False):
+def create(net, ddp, options, dtype=torch.float64, compiled=False, synchronized=False):
     model = network(net, dtype)
     if compiled:
         compile_split(model, backend='aot_eager')
     wrapped = DistributedDataParallel(model, **ddp)
-    if net == 'syncbn':
-        model.bn.__class__ = SyncBatchNormOnCPU  # DDP itself has a look at the device
+    if synchronized:
+        run_on_cpu()
+        convert_sync_batchnorm(model)  # DDP itself has a look at the device
     optimizer = OPTIMIZERS['sgd'](model)
     sam = None if options is None else SAM(optimizer, wrapped, **{'rho': RHO, **options})
     return model, wrapped, optimizer, sam
 
 
-def train(rank, net, options, ddp, updates=20, counted=True, compiled=False):
+def train(rank, net, options, ddp, updates=20, counted=True, compiled=False, synchronized=False):
     """Updates by the DDP module; `options` are those of SAM, None is plain training."""
-    model, wrapped, optimizer, sam = create(net, ddp, options, compiled=compiled)
+    model, wrapped, optimizer, sam = create(net, ddp, options, compiled=compiled, synchronized=synchronized)
     names = [name for name, _ in sam.selected] if sam else []
     seen, counts = [], Counter()
     with collectives(counts) if counted else nullcontext():
@@ -241,6 +230,18 @@ def with_half_precision(rank, updates=40):
     return result
 
 
+def unsteady(rank):
+    """On one rank, a layer below the perturbed ones never gives the same output."""
+    model, wrapped, _, sam = create('resnet without drop', {}, dict(filter=LATE), synchronized=True)
+    if rank == 1:
+        forward, calls = model.layer1.forward, itertools.count(1)
+        model.layer1.forward = lambda x: forward(x) * next(calls)
+    for step in range(2):
+        x, y = samples('resnet', step, rank)
+        sam.minimize(lambda x=x, y=y: F.cross_entropy(wrapped(x), y))
+    return dict(weights=weights(model), sharing=sam.sharing)
+
+
 def refused(rank):
     try:
         create('dropout', dict(static_graph=True), {})
@@ -265,7 +266,13 @@ def scenarios():
     for params in ('onlynorm', 'all'):
         for sync in (False, True):
             yield f'sync={sync} {params}', train, ('groupnorm', dict(params=params, sync=sync), {})
-        yield f'syncbn {params}', train, ('syncbn', dict(params=params, sync=True), {}, 10, False)
+        yield f'syncbn {params}', train, (
+            'batchnorm', dict(params=params, sync=True), {}, 10, False, False, True)
+    for share in (False, True):
+        yield f'syncbn late share={share}', train, (
+            'resnet without drop', dict(filter=LATE, sync=True, share_forward=share), {}, 5, True, False, True)
+    yield 'syncbn plain', train, ('resnet without drop', None, {}, 5, True, False, True)
+    yield 'syncbn unsteady', unsteady, ()
     yield 'plain groupnorm', train, ('groupnorm', None, {})
     for way in ('backward', 'engine', 'sam_m'):
         yield f'accumulated {way}', accumulated, (way,)
