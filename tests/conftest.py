@@ -4,9 +4,11 @@ import csv
 import io
 import logging
 import os
+import random
 import shlex
 import sys
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,9 @@ import timm
 import torch
 from PIL import Image
 from timm.models._hub import save_for_hf
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from timm_sam import SAM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py is a script at the top, not part of the package
@@ -136,6 +141,59 @@ def run_in(base):
 def run_train(run_in, tmp_path):
     """Runs train.py in process and in ``tmp_path``: ``run_train('--epochs 2')``."""
     return lambda command='': run_in(tmp_path, command)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """One entry per update of the base optimizer: (perturbed batches that went into it, learning rate)."""
+    seen, perturbed = [], []
+    backward = SAM.backward
+
+    def spy(self, *args, **kwargs):
+        perturbed.append(1)
+        return backward(self, *args, **kwargs)
+
+    def note(optimizer, args, kwargs):
+        seen.append((len(perturbed), optimizer.param_groups[0]['lr']))
+        perturbed.clear()
+
+    monkeypatch.setattr(SAM, 'backward', spy)
+    handle = register_optimizer_step_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Changes what an epoch does: ``script(stop=2)`` interrupts epoch 2, ``top1=[..]`` sets validation results by
+    epoch, ``seeded=True`` makes the random draws of an epoch a function of its number."""
+    import train
+
+    real_train, real_evaluate = train.train_one_epoch, train.evaluate
+
+    def change(stop=None, top1=None, loss=None, seeded=False):
+        epochs = []
+
+        def train_one_epoch(run, epoch):
+            epochs.append(epoch)
+            if epoch == stop:
+                raise KeyboardInterrupt
+            if seeded:
+                torch.manual_seed(epoch)
+                random.seed(epoch)
+                np.random.seed(epoch)
+            return real_train(run, epoch)
+
+        def evaluate(run, model, suffix=''):
+            if top1 is None and loss is None:
+                return real_evaluate(run, model, suffix)
+            values = (loss or [1.0] * 99)[epochs[-1]], (top1 or [50.0] * 99)[epochs[-1]]
+            return OrderedDict(zip(('loss', 'top1', 'top5'), (*values, 100.0)))
+
+        monkeypatch.setattr(train, 'train_one_epoch', train_one_epoch)
+        monkeypatch.setattr(train, 'evaluate', evaluate)
+        return epochs
+    return change
 
 
 @pytest.fixture(scope='session')
