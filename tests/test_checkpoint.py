@@ -1,5 +1,6 @@
 """Checkpoints of train.py: their form, resuming, which is best, and what an interrupt leaves."""
 import copy
+import functools
 import json
 import re
 
@@ -11,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 
 import train
-from timm_sam import SAM
+from timm_sam import SAM, factory
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'
@@ -353,3 +354,35 @@ def test_nonfinite_gradients_are_counted_over_a_restart_and_hide_no_other_norms(
     (row,) = resumed.summary('resumed')
     assert row['train_sam_nonfinite'] == '1' and 'non-finite: 1 ' in resumed.log('Train: ')[-1]
     assert finite(row) and float(row['train_sam_grad_norm']) > 0
+
+
+@pytest.mark.parametrize('start', ['last', 'recovery-2-2'])
+def test_loss_scale_goes_on_from_a_checkpoint(run_train, script, monkeypatch, start):
+    """The scaler of float16, which train.py itself makes on cuda only."""
+    scales = []
+
+    class Scaler(factory.LossScaler):
+        def update(self, new_scale=None):
+            super().update(new_scale)
+            scales.append((self.get_scale(), self._get_growth_tracker()))
+
+    def precision(args, device):
+        autocast = functools.partial(torch.autocast, device_type='cpu', dtype=torch.float16)
+        return None, autocast, Scaler('cpu', init_scale=2.0 ** 11, growth_interval=3)
+
+    monkeypatch.setattr(factory, 'precision', precision)
+    options = f'{SAM_ON} --epochs 4 --clip-grad 1 --drop 0.1'
+    whole = run_train(f'{options} --recovery-interval 3 --experiment whole')
+    expected = scales[:]
+    scales.clear()
+    if start == 'last':
+        script(stop=2)
+        run_train(options)
+        script()
+    folder = 'run' if start == 'last' else 'whole'
+    done = run_train(f'{options} --resume out/{folder}/{start}.pth.tar')
+    assert (whole.code, done.code) == (0, 0)
+    assert len({scale for scale, _ in expected}) > 3 and expected[12][1] != 0  # it grows, and counts up to that
+    assert scales == (expected if start == 'last' else expected[13:])
+    assert done.checkpoint()['amp_scaler'] == whole.checkpoint('whole')['amp_scaler']
+    assert differences(done.checkpoint()['state_dict'], whole.checkpoint('whole')['state_dict']) == []

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from command_lines import AOT, DEIT, JSD, KD, NAFLEX, VIT
 from conftest import LAUNCHER, ROOT
 from distributed.ranks import (
+    BATCHES,
     CHUNKED,
     COMPILED,
     DDP,
@@ -347,6 +348,22 @@ def test_micro_batches_are_chunks_of_one_batch(scenario, way):
     for rank in ranks:
         assert_close(rank['weights'], weights(model))
     assert_identical(ranks[0]['weights'], ranks[1]['weights'])
+
+
+def test_short_last_group_of_micro_batches_is_their_mean(scenario):
+    ranks = scenario('short group')
+    model = network('groupnorm')
+    optimizer = OPTIMIZERS['sgd'](model)
+    for group in (range(MICRO_BATCHES), range(MICRO_BATCHES, BATCHES)):
+        gradients = []
+        for x, y in (samples('groupnorm', 0, RANKS * k + rank) for k in group for rank in range(RANKS)):
+            gradients.append(sam_gradients(model, lambda x=x, y=y: F.cross_entropy(model(x), y),
+                                           selected_names('groupnorm'), 'sam', RHO).descent)
+        base_step(model, optimizer, {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]})
+    parameters = sum(p.numel() for p in model.parameters())
+    for rank in ranks:
+        assert_close(rank['weights'], weights(model))
+        assert rank['counts']['all_reduce', parameters] == 2
 
 
 @pytest.mark.parametrize('way', ['backward', 'engine'])

@@ -26,8 +26,12 @@ from timm.task import ClassificationTask
 from torch import distributed, nn
 from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
+import train as train_script
 from timm_sam import SAM, compile_split, engine
+from timm_sam.data import Data
+from timm_sam.options import parse_args
 
 RANKS = 2
 SIZE = 4  # samples of a rank's batch
@@ -46,6 +50,7 @@ COMPILED = {'default': {}, 'several_buckets': dict(bucket_cap_mb=1), 'find_unuse
 CHUNKED = [(net, variant, params) for net in ('batchnorm', 'vit') for variant in ('sam', 'layerwise_l2')
            for params in ('onlynorm', 'all')]
 MICRO_BATCHES = 3
+BATCHES = 5
 
 OVERFLOWS = {  # where the loss of the third update is infinite: (rank, passes)
     'ascent': (0, ['ascent']),
@@ -187,6 +192,23 @@ def accumulated(rank, way, updates=10):
     return dict(weights=weights(model), counts=counts, norms=norms)
 
 
+def short_group(rank):
+    """An epoch of `BATCHES` micro-batches, of which the last update has fewer."""
+    model, wrapped, optimizer, sam = create('groupnorm', {}, {})
+    args = parse_args(train_script.build_parser(), [
+        '--device', 'cpu', '--data-dir', '.', '--grad-accum-steps', str(MICRO_BATCHES), '--sam-variant', 'sam',
+        '--sam-rho', str(RHO)])
+    args.distributed, args.prefetcher, args.rank, args.world_size = True, False, rank, RANKS
+    data = TensorDataset(*joined(samples('groupnorm', 0, RANKS * k + rank) for k in range(BATCHES)))
+    run = Engine(wrapped, optimizer, sam).run
+    run.args, run.model_dtype, run.total_updates = args, torch.float64, 2
+    run.data = Data(DataLoader(data, batch_size=SIZE), None, None, SIZE, 'none', False)
+    counts = Counter()
+    with collectives(counts):
+        engine.train_one_epoch(run, 0)
+    return dict(weights=weights(model), counts=counts)
+
+
 def with_scaler(rank, overflow, options=None, updates=6):
     """Updates in float32 with a GradScaler and an overflow on one rank."""
     model, wrapped, optimizer, sam = create('batchnorm', {}, options or {}, torch.float32)
@@ -276,6 +298,7 @@ def scenarios():
     yield 'plain groupnorm', train, ('groupnorm', None, {})
     for way in ('backward', 'engine', 'sam_m'):
         yield f'accumulated {way}', accumulated, (way,)
+    yield 'short group', short_group, ()
     for overflow in OVERFLOWS:
         yield f'overflow {overflow}', with_scaler, (overflow,)
     yield 'overflow sync', with_scaler, ('ascent', dict(sync=True))
