@@ -3,6 +3,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -219,15 +220,25 @@ def test_options_of_a_run_that_goes_on_with_others_are_kept(runs):
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_current_epoch(runs):
     chance = random.Random(0)
     runs.run(f'{SAM} --epochs 30 --experiment long')
+    options, went_on = f'{SAM} --epochs 30 --experiment tortured --resume auto', 0
     for _ in range(20):
-        process = runs.start(f'{SAM} --epochs 30 --experiment tortured --resume auto')
+        done = complete_epochs(runs, 'tortured')
+        process = runs.start(options)
         time.sleep(chance.uniform(2, 9))
         if process.poll() is None:
-            kill(process, signal.SIGKILL)
-        else:
-            process.communicate()
-    runs.run(f'{SAM} --epochs 30 --experiment tortured --resume auto')
+            os.killpg(process.pid, signal.SIGKILL)
+        out = process.communicate()[0]
+        if 'Training for' in out and done:
+            # the summary has an epoch a moment before the checkpoint has it
+            assert re.search(r'from epoch (\d+);', out)[1] in (str(done), str(done - 1)), out
+            went_on += 1
+    assert went_on >= 10
+    runs.run(options)
     runs.assert_same('tortured', 'long')
+
+
+def complete_epochs(runs, name: str) -> int:
+    return len(runs.summary(name)) - 1 if (runs.folder / 'out' / name / 'summary.csv').exists() else 0
 
 
 def test_newest_checkpoint_prefers_progress_and_ignores_unfinished_files(tmp_path):
