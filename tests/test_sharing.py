@@ -292,6 +292,20 @@ def test_gradient_checkpointing_makes_two_forwards_and_says_why():
     sam.minimize(lambda: model(torch.zeros(2, 3, 32, 32)).square().mean())
 
 
+@pytest.mark.parametrize('sam', [False, True])
+def test_gradient_checkpointing_updates_running_statistics_twice_with_or_without_sam(sam):
+    model = timm.create_model('test_resnet')
+    model.set_grad_checkpointing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    if sam:
+        SAM(optimizer, model, rho=0.5).minimize(lambda: model(x).square().mean())
+    else:
+        model(x).square().mean().backward()
+    assert model.layer1[0].bn1.num_batches_tracked == 2
+    assert model.bn1.num_batches_tracked == 1  # the stem is not checkpointed
+
+
 def test_statistics_of_both_passes_need_both_forwards():
     sam = late(Counted(), bn_stats='both')
     assert sam.sharing == 'two full forwards per update: both passes update running statistics'
