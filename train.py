@@ -28,7 +28,7 @@ from timm_sam.data import create_data
 from timm_sam.engine import Preempted, Run, evaluate, train_one_epoch
 from timm_sam.errors import OptionError, report
 from timm_sam.options import OptionParser, build_train_parser, dump_args, parse_args
-from timm_sam.processes import leave_process_group, rendezvous_url
+from timm_sam.processes import end_failed_rank, leave_process_group, rendezvous_url
 
 try:
     import wandb
@@ -48,18 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parse_args(parser, argv)
     utils.setup_default_logging()
+    code = 0
     try:
         checkpoint.check_output(args)
         train(args, dump_args(args))
     except OptionError as e:
         report(parser.prog, e)
+        end_failed_rank(2)
         return 2
     except Preempted:
         _logger.warning("Stopped by SIGTERM with a checkpoint written; go on with --resume auto.")
-        return restart.EXIT_PREEMPTED
-    finally:
-        leave_process_group()
-    return 0
+        code = restart.EXIT_PREEMPTED
+    except BaseException:
+        end_failed_rank(1)
+        raise
+    leave_process_group()
+    return code
 
 
 def train(args: argparse.Namespace, args_text: str) -> None:
@@ -196,7 +200,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
     share_bn = args.distributed and args.dist_bn in ("broadcast", "reduce")
     best_metric, best_epoch = None, None
     results = []
-    preemption = run.preemption = restart.Preemption(args)
+    preemption = run.preemption = restart.Preemption(args, run.device)
     try:
         for epoch in range(start_epoch, num_epochs):
             whole_epoch, began = run.position is None, time.perf_counter()

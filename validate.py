@@ -30,7 +30,7 @@ from timm_sam.evaluation.ranks import Ranks
 from timm_sam.evaluation.single import evaluate_single, with_smaller_batches
 from timm_sam.evaluation.subject import prepare_device
 from timm_sam.options import OptionParser
-from timm_sam.processes import leave_process_group
+from timm_sam.processes import end_failed_rank, leave_process_group
 
 _logger = logging.getLogger("validate")
 
@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parse_validate_args(parser, argv)
     utils.setup_default_logging()
-    ranks = None
     try:
         device = prepare_device(args)
         ranks = Ranks()
@@ -58,23 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             _logger.info(f"Model and preprocessing as in {args.taken_from}: {args.model}")
         if args.left_out and ranks.primary:
             _logger.info(f"Unfinished or the same as another checkpoint: {', '.join(args.left_out)}")
-        if args.suites:
-            return suites(args, device, ranks)
-        return one_or_bulk(args, device, ranks)
-    except OptionError as e:
-        report(parser.prog, e)
+        (suites if args.suites else one_or_bulk)(args, device, ranks)
+    except (OptionError, torch.OutOfMemoryError) as e:
+        message = str(e)
+        if not isinstance(e, OptionError):
+            message = (f"--batch-size {args.batch_size} is too large for the memory of {args.device} "
+                       f"({one_line(e, 80)}); use a smaller one")
+        report(parser.prog, message)
+        end_failed_rank(2)
         return 2
-    except torch.OutOfMemoryError as e:
-        report(parser.prog, f"--batch-size {args.batch_size} is too large for the memory of {args.device} "
-                            f"({one_line(e, 80)}); use a smaller one")
-        return 2
-    finally:
-        if ranks is not None:
-            ranks.close()
-        leave_process_group()
+    except BaseException:
+        end_failed_rank(1)
+        raise
+    ranks.close()
+    leave_process_group()
+    return 0
 
 
-def suites(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
+def suites(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     """Every checkpoint on every data set; the table and its JSON on stdout, and in ``--results-file``."""
     files = tables.result_files(args.results_file, args.results_format if args.format_given else None)
     measures, names, protocol = evaluate_suites(args, device, ranks, files)
@@ -87,10 +87,9 @@ def suites(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
         tables.write(files, measures, names, protocol)
         for path in files.values():
             _logger.info(f"Wrote {path}")
-    return 0
 
 
-def one_or_bulk(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
+def one_or_bulk(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
     """One data set as timm's script does it: a model, or many of them one by one."""
     many = models_of(args)
     results: Any = []
@@ -127,7 +126,6 @@ def one_or_bulk(args: argparse.Namespace, device: torch.device, ranks: Ranks) ->
             write_results(args.results_file, results, args.results_format)
     if mistakes:
         raise OptionError(f"{mistakes} of {len(many or ())} evaluations were left out, see above; mend or remove them")
-    return 0
 
 
 def models_of(args: argparse.Namespace) -> list[tuple[str, str | None]] | None:

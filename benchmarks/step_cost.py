@@ -64,6 +64,8 @@ def build_parser() -> OptionParser:
     add("--channels-last", action="store_true", help="channels-last memory layout")
     add("--torchcompile", action="store_true", help="compile with inductor, as train.py does")
     add("--rounds", type=int, default=15, help="times each form is measured")
+    add("--repeats", type=int, default=None, metavar="N",
+        help="updates to a time, one after another without waiting for the device; none: 1 on the CPU, 10 on others")
     add("--warmup", type=int, default=3, help="updates of each form before")
     add("--threads", type=int, default=None, help="threads of torch on the CPU; none: torch's choice")
     add("--forms", nargs="+", default=None, metavar="NAME", help="only these forms, by a part of their names")
@@ -213,18 +215,20 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
     for i in range(args.rounds):
         order = forms if i % 2 == 0 else forms[::-1]  # a drift of the machine's speed favours no form
         for form in order:
-            form.times.append(timed(form.update, device))
+            form.times.append(timed(form.update, device, args.repeats))
     return forms
 
 
-def timed(update: Callable[[], Any], device: torch.device) -> float:
+def timed(update: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one update; ``repeats`` of them run without waiting for the device, as in training."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    update()
+    for _ in range(repeats):
+        update()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeats
 
 
 def own_arithmetic(sam: SAM, device: torch.device, rounds: int = 30) -> float:
@@ -254,7 +258,7 @@ def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> 
     lines = [
         f"`{args.model}`, batch {args.batch_size}, {args.img_size}x{args.img_size}, "
         f"{', '.join(options) or 'eager float32'}; {name}; torch {torch.__version__}, timm {timm.__version__}, "
-        f"Python {platform.python_version()}; {args.rounds} rounds",
+        f"Python {platform.python_version()}; {args.rounds} rounds of {args.repeats} update(s)",
         "",
         f"| update | time (ms) | ratio to plain: median (min-max) | FLOP bound | ratio / bound | peak memory {kind} |",
         "|---|---|---|---|---|---|",
@@ -283,7 +287,9 @@ def main() -> int:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise OptionError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
         device = torch.device(args.device)
+        args.repeats = args.repeats or (1 if device.type == "cpu" else 10)
         if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         text = table(measure(args, device), args, device)

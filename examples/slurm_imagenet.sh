@@ -40,7 +40,8 @@ on_each_node='
     [ "$stopped" = 1 ] && [ "$code" != 0 ] && code=75 # the code of train.py itself, which torchrun does not pass on
     exit "$code"
 '
-srun --kill-on-bad-exit=0 bash -c "$on_each_node" on_each_node "$@"
+# some versions of srun give a step one CPU per task unless told
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-32}" bash -c "$on_each_node" on_each_node "$@"
 code=$?
 if [ "$code" = 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,4 +1,6 @@
 """The forward below the first perturbed layer, computed once for both passes."""
+import weakref
+
 import pytest
 import timm
 import torch
@@ -282,6 +284,28 @@ def test_models_that_cannot_share_get_the_same_update(kind):
         for _ in range(2):
             sam.minimize(lambda m=m: loss_of(m))
     assert_identical(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize('kind', [Functional, InPlace, InPlaceBetween])
+def test_models_that_cannot_share_free_the_graph_of_the_first_pass_before_the_second(kind):
+    model, boxes, alive = kind(), [], []
+
+    def pack(tensor: Tensor) -> Box:
+        boxes.append(weakref.ref(box := Box(tensor)))
+        return box
+
+    model.register_forward_pre_hook(lambda m, args: alive.append(sum(box() is not None for box in boxes)))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        for _ in range(2):
+            sam.minimize(lambda: loss_of(model))
+    assert sam.sharing.startswith('two full forwards') and boxes
+    assert alive == [0] * 4
+
+
+class Box:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def test_gradient_checkpointing_makes_two_forwards_and_says_why():

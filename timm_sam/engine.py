@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import restart
 from .data import Data
+from .multi_tensor import widest
 from .processes import settle
 from .sam import SAM
 
@@ -98,7 +99,7 @@ class _Meters:
 
     def flush(self) -> None:
         if self.waiting:
-            values = torch.stack([value.double() for _, value, _, _ in self.waiting]).tolist()
+            values = torch.stack([value.to(widest(value.device)) for _, value, _, _ in self.waiting]).tolist()
             for (name, _, factor, n), value in zip(self.waiting, values):
                 if math.isfinite(value) or not name.endswith("_norm"):
                     self.meters[name].update(value * factor, n)
@@ -260,7 +261,8 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
                     input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
-        stop = not last_batch and run.preemption is not None and run.preemption.should_stop(num_updates)
+        # asked after each update, though at the end of an epoch it is train.py that stops
+        stop = run.preemption is not None and run.preemption.should_stop(num_updates) and not last_batch
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
             new = 0 if run.sam is None else int(run.sam.nonfinite - nonfinite_before)
             _save_recovery(run, epoch, update_idx, meters, dict(

@@ -34,6 +34,9 @@ from .split import compile_split
 _logger = logging.getLogger("train")
 
 
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
 class LossScaler(torch.amp.GradScaler):
     """torch's GradScaler under the checkpoint key of timm's, so that checkpoints move between the two."""
 
@@ -234,10 +237,17 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     """Compiles the task's model: as a whole, or in two parts where the passes of SAM have something to share."""
-    options = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+    mode = args.torchcompile_mode
+    if args.sam_variant is not None and (args.sam_m or args.grad_accum_steps > 1) and mode in _WITHOUT_CUDA_GRAPHS:
+        # the gradients that one chunk leaves lie in memory of its graph, which the next chunk's writes over
+        mode = _WITHOUT_CUDA_GRAPHS[mode]
+        if utils.is_primary(args):
+            _logger.info(f"--torchcompile-mode {args.torchcompile_mode}: gradients are accumulated under SAM, which "
+                         f"CUDA graphs do not allow; compiling with mode {mode}")
+    options = dict(backend=args.torchcompile, mode=mode)
     # without a filter the first normalization layer is perturbed, and there is next to nothing below it
     shares = (args.sam_variant is not None and args.sam_filter is not None and not args.sam_no_shared_forward
-              and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1)
+              and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1 and args.torchcompile != "cudagraphs")
     if shares:
         compile_split(task.get_trainable_module(), **options)
         if (teacher := getattr(task, "teacher", None)) is not None:
@@ -249,7 +259,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
         task.compile_ema(**options)
     if utils.is_primary(args):
         parts = "two parts of the model" if shares else "the model"
-        _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {args.torchcompile_mode}")
+        _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {mode}")
 
 
 def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> SAM | None:

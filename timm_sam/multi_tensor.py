@@ -12,6 +12,11 @@ from torch import Tensor
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, but float32 on devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def by_factor(operation: Callable[[list[Tensor], Tensor], list[Tensor]], tensors: Sequence[Tensor],
               factor: Tensor) -> list[Tensor]:
     """``operation(tensors, factor)``, such as ``torch._foreach_div``, with a 0-dim factor of any type and device."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .multi_tensor import at_least_float32, by_factor, constants_like, zero_unless_
+from .multi_tensor import at_least_float32, by_factor, constants_like, widest, zero_unless_
 
 Tensors = list[Tensor]
 
@@ -88,7 +88,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     the result is float32.
     """
     device = tensors[0].device
-    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if device.type == "mps" else torch.float64)
+    norms = torch._foreach_norm(list(tensors), 2, widest(device))
     return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
 
 

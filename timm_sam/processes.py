@@ -1,7 +1,10 @@
 """The process group of a script's ranks."""
 import gc
+import logging
 import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +52,22 @@ def leave_process_group() -> None:
         gc.collect()
         settle()
         torch.distributed.destroy_process_group()
+
+
+def end_failed_rank(code: int) -> None:
+    """Ends this process at once, if it is one of several; with code 1, after the traceback of what went wrong.
+
+    The launcher then stops the others. Ending the process group instead waits for them, and they wait for this rank: in
+    a collective, or for nccl to end its communicators together.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if code == 1:
+        traceback.print_exc()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _uses_gloo() -> bool:

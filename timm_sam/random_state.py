@@ -38,10 +38,18 @@ class RandomState:
         return state
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "RandomState":
+    def from_dict(cls, state: dict[str, Any], device: torch.device | None = None) -> "RandomState":
+        """What :meth:`to_dict` made.
+
+        Args:
+            state: It.
+            device: Takes the state of the one device of its type that there is: a process may go on with another
+                device than it had. States of other types are left out.
+        """
         self = cls.__new__(cls)
         self.cpu = state["cpu"]
-        self.devices = {torch.device(d): s for d, s in state["devices"].items()}
+        saved = {torch.device(d).type: s for d, s in state["devices"].items()}
+        self.devices = {device: saved[device.type]} if device is not None and device.type in saved else {}
         version, python, gauss = state["python"]
         self.python = (version, tuple(python.tolist()), gauss)
         self.numpy = None

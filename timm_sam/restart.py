@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -200,12 +201,11 @@ def buffers_of_all_ranks(args: argparse.Namespace, modules: Mapping[str, nn.Modu
         return None
     mine = {name: {key: buffer.cpu() for key, buffer in module.named_buffers()}
             for name, module in modules.items() if module is not None}
-    saved = of_all_ranks(args, mine)
-    first = saved["ranks"][0]
-    saved["ranks"] = [
-        {name: {key: buffer for key, buffer in buffers.items() if not torch.equal(buffer, first[name][key])}
-         for name, buffers in rank.items()} for rank in saved["ranks"]]
-    return saved
+    first = [mine]
+    torch.distributed.broadcast_object_list(first)
+    return of_all_ranks(args, {
+        name: {key: buffer for key, buffer in buffers.items() if not torch.equal(buffer, first[0][name][key])}
+        for name, buffers in mine.items()})
 
 
 def restore_buffers(args: argparse.Namespace, saved: dict[str, Any] | None,
@@ -223,7 +223,7 @@ def restore_process(args: argparse.Namespace, saved: dict[str, Any]) -> bool:
     """Sets this process's random states to those of its rank; False if they are of another number of ranks."""
     if saved["world_size"] != args.world_size:
         return False
-    RandomState.from_dict(saved["ranks"][args.rank]["process"]).restore()
+    RandomState.from_dict(saved["ranks"][args.rank]["process"], torch.device(args.device)).restore()
     return True
 
 
@@ -284,14 +284,20 @@ class Preemption:
     """Notices SIGTERM, and lets all ranks stop after the same update.
 
     The signal may reach the ranks at different moments, or some of them only. Who notices it says so in the process
-    group's store; the first rank writes there, after its update u, that all stop after u + 2. Gradients are
-    synchronized in every update: no rank can finish u + 1 before the first one takes part in it, and all read the store
-    after each.
+    group's store; the first rank writes there, after its update u, that all stop after u + 3. All read the store after
+    each update n, when their device has finished n - 2: gradients are synchronized in every update, so the first rank
+    has taken part in n - 2, and all that it wrote before, for stops after n or earlier, is there. (On an accelerator
+    the host runs ahead of the device, and without that wait also of the first rank.)
+
+    Args:
+        args: All options.
+        device: That of the model.
     """
 
     _WANTED, _AFTER = "timm_sam/stop", "timm_sam/stop_after"
+    _AHEAD = 2  # updates that the host may be ahead of the device
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.noticed = False
         self.stop_after: int | None = None
         self.store: Any = None
@@ -299,6 +305,8 @@ class Preemption:
             from torch.distributed.distributed_c10d import _get_default_store
             self.store = _get_default_store()
         self.primary = utils.is_primary(args)
+        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+        self.updates_under_way: deque[Any] = deque()
         self.handles = threading.current_thread() is threading.main_thread()  # Python lets no other set a handler
         self.earlier = signal.signal(signal.SIGTERM, self._notice) if self.handles else None
 
@@ -318,11 +326,16 @@ class Preemption:
         """Whether the run ends now, after the ``update``-th update of all."""
         if self.store is None:
             return self.noticed
+        if self.accelerator is not None:
+            self.updates_under_way.append(self.accelerator.Event())
+            self.updates_under_way[-1].record()
+            if len(self.updates_under_way) > self._AHEAD:
+                self.updates_under_way.popleft().synchronize()
         if self.stop_after is None:
             if self.noticed:
                 self.store.set(self._WANTED, "1")
             if self.primary and (self.noticed or self.store.check([self._WANTED])):
-                self.stop_after = update + 2
+                self.stop_after = update + self._AHEAD + 1
                 self.store.set(self._AFTER, str(self.stop_after))
             elif not self.primary and self.store.check([self._AFTER]):
                 self.stop_after = int(self.store.get(self._AFTER))

@@ -308,9 +308,10 @@ class SAM(torch.optim.Optimizer):
         """The loss at w + eps, with what the first pass has computed already."""
         if recording is None:
             return loss_fn()
-        if not recording.usable():
+        if (reason := recording.why_not()):
             if self.sharing is None:
-                self.sharing = f"two full forwards per update: {recording.why_not()}"
+                self.sharing = f"two full forwards per update: {reason}"
+            recording.clear()
             return loss_fn()
         check = self.sharing is None
         state = RandomState(recording.devices) if check else None
@@ -319,7 +320,11 @@ class SAM(torch.optim.Optimizer):
         if state is not None and (mismatch := self._on_any_rank(recording.mismatch)):
             self._shared = None
             self.sharing = f"two full forwards per update: {mismatch} does not repeat its output"
+            del loss
+            recording.clear()
             state.restore()
+            for ddp in self._ddp:  # it shares buffers between two forwards, which other ranks may not have to repeat
+                ddp.require_forward_param_sync = False
             return loss_fn()
         if check:
             total = sum(p.numel() for p in self._model.parameters())

@@ -226,12 +226,12 @@ class Recording:
         # a recorded module that works in place is not run again; what is done between modules is
         self.changed_between |= self._version() != self.version
 
-    def usable(self) -> bool:
-        """Whether the second pass may be answered from this recording."""
-        return not self.why_not()
+    def clear(self) -> None:
+        """Lets go of all outputs, and with them of the graph of the first pass."""
+        self.outputs, self.kept, self.versions = {}, {}, []
 
     def why_not(self) -> str:
-        """Why it may not; empty if it may."""
+        """Why the second pass may not be answered from this recording; empty if it may."""
         if not self.outputs:
             return "the first layer is perturbed"
         if self.uncalled:

@@ -6,6 +6,7 @@ separately. ``sharing.py`` keeps what the lower part returned in the first pass 
 """
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -176,10 +177,18 @@ class Part(nn.Module):
         return output[0] if self.single else output
 
     def repeat(self, *args: Any) -> Any:
-        """The part again, on copies of inputs that it may change; with a graph, or it would be compiled anew."""
-        with torch.enable_grad():
+        """The part again, on copies of inputs that it may change.
+
+        With a graph, or it would be compiled anew; where the memory does not suffice for a second graph, without.
+        """
+        def again() -> Any:
             return self.run(*(a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a
                               for a in args))
+
+        with suppress(torch.OutOfMemoryError), torch.enable_grad():
+            return again()
+        with torch.no_grad():
+            return again()
 
 
 def _as_leaf(value: Any) -> Any:

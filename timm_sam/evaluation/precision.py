@@ -7,11 +7,12 @@ import torch
 
 
 @contextlib.contextmanager
-def full_precision(benchmark: bool = False) -> Iterator[None]:
-    """TF32 and reduced-precision float32 off in cuBLAS, cuDNN and oneDNN, and cudnn.benchmark as said; restored after.
+def full_precision() -> Iterator[None]:
+    """TF32 and reduced-precision float32 off in cuBLAS, cuDNN and oneDNN; restored after.
 
-    The benchmark times every new batch size: attacks have many. PyTorch has two interfaces to the same settings, and
-    reading the old one raises where the new one was used: each is saved if it can be read.
+    cuDNN's algorithms are deterministic, and not chosen by their speed of the moment, which each process would do for
+    itself: numbers do not depend on how many there are. PyTorch has two interfaces to the same settings, and reading
+    the old one raises where the new one was used: each is saved if it can be read.
     """
     b = torch.backends
     libraries = ((b.cuda, ("matmul",)), (b.cudnn, ("conv", "rnn")), (b.mkldnn, ("matmul", "conv", "rnn")))
@@ -20,9 +21,9 @@ def full_precision(benchmark: bool = False) -> Iterator[None]:
     owners = [owner for owner in owners if hasattr(owner, "fp32_precision")]
     precisions = [o.fp32_precision for o in owners]
     matmul, cudnn = _readable(torch.get_float32_matmul_precision), _readable(lambda: b.cudnn.allow_tf32)
-    benchmark_before = b.cudnn.benchmark
+    cudnn_before = b.cudnn.benchmark, b.cudnn.deterministic
     try:
-        b.cudnn.benchmark = benchmark
+        b.cudnn.benchmark, b.cudnn.deterministic = False, True
         torch.set_float32_matmul_precision("highest")
         b.cudnn.allow_tf32 = False
         for owner in owners:
@@ -30,7 +31,7 @@ def full_precision(benchmark: bool = False) -> Iterator[None]:
                 owner.fp32_precision = "ieee"
         yield
     finally:
-        b.cudnn.benchmark = benchmark_before
+        b.cudnn.benchmark, b.cudnn.deterministic = cudnn_before
         if matmul is not None:
             torch.set_float32_matmul_precision(matmul)
         if cudnn is not None:

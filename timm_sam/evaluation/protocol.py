@@ -230,7 +230,7 @@ def _evaluate_suite(args: argparse.Namespace, subject: Subject, suite: Suite, jo
     if key not in journal.done:
         batches = batches_of(range(len(suite.samples)), args.batch_size)
         loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-        with full_precision(benchmark=torch.backends.cudnn.benchmark):
+        with full_precision():
             parts = ranks.run(lambda: score(
                 subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
                 channels_last=args.channels_last, log_freq=args.log_freq))

@@ -64,12 +64,15 @@ class Ranks:
         except RuntimeError as e:
             error, kind = e, torch.OutOfMemoryError if isinstance(e, torch.OutOfMemoryError) else RuntimeError
         together = self.gather((mine, None if error is None else (kind, str(error))))
-        for rank, (_, found) in enumerate(together):
-            if found is not None:
-                if error is not None and rank == self.rank:
-                    raise error
-                kind, message = found
-                raise kind(message)
+        try:
+            for rank, (_, found) in enumerate(together):
+                if found is not None:
+                    if error is not None and rank == self.rank:
+                        raise error
+                    kind, message = found
+                    raise kind(message)
+        finally:
+            error = None  # error -> traceback -> this frame -> error would keep the model, and all memory that it took
         return [part for part, _ in together]
 
     def each(self, work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import torch
 from timm import utils
 from torch import Tensor, nn
 
+from ..multi_tensor import widest
 from .label_spaces import LabelSpace
 from .subject import Subject
 
@@ -115,7 +116,7 @@ def score(
                 watch(reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
             plain = [space.right_of_all(output, target).sum()] if space.differs else []
-            waiting.append(torch.stack([value.double() for value in (loss, *accuracy, *plain)]))
+            waiting.append(torch.stack([value.to(widest(value.device)) for value in (loss, *accuracy, *plain)]))
             sizes.append(target.shape[0])
             meter.update((time.time() - end) / target.shape[0], target.shape[0])
             end = time.time()
