@@ -161,7 +161,8 @@ def test_tf32_is_off_inside_and_back_after(fails):
 
     def looking(x):
         inside.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
-                       torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()))
+                       torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+                       torch.backends.cudnn.deterministic))
         if fails:
             raise KeyError
         return model(x)
@@ -172,11 +173,11 @@ def test_tf32_is_off_inside_and_back_after(fails):
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
         with pytest.raises(KeyError) if fails else contextlib.nullcontext():
             run(looking, pictures(2), predicted(model, pictures(2)))
-        assert set(inside) == {(False, False, False, 'highest')}
+        assert set(inside) == {(False, False, False, 'highest', True)}
         assert torch.get_float32_matmul_precision() == 'medium'
         assert torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cudnn.allow_tf32
-        assert torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
     finally:
         torch.backends.cudnn.benchmark = False
         torch.set_float32_matmul_precision(before[0])

@@ -214,6 +214,14 @@ def test_shared_forward_sends_what_plain_ddp_sends(scenario):
             5 * parameters)
 
 
+def test_rank_whose_layers_cannot_be_shared_keeps_step_with_one_whose_can(scenario):
+    first, second = scenario('unsteady')
+    assert first['sharing'].startswith('one forward for both passes')
+    assert second['sharing'] == 'two full forwards per update: Sequential does not repeat its output'
+    assert_identical(first['weights'], second['weights'])
+    assert first['counts'] == second['counts'] == scenario('plain resnet')[0]['counts']
+
+
 # Chunks of a batch
 
 @pytest.mark.parametrize('net, variant, params', CHUNKED)

@@ -1,10 +1,13 @@
 """validate.py under torchrun, on two gloo processes: the files and numbers of one process, whatever the shares."""
+import argparse
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from timm_sam.errors import OptionError
 from timm_sam.evaluation.label_spaces import LabelSpace
 from timm_sam.evaluation.protocol import _check_same
 from timm_sam.evaluation.ranks import Ranks, batches_of
+from timm_sam.evaluation.single import with_smaller_batches
 from timm_sam.evaluation.suites import Suite
 
 RANKS = 2
@@ -277,6 +281,25 @@ def test_every_batch_is_in_one_share():
             r.count, r.rank = count, i
         shares = [r.share(range(5)) for r in ranks]
         assert sorted(sum(shares, [])) == list(range(5)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_attempt_that_ran_out_of_memory_leaves_nothing_behind_for_the_next():
+    models, alive = [], []
+
+    def share():
+        model = torch.nn.Linear(2, 2)
+        alive.append(sum(other() is not None for other in models))
+        models.append(weakref.ref(model))
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+
+    args, ranks = argparse.Namespace(batch_size=16, num_gpu=1, device='cpu'), Ranks()
+    gc.disable()  # which would find them some time
+    try:
+        result = with_smaller_batches(args, lambda: ranks.run(share), 'some model')
+    finally:
+        gc.enable()
+    assert 'out of memory' in result['error'] and len(alive) > 3
+    assert set(alive) == {0}
 
 
 @pytest.mark.parametrize('raised', [OptionError('mine'), torch.OutOfMemoryError('mine'), RuntimeError('mine')])

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from timm_sam.multi_tensor import Backup, at_least_float32, by_factor, constants_like, converted, copy_, zero_unless_
+from timm_sam.multi_tensor import (
+    Backup,
+    at_least_float32,
+    by_factor,
+    constants_like,
+    converted,
+    copy_,
+    widest,
+    zero_unless_,
+)
 
 KINDS = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
 
@@ -53,6 +62,11 @@ def test_copies_go_into_the_type_of_the_target():
     copy_(targets, [torch.ones(2), torch.full((3,), 4), torch.full((2,), 0.5)])
     assert [t.tolist() for t in targets] == [[1, 1], [4, 4, 4], [0.5, 0.5]]
     copy_([], [])
+
+
+def test_widest_type_is_float64_where_there_is_one():
+    assert [widest(torch.device(name)) for name in ('cpu', 'cuda:1', 'mps')] == [
+        torch.float64, torch.float64, torch.float32]
 
 
 def test_backup_restores_the_tensors_of_the_last_save_and_keeps_its_memory():

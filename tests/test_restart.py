@@ -258,6 +258,15 @@ def test_newest_checkpoint_prefers_progress_and_ignores_unfinished_files(tmp_pat
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'last.pth.tar')
 
 
+def test_random_state_of_a_device_goes_to_the_one_that_the_run_goes_on_with():
+    state = RandomState(set()).to_dict()
+    state['devices'] = {'cuda:6': torch.ones(3)}
+    assert RandomState.from_dict(state).devices == {}
+    assert RandomState.from_dict(state, torch.device('cpu')).devices == {}
+    for device in (torch.device('cuda:2'), torch.device('cuda')):
+        assert RandomState.from_dict(state, device).devices == {device: state['devices']['cuda:6']}
+
+
 def test_random_state_survives_a_checkpoint(tmp_path):
     import numpy as np
 

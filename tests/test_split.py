@@ -247,6 +247,34 @@ def test_lower_part_runs_once_per_update_and_nothing_is_compiled_after_the_first
     assert list(backend.runs.values()) == [5, 4, 4]
 
 
+def test_check_without_memory_for_a_second_graph_keeps_none():
+    grad_modes = []
+
+    def backend(gm, inputs):
+        compiled, runs = torch._dynamo.lookup_backend('aot_eager')(gm, inputs), []
+
+        def run(*args):
+            runs.append(1)
+            if not grad_modes:  # the first run of the first graph, in the pass at w
+                grad_modes.append('recorded')
+                run.recorded = True
+            elif getattr(run, 'recorded', False) and len(runs) == 2:
+                grad_modes.append('no memory')
+                raise torch.OutOfMemoryError('CUDA out of memory')
+            elif not torch.is_grad_enabled():
+                grad_modes.append('without a graph')
+            return compiled(*args)
+
+        return run
+
+    batches = images([4, 4], 8)
+    expected, _ = updates(small(), batches, compiled=False, filter='^norm', share_forward=False)
+    actual, sam = updates(small(), batches, compiled=True, backend=backend, filter='^norm')
+    assert sam.sharing.startswith('one forward for both passes')
+    assert grad_modes == ['recorded', 'no memory', 'without a graph']
+    assert_same(actual, expected)
+
+
 def test_ascent_computes_no_gradient_below_the_first_perturbed_parameter():
     outputs = []
 

@@ -9,11 +9,12 @@ class OptionError(ValueError):
 
 
 def report(prog: str, message: object) -> None:
-    """Prints the one line of an error, once per machine: every rank finds the same mistake."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # the launcher stops all ranks when one is gone: leave rank 0 the time to speak
+    """Prints the one line of an error, once per machine where every rank finds the same mistake."""
+    who = ""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(3)  # the launcher stops all ranks when one is gone: who is still there then was alone with it
+        who = f" (rank {os.environ.get('RANK')})"
+    print(f"{prog}: error{who}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import timm
 import torch
 import torch.nn.functional as F
-from distributed.sync_batchnorm import run_on_cpu
+from distributed.sync_batchnorm import synchronized_on_cpu
 from models import OPTIMIZERS, TinyNet, batch, buffers, weights
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
@@ -114,7 +114,6 @@ def create(net, ddp, options, dtype=torch.float64, compiled=False, synchronized=
         compile_split(model, backend='aot_eager')
     wrapped = DistributedDataParallel(model, **ddp)
     if synchronized:
-        run_on_cpu()
         convert_sync_batchnorm(model)  # DDP itself has a look at the device
     optimizer = OPTIMIZERS['sgd'](model)
     sam = None if options is None else SAM(optimizer, wrapped, **{'rho': RHO, **options})
@@ -126,7 +125,8 @@ def train(rank, net, options, ddp, updates=20, counted=True, compiled=False, syn
     model, wrapped, optimizer, sam = create(net, ddp, options, compiled=compiled, synchronized=synchronized)
     names = [name for name, _ in sam.selected] if sam else []
     seen, counts = [], Counter()
-    with collectives(counts) if counted else nullcontext():
+    recorded = collectives(counts) if counted else nullcontext()
+    with recorded, synchronized_on_cpu() if synchronized else nullcontext():
         for step in range(updates):
             x, y = samples(net, step, rank)
 
@@ -252,16 +252,18 @@ def with_half_precision(rank, updates=40):
     return result
 
 
-def unsteady(rank):
+def unsteady(rank, synchronized):
     """On one rank, a layer below the perturbed ones never gives the same output."""
-    model, wrapped, _, sam = create('resnet without drop', {}, dict(filter=LATE), synchronized=True)
+    model, wrapped, _, sam = create('resnet without drop', {}, dict(filter=LATE), synchronized=synchronized)
     if rank == 1:
         forward, calls = model.layer1.forward, itertools.count(1)
         model.layer1.forward = lambda x: forward(x) * next(calls)
-    for step in range(2):
-        x, y = samples('resnet', step, rank)
-        sam.minimize(lambda x=x, y=y: F.cross_entropy(wrapped(x), y))
-    return dict(weights=weights(model), sharing=sam.sharing)
+    counts = Counter()
+    with collectives(counts), synchronized_on_cpu() if synchronized else nullcontext():
+        for step in range(5):
+            x, y = samples('resnet', step, rank)
+            sam.minimize(lambda x=x, y=y: F.cross_entropy(wrapped(x), y))
+    return dict(weights=weights(model), sharing=sam.sharing, counts=counts)
 
 
 def refused(rank):
@@ -294,7 +296,8 @@ def scenarios():
         yield f'syncbn late share={share}', train, (
             'resnet without drop', dict(filter=LATE, sync=True, share_forward=share), {}, 5, True, False, True)
     yield 'syncbn plain', train, ('resnet without drop', None, {}, 5, True, False, True)
-    yield 'syncbn unsteady', unsteady, ()
+    yield 'syncbn unsteady', unsteady, (True,)
+    yield 'unsteady', unsteady, (False,)
     yield 'plain groupnorm', train, ('groupnorm', None, {})
     for way in ('backward', 'engine', 'sam_m'):
         yield f'accumulated {way}', accumulated, (way,)

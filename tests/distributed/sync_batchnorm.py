@@ -2,21 +2,21 @@
 
 With them torch's own module, its autograd function and its collectives run on the CPU.
 """
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 
-_LIBRARIES = []  # what is registered lasts as long as this
 
-
-def run_on_cpu():
-    """Registers the kernels, and has SyncBatchNorm take the CPU for an accelerator."""
-    if _LIBRARIES:
-        return
-    library = torch.library.Library('aten', 'IMPL')
-    for kernel in (batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt, batch_norm_backward_reduce,
-                   batch_norm_backward_elemt):
-        library.impl(kernel.__name__, kernel, 'CPU')
-    torch._C._get_privateuse1_backend_name = lambda: 'cpu'
-    _LIBRARIES.append(library)
+@contextmanager
+def synchronized_on_cpu():
+    """The kernels are there inside, and SyncBatchNorm takes the CPU for an accelerator."""
+    with torch.library._scoped_library('aten', 'IMPL') as library:
+        for kernel in (batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt,
+                       batch_norm_backward_reduce, batch_norm_backward_elemt):
+            library.impl(kernel.__name__, kernel, 'CPU')
+        with patch.object(torch._C, '_get_privateuse1_backend_name', lambda: 'cpu'):
+            yield
 
 
 def _per_channel(values, like):
