@@ -27,7 +27,7 @@ ARCHITECTURES = {
     'poolformer': ('poolformer_s12', r'stages\.3', {}, 64),
     'mobilevit': ('mobilevit_xxs', r'stages\.4', {}, 64),
     'dla': ('dla34', 'level5', {}, 64),
-    'vgg': ('vgg11_bn', r'features\.2', {}, 64),
+    'vgg': ('vgg11_bn', r'features\.2', {'mlp_ratio': 0.02}, 64),
 }
 
 
