@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, compile_split
 from timm_sam.multi_tensor import Backup
+from timm_sam.split import WHOLE_GRAPHS_WORK
 
 BENCHMARK = pathlib.Path(__file__).parent.parent / 'benchmarks' / 'step_cost.py'
 LATE = {'resnet50': 'layer4', 'vit_small_patch32_224': r'blocks\.(8|9|10|11)\.'}
@@ -224,8 +225,13 @@ WAYS = {
 }
 
 
+whole_graphs = pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets SAM with a whole graph wrong')
+
+
 @pytest.mark.parametrize('every', [1, 2])
-@pytest.mark.parametrize('way, filter', [('whole', None), ('whole', r'blocks\.[45]'), ('split', r'blocks\.[45]')])
+@pytest.mark.parametrize('way, filter', [
+    pytest.param('whole', None, marks=whole_graphs), pytest.param('whole', r'blocks\.[45]', marks=whole_graphs),
+    ('split', r'blocks\.[45]'), ('split', None)])
 def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updates(way, filter, every):
     expected, expected_weights, _ = compiled_run(lambda model, backend: model, filter, every)
     measured, weights, graphs = compiled_run(WAYS[way], filter, every)
@@ -236,6 +242,19 @@ def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updat
     assert graphs[-1] == graphs[1]
 
 
+@pytest.mark.parametrize('compile_model', [
+    lambda model: torch.compile(model, backend='eager'), lambda model: model.compile(backend='eager') or model])
+def test_model_compiled_as_a_whole_is_refused_where_torch_gets_it_wrong(monkeypatch, compile_model):
+    monkeypatch.setattr(importlib.import_module('timm_sam.sam'), 'WHOLE_GRAPHS_WORK', False)
+    for model in (compile_model(TinyNet()), nn.Sequential(compile_model(TinyNet()))):
+        with pytest.raises(ValueError, match=r'compile it by timm_sam.compile_split\(model\), or use torch >= 2.12'):
+            SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    split = TinyNet()
+    compile_split(split, backend='eager')
+    SAM(torch.optim.SGD(split.parameters(), lr=0.1), split, rho=0.1)
+
+
+@whole_graphs
 def test_split_graph_shares_the_forward_and_a_whole_graph_says_why_not():
     torch._dynamo.reset()
     sharing = {}
@@ -249,6 +268,7 @@ def test_split_graph_shares_the_forward_and_a_whole_graph_says_why_not():
     assert sharing['whole'] == 'two full forwards per update: the model is compiled as a whole'
 
 
+@whole_graphs
 def test_ascent_graph_has_no_gradients_of_weights_that_are_not_perturbed():
     """In what is compiled for the pass at w, too: counted as outputs of its backward graph."""
     torch._dynamo.reset()

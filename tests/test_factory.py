@@ -8,7 +8,7 @@ from torch import nn
 import train
 from timm_sam import factory
 from timm_sam.options import parse_args
-from timm_sam.split import splitter_of
+from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
 
 SAM_ON = '--sam-variant sam --sam-rho 0.1'
 
@@ -30,6 +30,13 @@ def compile_with(monkeypatch):
     return compiled
 
 
+def test_whole_graphs_that_would_be_wrong_are_not_made(compile_with, monkeypatch):
+    monkeypatch.setattr(factory, 'WHOLE_GRAPHS_WORK', False)
+    assert compile_with(f'--torchcompile {SAM_ON}') == 'two parts'
+    assert compile_with('--torchcompile') is None
+
+
+@pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets SAM with a whole graph wrong')
 @pytest.mark.parametrize('options, mode', [
     ('--torchcompile', None),
     (f'--torchcompile {SAM_ON}', None),

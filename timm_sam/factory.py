@@ -29,7 +29,7 @@ from .checkpoint import why_unreadable
 from .data import Data, mixup_active
 from .errors import OptionError, one_line
 from .sam import SAM
-from .split import compile_split
+from .split import WHOLE_GRAPHS_WORK, compile_split
 
 _logger = logging.getLogger("train")
 
@@ -248,7 +248,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     # without a filter the first normalization layer is perturbed, and there is next to nothing below it
     shares = (args.sam_variant is not None and args.sam_filter is not None and not args.sam_no_shared_forward
               and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1 and args.torchcompile != "cudagraphs")
-    if shares:
+    if shares or args.sam_variant is not None and not WHOLE_GRAPHS_WORK:
         compile_split(task.get_trainable_module(), **options)
         if (teacher := getattr(task, "teacher", None)) is not None:
             features = isinstance(task, FeatureDistillationTask)
@@ -258,7 +258,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     if task.has_ema():
         task.compile_ema(**options)
     if utils.is_primary(args):
-        parts = "two parts of the model" if shares else "the model"
+        parts = "the model in parts" if shares else "the model"
         _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {mode}")
 
 

@@ -109,8 +109,8 @@ def perturbation(
         grads: g, the gradient of the mean loss of the batch at w, same shapes, in true scale (no loss scale in it).
         rho: Radius, >= 0.
         eta: eta of Table 9; None takes the variant's default.
-        is_weight: Per parameter, whether its name ends in ``weight``; only ``elementwise_l2_orig`` treats the others
-            differently. None means all.
+        is_weight: Per parameter, whether the last part of its name is ``weight``; only ``elementwise_l2_orig`` treats
+            the others differently. None means all.
 
     Returns:
         ``eps``, one tensor per parameter (shape of the parameter, float32 or wider), and ``||g||_2`` over all of them

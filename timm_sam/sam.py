@@ -25,6 +25,7 @@ from .perturbation import VARIANTS, global_norm, perturbation
 from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
 from .sharing import Recording, SharedForward, is_checkpointed, obstacle
+from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
 
 BN_STATS = ("clean", "both")
 LossFn = Callable[[], Tensor]
@@ -132,6 +133,7 @@ class SAM(torch.optim.Optimizer):
         self.sync = sync
         self.sharing: str | None = None
         self._shared: SharedForward | None = None
+        self._checked = False
         if not share_forward:
             self.sharing = "two full forwards per update: sharing is off"
         elif bn_stats == "both":
@@ -140,6 +142,9 @@ class SAM(torch.optim.Optimizer):
             self.sharing = f"two full forwards per update: {reason}"
         else:
             self._shared = SharedForward(model, [p for _, p in self.selected])
+        if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
+            raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
+                             "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
         if any(m.static_graph for m in self._ddp):
             raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
                              "which the pass at w must not do; build it without static_graph")
@@ -182,7 +187,8 @@ class SAM(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)  # Optimizer's own leaves out all but groups, state and defaults
+        # Optimizer's own leaves out all but groups, state and defaults. Schedulers put a step around the original's.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __repr__(self) -> str:
         return f"SAM({self.describe()}; {self.optimizer!r})"
@@ -275,6 +281,9 @@ class SAM(torch.optim.Optimizer):
             ValueError: The loss does not depend on any selected parameter.
         """
         devices = {p.device for _, p in self.selected}
+        if not self._checkpointed and is_checkpointed(self._model):  # since SAM was built
+            self._checkpointed, self._shared = True, None
+            self.sharing = "two full forwards per update: gradient checkpointing computes the forward again"
         recording = None if self._shared is None or ascent_fn is not None else Recording(self._shared, devices)
         with torch.enable_grad():
             loss = self._ascend(ascent_fn or loss_fn, scaler, recording)
@@ -309,17 +318,19 @@ class SAM(torch.optim.Optimizer):
         if recording is None:
             return loss_fn()
         if (reason := recording.why_not()):
-            if self.sharing is None:
+            if not self._checked:
                 self.sharing = f"two full forwards per update: {reason}"
+            if not recording.outputs:  # nor will there be any next time
+                self._shared = None
             recording.clear()
             return loss_fn()
-        check = self.sharing is None
+        check = not self._checked
         state = RandomState(recording.devices) if check else None
         with recording.replay(check):
             loss = loss_fn()
         if state is not None and (mismatch := self._on_any_rank(recording.mismatch)):
             self._shared = None
-            self.sharing = f"two full forwards per update: {mismatch} does not repeat its output"
+            self.sharing = f"two full forwards per update: {mismatch}"
             del loss
             recording.clear()
             state.restore()
@@ -327,6 +338,8 @@ class SAM(torch.optim.Optimizer):
                 ddp.require_forward_param_sync = False
             return loss_fn()
         if check:
+            assert self._norms is not None
+            self._checked = bool(self._norms[1] > 0)  # without a perturbation nothing could differ
             total = sum(p.numel() for p in self._model.parameters())
             self.sharing = (f"one forward for both passes through {recording.describe()}, "
                             f"{recording.parameters():,} of {total:,} parameters")
@@ -339,7 +352,7 @@ class SAM(torch.optim.Optimizer):
             return mismatch
         found = torch.tensor(int(bool(mismatch)), device=self.selected[0][1].device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group())
-        return mismatch or ("a module on another rank" if found else "")
+        return mismatch or ("a module on another rank does not repeat its output" if found else "")
 
     def _group(self) -> Any:
         return self._ddp[0].process_group if self._ddp else None
@@ -376,7 +389,9 @@ class SAM(torch.optim.Optimizer):
     @contextmanager
     def _ascent(self, grad_scale: None | float | Tensor, recording: Recording | None) -> Iterator[None]:
         params = [p for _, p in self.selected]
-        frozen = [p for p in self._outside if p.requires_grad]
+        # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
+        others = {p for group in self.param_groups for p in group["params"]}.difference(params)
+        frozen = [p for p in others.union(self._outside) if p.requires_grad]
         accumulated = [p.grad for p in params]
         self._eps = None
         self._rng = RandomState({p.device for p in params})

@@ -24,6 +24,7 @@ from .random_state import RandomState
 from .split import Around, Part, Splitter, splitter_of
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+_MODULES_OWN = {"forward", "_compiled_call_impl"}  # what is patched while inside
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -109,6 +110,7 @@ class Recording:
         self.ended = False
         self.uncalled = {id(m) for m in shared.owners} | shared.compiled
         self.mismatch = ""
+        self.obstacle = ""
         self.kept: dict[int, Tensor] = {}
         self.version = 0
         self.changed_between = False
@@ -127,8 +129,8 @@ class Recording:
         """The second pass runs inside.
 
         Args:
-            check: Compute the outputs as well, without a graph, and set :attr:`mismatch` to the class of the module
-                that finds another one than was kept. Reads the device.
+            check: Compute the outputs as well, without a graph, and set :attr:`mismatch` to what is wrong with a
+                module that finds another one than was kept, or works on more than its output. Reads the device.
         """
         queues = {key: deque(outputs) for key, outputs in self.outputs.items()}
         self.depth = 0
@@ -138,6 +140,8 @@ class Recording:
 
         def replaying(module: nn.Module, forward: Callable) -> Callable:
             def answer(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                    return forward(*args, **kwargs)
                 queue = queues.get(id(module))
                 if self.depth == 0 and queue:
                     kept = queue.popleft()
@@ -163,17 +167,25 @@ class Recording:
             again = module.repeat(*args)
         else:
             copies = [t.clone() for t in inputs]  # it may work in place
+            attributes = _attributes(module)
             again = self._nested(forward, *_replaced((args, kwargs), iter(copies)))
-        if not self.mismatch and not _close(outputs, _tensors(again) or []):
-            self.mismatch = type(module).__name__
+            if not self.mismatch and attributes != _attributes(module):
+                self.mismatch = f"{type(module).__name__} changes its attributes"
+        if not _close(outputs, _tensors(again) or []):
+            self.mismatch = f"{type(module).__name__} does not repeat its output"
 
     def _recording(self, module: nn.Module, forward: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.ended or self.depth or not torch.is_grad_enabled():
+            # compiling: a compiled module around the model that SAM was given
+            if torch.compiler.is_compiling() or self.ended or self.depth or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             if isinstance(module, Part) and any(
                     id(a) in self.shared.chosen or _is_derived(a) and id(a) not in self.kept for a in args):
                 self._end()  # an operation outside of the graphs, with parameters that nothing is known of
+                return forward(*args, **kwargs)
+            if not isinstance(module, Part) and (reason := self._obstacle(module, args, kwargs)):
+                self.obstacle = reason
+                self._end()
                 return forward(*args, **kwargs)
             self._notice_changes()
             output = self._nested(forward, args, kwargs)
@@ -194,6 +206,8 @@ class Recording:
 
     def _ending(self, module: nn.Module, forward: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
             self.uncalled.discard(id(module))
             self.uncalled.difference_update(map(id, args))  # the parts of a graph are given their parameters
             if isinstance(module, Part) and not self.ended:
@@ -203,6 +217,16 @@ class Recording:
             return forward(*args, **kwargs)
 
         return call
+
+    def _obstacle(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Why the output of a call cannot stand in for the call; empty if it can."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module):
+            return "a module below the first perturbed layer has hooks"
+        for value in _tensors([args, kwargs]) or []:
+            is_new = value.is_leaf or not self.kept
+            if value.requires_grad and is_new and not isinstance(value, nn.Parameter):
+                return "the loss function differentiates with respect to an input"
+        return ""
 
     def _nested(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.depth += 1
@@ -233,7 +257,7 @@ class Recording:
     def why_not(self) -> str:
         """Why the second pass may not be answered from this recording; empty if it may."""
         if not self.outputs:
-            return "the first layer is perturbed"
+            return self.obstacle or "the first layer is perturbed"
         if self.uncalled:
             return "perturbed parameters are used without calling the module that owns them"
         if self.changed_between:
@@ -301,6 +325,12 @@ def _close(a: list[Tensor], b: list[Tensor]) -> bool:
         if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
             return False
     return True
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, int, int]]:
+    """What the attributes of a module and of those in it refer to, with the lengths of collections."""
+    return [(name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+            for m in module.modules() for name, value in vars(m).items() if name not in _MODULES_OWN]
 
 
 def _is_derived(value: Any) -> bool:

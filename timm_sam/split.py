@@ -17,6 +17,9 @@ from torch.fx.passes.split_module import split_module
 
 from .selection import unwrap
 
+# before, dynamo may run the second pass with the graph of the first, which has no gradients of what is not perturbed
+WHOLE_GRAPHS_WORK = torch.__version__ >= (2, 12)
+
 Compiler = Callable[[GraphModule, list[Any]], Callable]
 Around = Callable[[nn.Module, Callable], Callable]
 
@@ -50,6 +53,12 @@ def _compiler(backend: str | Compiler, mode: str | None) -> Compiler:
         patches = {**torch._inductor.list_mode_options(mode or "default"), "triton.cudagraphs": False}
         return lambda gm, inputs: torch._inductor.compile(gm, inputs, patches)
     return partial(torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend, **options)
+
+
+def is_compiled_whole(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` has made one graph of it, or of a part of it."""
+    return any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None and splitter_of(m) is None
+               for m in model.modules())
 
 
 def splitter_of(module: nn.Module) -> "Splitter | None":
