@@ -287,9 +287,13 @@ def main() -> int:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise OptionError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
         device = torch.device(args.device)
-        args.repeats = args.repeats or (1 if device.type == "cpu" else 10)
+        if args.repeats is None:
+            args.repeats = 1 if device.type == "cpu" else 10
+        if args.repeats < 1:
+            raise OptionError(f"--repeats {args.repeats}: give at least 1")
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            if device.index is not None:
+                torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         text = table(measure(args, device), args, device)

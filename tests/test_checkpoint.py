@@ -386,3 +386,10 @@ def test_loss_scale_goes_on_from_a_checkpoint(run_train, script, monkeypatch, st
     assert scales == (expected if start == 'last' else expected[13:])
     assert done.checkpoint()['amp_scaler'] == whole.checkpoint('whole')['amp_scaler']
     assert differences(done.checkpoint()['state_dict'], whole.checkpoint('whole')['state_dict']) == []
+
+
+def test_output_that_cannot_be_written_is_one_line(run_train, tmp_path):
+    (tmp_path / 'file').write_text('')
+    done = run_train('--output file')
+    assert done.code == 2 and '--output file' in done.last_line and 'Traceback' not in done.err
+    assert (tmp_path / 'file').read_text() == ''

@@ -342,6 +342,14 @@ def test_ranks_share_their_forwards_together_or_not_at_all_where_statistics_are_
     assert_identical(first['weights'], second['weights'])
 
 
+def test_ranks_check_together_where_statistics_are_synchronised(scenario):
+    first, second = scenario('unperturbed')
+    assert (first['nonfinite'], second['nonfinite']) == (0, 1)
+    for rank in (first, second):
+        assert rank['sharing'].startswith('one forward for both passes')
+    assert_identical(first['weights'], second['weights'])
+
+
 # Gradient accumulation
 
 @pytest.mark.parametrize('way', ['backward', 'engine', 'sam_m'])

@@ -7,6 +7,7 @@ from torch import nn
 
 import train
 from timm_sam import factory
+from timm_sam.errors import OptionError
 from timm_sam.options import parse_args
 from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
 
@@ -28,6 +29,12 @@ def compile_with(monkeypatch):
             return 'two parts'
         return modes[0]
     return compiled
+
+
+@pytest.mark.parametrize('options', ['--sam-m 4', '--grad-accum-steps 2'])
+def test_backend_that_is_cuda_graphs_alone_is_refused_where_they_are_not_allowed(compile_with, options):
+    with pytest.raises(OptionError, match='^--torchcompile cudagraphs: .*use --torchcompile inductor'):
+        compile_with(f'--torchcompile cudagraphs {SAM_ON} {options}')
 
 
 def test_whole_graphs_that_would_be_wrong_are_not_made(compile_with, monkeypatch):

@@ -18,6 +18,7 @@ from timm_sam.data import Data
 from timm_sam.engine import Run, train_one_epoch
 from timm_sam.options import parse_args
 from timm_sam.perturbation import perturbation
+from timm_sam.split import WHOLE_GRAPHS_WORK
 
 RHO = 0.05
 SAM_ON = f'--sam-variant sam --sam-rho {RHO}'
@@ -159,7 +160,8 @@ def test_chunks_of_a_batch_are_micro_batches_with(trained, options):
 def test_compiled_model_trains_as_the_eager_one(trained, options):
     eager, compiled = trained(f'{SAM_ON} {options}'), trained(f'{AOT} {SAM_ON} {options}')
     assert compiled.log('Compiling ') and not eager.log('Compiling ')
-    assert bool(compiled.log('SAM forward: one forward')) == ('filter' in options)
+    parts = 'filter' in options or not WHOLE_GRAPHS_WORK
+    assert bool(compiled.log('SAM forward: one forward')) == parts
     assert largest_difference(state(compiled), state(eager)) < 2e-3
     plain = trained('')
     assert largest_difference(state(plain), state(eager)) > 2e-2

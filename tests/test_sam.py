@@ -1,6 +1,7 @@
 """What SAM must leave alone, restore and refuse."""
 import copy
 import math
+import pickle
 import random
 import weakref
 
@@ -553,3 +554,39 @@ def test_step_without_a_closure_or_a_backward_before_it_is_refused(way):
         sam.step()
     assert 'backward' in str(caught.value) and '\n' not in str(caught.value)
     assert_identical(weights(model), before)
+
+
+@pytest.mark.parametrize('way', ['backward', 'contexts'])
+def test_parameters_of_the_optimizer_alone_get_the_gradient_at_the_perturbed_point_once(way):
+    """As a scale in the loss that is no part of the model."""
+    model, scale = net(), nn.Parameter(torch.ones((), dtype=torch.float64))
+    sam = SAM(torch.optim.SGD([*model.parameters(), scale], lr=0.1), model, rho=0.5)
+    losses, batch_loss = [], BatchLoss(model, batch(0))
+
+    def loss_fn():
+        loss = batch_loss()
+        losses.append(float(loss.detach()))
+        return loss * scale
+
+    if way == 'backward':
+        sam.backward(loss_fn)
+    else:
+        with sam.ascent():
+            loss_fn().backward()
+        assert scale.grad is None
+        with sam.perturbed():
+            loss_fn().backward()
+    assert float(scale.grad) == losses[1] != losses[0]
+
+
+def test_copies_of_a_sam_with_a_scheduler_are_optimizers_of_their_own():
+    model = net()
+    sam = sam_on(model)
+    torch.optim.lr_scheduler.StepLR(sam, 1)
+    twin_model, twin = copy.deepcopy((model, sam))
+    assert pickle.loads(pickle.dumps(sam)).describe() == sam.describe()
+    before = weights(model)
+    torch.manual_seed(0)
+    twin.minimize(BatchLoss(twin_model, batch(0)))
+    assert_identical(weights(model), before)
+    assert not any(torch.equal(w, before[name]) for name, w in weights(twin_model).items())

@@ -350,3 +350,177 @@ def test_ascent_on_a_part_of_the_batch_shares_nothing_and_equals_the_gradient_of
         F.cross_entropy(twin(x), y).backward()
     by_hand.optimizer.step()
     assert_identical(weights(model), weights(twin))
+
+
+class Auxiliary(nn.Module):
+    """Its first layer keeps something for the loss, in a list or an attribute."""
+
+    def __init__(self, append: bool) -> None:
+        super().__init__()
+        self.stem = Keeping(append)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x)))
+
+
+class Keeping(nn.Linear):
+    def __init__(self, append: bool) -> None:
+        super().__init__(4, 8)
+        self.append, self.kept, self.last = append, [], torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.append:
+            self.kept.append(x.square().mean())
+        else:
+            self.last = x.square().mean()
+        return x
+
+
+def with_auxiliary_loss(model: Auxiliary, x: Tensor) -> Tensor:
+    model.stem.kept.clear()
+    loss = model(x).square().mean()
+    return loss + sum(model.stem.kept) + (0 if model.stem.append else model.stem.last)
+
+
+class Inner(nn.Module):
+    """The layer with a hook is inside of the one that is shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x)))
+
+
+def updated(make, loss_fn, steps: int = 3, **options) -> tuple[nn.Module, SAM]:
+    torch.manual_seed(0)
+    model = make()
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5, filter='norm', **options)
+    for step in range(steps):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        sam.minimize(lambda x=x, step=step: loss_fn(model, x, step))
+    return model, sam
+
+
+def assert_as_two_forwards(make, loss_fn, reason: str) -> None:
+    shared, sam = updated(make, loss_fn)
+    full, _ = updated(make, loss_fn, share_forward=False)
+    assert reason in sam.sharing
+    assert_identical(weights(shared), weights(full))
+
+
+@pytest.mark.parametrize('append', [True, False])
+def test_layer_that_keeps_something_for_the_loss_is_not_shared(append):
+    assert_as_two_forwards(
+        lambda: Auxiliary(append), lambda model, x, step: with_auxiliary_loss(model, x),
+        'Keeping changes its attributes')
+
+
+def test_layers_with_hooks_inside_are_not_shared():
+    def make() -> nn.Module:
+        model = Inner()
+        model.seen = []
+        model.stem[1].register_forward_hook(lambda m, args, output: model.seen.append(output.square().mean()))
+        return model
+
+    def loss_fn(model: nn.Module, x: Tensor, step: int) -> Tensor:
+        model.seen.clear()
+        return model(x).square().mean() + sum(model.seen)
+
+    assert_as_two_forwards(make, loss_fn, 'a module below the first perturbed layer has hooks')
+
+
+def test_call_without_gradients_of_a_part_is_computed_anew_in_both_passes():
+    def loss_fn(model: nn.Module, x: Tensor, step: int) -> Tensor:
+        target = 0.0
+        if step:  # from the second update on: the first one is checked
+            with torch.no_grad():
+                target = model.stem(x.flip(1)).mean()
+        return (model(x).square() - target).mean()
+
+    assert_as_two_forwards(Inner, loss_fn, 'one forward for both passes')
+
+
+@pytest.mark.parametrize('leaf', [True, False])
+def test_loss_with_gradients_of_inputs_makes_two_forwards(leaf):
+    def loss_fn(model: nn.Module, x: Tensor, step: int) -> Tensor:
+        shift = torch.zeros_like(x, requires_grad=True) if not leaf else x.clone().requires_grad_()
+        gradient, = torch.autograd.grad(model(shift if leaf else x + shift).square().mean(), shift)
+        return model(x + 0.1 * gradient.sign()).square().mean()
+
+    assert_as_two_forwards(Inner, loss_fn, 'what the model is given requires gradients')
+
+
+class FirstByHand(Inner):
+    """Uses the bias of its norm layer before it calls it: without a perturbation, no output shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.second(self.stem(x) + self.norm.bias)))
+
+
+def test_parameter_that_is_used_below_its_layer_is_noticed_without_a_perturbation():
+    def train(**options) -> tuple[nn.Module, SAM]:
+        torch.manual_seed(0)
+        model = FirstByHand()
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.0, **options)
+        for step in range(3):
+            sam.rho = 0.5 * step
+            sam.minimize(lambda: loss_of(model))
+        return model, sam
+
+    shared, sam = train()
+    full, _ = train(share_forward=False)
+    assert sam.sharing == (
+        'two full forwards per update: perturbed parameters are used below the module that owns them')
+    assert_identical(weights(shared), weights(full))
+
+
+def test_checkpointing_that_is_switched_on_later_ends_sharing():
+    model = timm.create_model('test_vit', img_size=32)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5, filter=r'blocks\.1')
+    sam.minimize(lambda: model(torch.zeros(2, 3, 32, 32)).square().mean())
+    assert sam.sharing.startswith('one forward')
+    model.set_grad_checkpointing()
+    sam.minimize(lambda: model(torch.zeros(2, 3, 32, 32)).square().mean())
+    assert sam.sharing == 'two full forwards per update: gradient checkpointing computes the forward again'
+
+
+@pytest.mark.parametrize('way', ['before', 'after'])
+def test_compiled_wrapper_of_the_model_that_sam_has_makes_two_forwards(way):
+    torch.compiler.reset()
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = called = Inner()
+        if compiled and way == 'before':
+            called = torch.compile(model, backend='aot_eager')
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5)
+        if compiled and way == 'after':
+            called = torch.compile(model, backend='aot_eager')
+        for _ in range(3):
+            sam.minimize(lambda called=called: loss_of(called))
+        results.append(weights(model))
+        assert sam.sharing.startswith('two full forwards' if compiled else 'one forward')
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_check_is_made_three_times_where_nothing_is_perturbed():
+    model = Counted()
+    sam, calls = late(model), []
+    sam.rho = 0.0
+    for _ in range(5):
+        model.calls[:] = [0] * len(model)
+        sam.minimize(lambda: loss_of(model))
+        calls.append(model.calls[0])
+    assert calls == [2, 2, 2, 1, 1]

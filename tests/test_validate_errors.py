@@ -49,6 +49,7 @@ ROWS = [
     ('', ['--data-dir is missing']),
     ('--data-dir nowhere', ['--data-dir nowhere', 'does not exist']),
     ('--data-dir empty', ['--data-dir empty', '--split validation']),
+    ('{single} --split val2', ['--split val2', 'whose images would be mixed']),
     ('{single} --class-map nowhere.txt', ['--class-map nowhere.txt', 'does not exist']),
     *((f'{{{kind}}} --class-map {file}.pkl', [f'--class-map {file}.pkl', 'a class per line'])
       for kind in ('single', 'sets') for file in ('evil', 'torn', 'empty')),

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -214,10 +215,19 @@ def create_output(
         start_epoch: Rows of an earlier ``summary.csv`` from this epoch on are dropped.
         args_text: The options as they were given (:func:`dump_args`).
 
+    Raises:
+        OptionError: The folder cannot be written.
+
     Returns:
         The folder's path and the saver.
     """
-    folder = utils.get_outdir(_folder(args, name))
+    folder = _folder(args, name)
+    try:
+        folder = utils.get_outdir(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise OptionError(f"--output {args.output or './output/train'}: {folder} cannot be written ({e.strerror}); "
+                          f"choose another folder") from e
     saver = CheckpointSaver(
         model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler, checkpoint_dir=folder,
         recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,

@@ -3,6 +3,8 @@ import os
 import sys
 import time
 
+import torch
+
 
 class OptionError(ValueError):
     """A mistake that the user can mend: one line with flag, value and remedy. The scripts exit with code 2."""
@@ -10,10 +12,17 @@ class OptionError(ValueError):
 
 def report(prog: str, message: object) -> None:
     """Prints the one line of an error, once per machine where every rank finds the same mistake."""
-    who = ""
+    who, distributed = "", torch.distributed
+    store, key = None, f"timm_sam/error/{os.environ.get('GROUP_RANK')}"
+    if distributed.is_available() and distributed.is_initialized():
+        store = distributed.distributed_c10d._get_default_store()
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(3)  # the launcher stops all ranks when one is gone: who is still there then was alone with it
+        time.sleep(3)  # the launcher stops all ranks when one is gone: leave the first one the time to speak
+        if store is None or store.check([key]):
+            return
         who = f" (rank {os.environ.get('RANK')})"
+    elif store is not None:
+        store.set(key, "1")
     print(f"{prog}: error{who}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 

@@ -236,8 +236,16 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
-    """Compiles the task's model: as a whole, or in two parts where the passes of SAM have something to share."""
+    """Compiles the task's model: as a whole, or in two parts where the passes of SAM have something to share.
+
+    Raises:
+        OptionError: The backend cannot do it.
+    """
     mode = args.torchcompile_mode
+    if args.torchcompile == "cudagraphs" and args.sam_variant is not None and (
+            args.sam_m or args.grad_accum_steps > 1 or not WHOLE_GRAPHS_WORK):
+        raise OptionError("--torchcompile cudagraphs: with --sam-m, --grad-accum-steps or torch before 2.12, SAM "
+                          "cannot use CUDA graphs; use --torchcompile inductor")
     if args.sam_variant is not None and (args.sam_m or args.grad_accum_steps > 1) and mode in _WITHOUT_CUDA_GRAPHS:
         # the gradients that one chunk leaves lie in memory of its graph, which the next chunk's writes over
         mode = _WITHOUT_CUDA_GRAPHS[mode]

@@ -57,9 +57,15 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def constants_like(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """For each tensor one of its shape and strides that holds its 0-dim value everywhere."""
-    flat = torch.cat([value.expand(t.numel()) for value, t in zip(values, tensors)])
-    parts = flat.split([t.numel() for t in tensors])
-    return [_with_strides(part, t) for part, t in zip(parts, tensors)]
+    groups: dict[tuple, list[int]] = {}
+    for i, value in enumerate(values):
+        groups.setdefault((value.device, value.dtype), []).append(i)
+    result = list(tensors)
+    for group in groups.values():
+        flat = torch.cat([values[i].expand(tensors[i].numel()) for i in group])
+        for i, part in zip(group, flat.split([tensors[i].numel() for i in group])):
+            result[i] = _with_strides(part, tensors[i])
+    return result
 
 
 def _with_strides(part: Tensor, like: Tensor) -> Tensor:

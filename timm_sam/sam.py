@@ -133,7 +133,7 @@ class SAM(torch.optim.Optimizer):
         self.sync = sync
         self.sharing: str | None = None
         self._shared: SharedForward | None = None
-        self._checked = False
+        self._checks = 3  # how many are left
         if not share_forward:
             self.sharing = "two full forwards per update: sharing is off"
         elif bn_stats == "both":
@@ -317,42 +317,51 @@ class SAM(torch.optim.Optimizer):
         """The loss at w + eps, with what the first pass has computed already."""
         if recording is None:
             return loss_fn()
-        if (reason := recording.why_not()):
-            if not self._checked:
+        reason = recording.why_not()
+        if not reason and self._checks and recording.uses_perturbed():
+            reason, self._shared = "perturbed parameters are used below the module that owns them", None
+        if reason:
+            if self._checks:
                 self.sharing = f"two full forwards per update: {reason}"
             if not recording.outputs:  # nor will there be any next time
                 self._shared = None
             recording.clear()
             return loss_fn()
-        check = not self._checked
+        check = self._checks > 0
         state = RandomState(recording.devices) if check else None
         with recording.replay(check):
             loss = loss_fn()
-        if state is not None and (mismatch := self._on_any_rank(recording.mismatch)):
+        mismatch = ""
+        if state is not None:
+            assert self._norms is not None
+            # without a perturbation, one update proves little
+            mismatch, last_check = self._on_all_ranks(recording.mismatch, bool(self._norms[1] > 0))
+            self._checks = 0 if last_check else self._checks - 1
+        if state is not None and mismatch:
             self._shared = None
             self.sharing = f"two full forwards per update: {mismatch}"
             del loss
             recording.clear()
             state.restore()
+            torch.clear_autocast_cache()  # casts that were made for the check have no graph
             for ddp in self._ddp:  # it shares buffers between two forwards, which other ranks may not have to repeat
                 ddp.require_forward_param_sync = False
             return loss_fn()
         if check:
-            assert self._norms is not None
-            self._checked = bool(self._norms[1] > 0)  # without a perturbation nothing could differ
             total = sum(p.numel() for p in self._model.parameters())
             self.sharing = (f"one forward for both passes through {recording.describe()}, "
                             f"{recording.parameters():,} of {total:,} parameters")
         return loss
 
-    def _on_any_rank(self, mismatch: str) -> str:
-        """The mismatch of another rank where this one has none: layers that synchronize need the same calls on all."""
+    def _on_all_ranks(self, mismatch: str, perturbed: bool) -> tuple[str, bool]:
+        """A mismatch on any rank, and whether all had a perturbation: layers that synchronize need the same calls."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or not any(isinstance(m, nn.SyncBatchNorm) for m in self._norm_layers):
-            return mismatch
-        found = torch.tensor(int(bool(mismatch)), device=self.selected[0][1].device)
+            return mismatch, perturbed
+        found = torch.tensor([bool(mismatch), not perturbed], dtype=torch.int32, device=self.selected[0][1].device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group())
-        return mismatch or ("a module on another rank does not repeat its output" if found else "")
+        other, unperturbed = found.tolist()
+        return mismatch or ("a module on another rank does not repeat its output" if other else ""), not unperturbed
 
     def _group(self) -> Any:
         return self._ddp[0].process_group if self._ddp else None

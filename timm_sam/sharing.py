@@ -169,6 +169,7 @@ class Recording:
             copies = [t.clone() for t in inputs]  # it may work in place
             attributes = _attributes(module)
             again = self._nested(forward, *_replaced((args, kwargs), iter(copies)))
+            torch.clear_autocast_cache()  # its casts have no graph
             if not self.mismatch and attributes != _attributes(module):
                 self.mismatch = f"{type(module).__name__} changes its attributes"
         if not _close(outputs, _tensors(again) or []):
@@ -225,7 +226,7 @@ class Recording:
         for value in _tensors([args, kwargs]) or []:
             is_new = value.is_leaf or not self.kept
             if value.requires_grad and is_new and not isinstance(value, nn.Parameter):
-                return "the loss function differentiates with respect to an input"
+                return "what the model is given requires gradients"
         return ""
 
     def _nested(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -265,6 +266,20 @@ class Recording:
         if any(t._version != v for t, v in self.versions):
             return "what lies below the first perturbed layer is changed in place above it"
         return ""
+
+    def uses_perturbed(self) -> bool:
+        """Whether anything that was kept depends on a perturbed parameter: so it does if it is used without a call."""
+        seen: set[Any] = set()
+        nodes = [t.grad_fn for outputs in self.outputs.values() for kept in outputs for t, _ in kept.versions]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if id(getattr(node, "variable", None)) in self.shared.chosen:
+                return True
+            nodes += [following for following, _ in node.next_functions]
+        return False
 
     def describe(self) -> str:
         """What was recorded, in a few words."""

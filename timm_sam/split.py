@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
+from .random_state import RandomState
 from .selection import unwrap
 
 # before, dynamo may run the second pass with the graph of the first, which has no gradients of what is not perturbed
@@ -194,8 +195,10 @@ class Part(nn.Module):
             return self.run(*(a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a
                               for a in args))
 
+        state = RandomState({a.device for a in args if isinstance(a, Tensor)})
         with suppress(torch.OutOfMemoryError), torch.enable_grad():
             return again()
+        state.restore()
         with torch.no_grad():
             return again()
 

@@ -266,6 +266,22 @@ def unsteady(rank, synchronized):
     return dict(weights=weights(model), sharing=sam.sharing, counts=counts)
 
 
+def unperturbed(rank):
+    """The first gradient of one rank is not finite: it has no perturbation to check the shared forward with."""
+    model, wrapped, optimizer, sam = create('resnet without drop', {}, dict(filter=LAST), torch.float32,
+                                            synchronized=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 8)
+    with synchronized_on_cpu():
+        for step in range(4):
+            x, y = samples('resnet', step, rank, dtype=torch.float32)
+            factors = [float('inf') if step == 0 and rank == 1 else 1.0, 1.0]
+            sam.zero_grad()
+            sam.backward(lambda x=x, y=y, f=factors: F.cross_entropy(wrapped(x), y) * f.pop(0), scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+    return dict(weights=weights(model), sharing=sam.sharing, nonfinite=int(sam.nonfinite))
+
+
 def refused(rank):
     try:
         create('dropout', dict(static_graph=True), {})
@@ -298,6 +314,7 @@ def scenarios():
     yield 'syncbn plain', train, ('resnet without drop', None, {}, 5, True, False, True)
     yield 'syncbn unsteady', unsteady, (True,)
     yield 'unsteady', unsteady, (False,)
+    yield 'unperturbed', unperturbed, ()
     yield 'plain groupnorm', train, ('groupnorm', None, {})
     for way in ('backward', 'engine', 'sam_m'):
         yield f'accumulated {way}', accumulated, (way,)

@@ -1,6 +1,7 @@
 """Options -> data sets and loaders of an evaluation, through timm's factories, shared by the ranks."""
 import argparse
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .subject import Subject
 from .suites import Suite
 
 _logger = logging.getLogger("validate")
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
 
 
 @dataclass
@@ -79,6 +82,23 @@ class Strict(Dataset):
         return self.transform(image), -1 if target is None else target
 
 
+def _check_split(args: argparse.Namespace, dataset: Any) -> None:
+    """timm takes the data folder itself where it has no folder for the split: with splits in it, that mixes them.
+
+    Raises:
+        OptionError: It would.
+    """
+    root = getattr(getattr(dataset, "reader", None), "root", None)
+    if not isinstance(root, (str, os.PathLike)) or not os.path.isdir(root):
+        return
+    if os.path.realpath(root) != os.path.realpath(args.data_dir):
+        return
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if folders and _SPLITS.issuperset(folders):
+        raise OptionError(f"--split {args.split}: --data-dir {args.data_dir} has no such folder, but "
+                          f"{', '.join(folders)}, whose images would be mixed; name one of them")
+
+
 def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
     """The data set that timm's flags name.
 
@@ -106,6 +126,7 @@ def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
     except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
         raise OptionError(f"--data-dir {args.data_dir} --dataset {args.dataset or '(folder)'} --split {args.split}: "
                           f"{one_line(e) or 'cannot be opened'}; check the folder and the split's name") from e
+    _check_split(args, dataset)
     classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if isinstance(classes, dict) and classes:
         outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
