@@ -53,8 +53,9 @@ class SAM(torch.optim.Optimizer):
     Args:
         optimizer: The base optimizer, any ``torch.optim.Optimizer``. ``param_groups``, ``state`` and ``state_dict``
             are its own, so learning-rate schedulers and checkpoints need not know of SAM.
-        model: The module that is trained. Pass the DistributedDataParallel module where there is one: the ascent
-            must not synchronise gradients. Build SAM after the model is on its device and wrapped.
+        model: The module that is trained. Pass the DistributedDataParallel module where there is one (the ascent
+            must not synchronise gradients), or what ``torch.compile`` returned. Build SAM after the model
+            is on its device and wrapped.
         variant: A key of ``VARIANTS`` (Table 9 of the SAM-ON paper): ``sam``, ``elementwise_l2``,
             ``elementwise_l2_orig`` (ASAM), ``elementwise_linf``, ``layerwise_l2``, ``fisher``.
         params: ``onlynorm`` (SAM-ON), ``all`` (SAM) or ``nonorm``; see :func:`select_parameters`.
