@@ -292,14 +292,19 @@ def test_synchronised_ascent_is_one_process_with_the_whole_batch(scenario, param
     assert max((own[name] - p).abs().max() for name, p in weights(model).items()) > 1e-4
 
 
+def in_one_process(net, steps, **options):
+    """The model after updates on the batches of all ranks together."""
+    model = network(net)
+    sam = SAM(OPTIMIZERS['sgd'](model), model, rho=RHO, share_forward=False, **options)
+    for step in range(steps):
+        x, y = joined(samples(net, step, rank) for rank in range(RANKS))
+        sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    return model
+
+
 @pytest.mark.parametrize('params', ['onlynorm', 'all'])
 def test_synchronised_ascent_and_statistics_are_one_process_with_the_whole_batch(scenario, params):
-    model = network('batchnorm')
-    optimizer = OPTIMIZERS['sgd'](model)
-    sam = SAM(optimizer, model, params=params, rho=RHO, share_forward=False)
-    for step in range(10):
-        x, y = joined(samples('batchnorm', step, rank) for rank in range(RANKS))
-        sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    model = in_one_process('batchnorm', 10, params=params)
     ranks = scenario(f'syncbn {params}')
     for rank in ranks:
         assert_close(rank['weights'], weights(model))
@@ -310,12 +315,7 @@ def test_synchronised_ascent_and_statistics_are_one_process_with_the_whole_batch
 
 @pytest.mark.parametrize('share', [False, True])
 def test_synchronised_statistics_below_the_first_perturbed_layer_are_those_of_one_process(scenario, share):
-    model = network('resnet without drop')
-    optimizer = OPTIMIZERS['sgd'](model)
-    sam = SAM(optimizer, model, filter=LATE, rho=RHO, share_forward=False)
-    for step in range(5):
-        x, y = joined(samples('resnet', step, rank) for rank in range(RANKS))
-        sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    model = in_one_process('resnet without drop', 5, filter=LATE)
     for rank in scenario(f'syncbn late share={share}'):
         assert rank['sharing'].startswith('one forward for both' if share else 'two full forwards')
         assert_close(rank['weights'], weights(model))

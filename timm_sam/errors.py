@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from .processes import in_group
+
 
 class OptionError(ValueError):
     """A mistake that the user can mend: one line with flag, value and remedy. The scripts exit with code 2."""
@@ -12,10 +14,8 @@ class OptionError(ValueError):
 
 def report(prog: str, message: object) -> None:
     """Prints the one line of an error, once per machine where every rank finds the same mistake."""
-    who, distributed = "", torch.distributed
-    store, key = None, f"timm_sam/error/{os.environ.get('GROUP_RANK')}"
-    if distributed.is_available() and distributed.is_initialized():
-        store = distributed.distributed_c10d._get_default_store()
+    who, key = "", f"timm_sam/error/{os.environ.get('GROUP_RANK')}"
+    store = torch.distributed.distributed_c10d._get_default_store() if in_group() else None
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(3)  # the launcher stops all ranks when one is gone: leave the first one the time to speak
         if store is None or store.check([key]):

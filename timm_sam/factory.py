@@ -241,12 +241,12 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     Raises:
         OptionError: The backend cannot do it.
     """
-    mode = args.torchcompile_mode
-    if args.torchcompile == "cudagraphs" and args.sam_variant is not None and (
-            args.sam_m or args.grad_accum_steps > 1 or not WHOLE_GRAPHS_WORK):
+    mode, sam = args.torchcompile_mode, args.sam_variant is not None
+    accumulates = args.sam_m or args.grad_accum_steps > 1
+    if sam and args.torchcompile == "cudagraphs" and (accumulates or not WHOLE_GRAPHS_WORK):
         raise OptionError("--torchcompile cudagraphs: with --sam-m, --grad-accum-steps or torch before 2.12, SAM "
                           "cannot use CUDA graphs; use --torchcompile inductor")
-    if args.sam_variant is not None and (args.sam_m or args.grad_accum_steps > 1) and mode in _WITHOUT_CUDA_GRAPHS:
+    if sam and accumulates and mode in _WITHOUT_CUDA_GRAPHS:
         # the gradients that one chunk leaves lie in memory of its graph, which the next chunk's writes over
         mode = _WITHOUT_CUDA_GRAPHS[mode]
         if utils.is_primary(args):
@@ -254,9 +254,9 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
                          f"CUDA graphs do not allow; compiling with mode {mode}")
     options = dict(backend=args.torchcompile, mode=mode)
     # without a filter the first normalization layer is perturbed, and there is next to nothing below it
-    shares = (args.sam_variant is not None and args.sam_filter is not None and not args.sam_no_shared_forward
+    shares = (sam and args.sam_filter is not None and not args.sam_no_shared_forward
               and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1 and args.torchcompile != "cudagraphs")
-    if shares or args.sam_variant is not None and not WHOLE_GRAPHS_WORK:
+    if shares or sam and not WHOLE_GRAPHS_WORK:
         compile_split(task.get_trainable_module(), **options)
         if (teacher := getattr(task, "teacher", None)) is not None:
             features = isinstance(task, FeatureDistillationTask)

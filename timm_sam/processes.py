@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 
+def in_group() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rendezvous_url() -> str:
     """Where the ranks find each other, for ``init_process_group``.
 
@@ -48,7 +53,7 @@ def leave_process_group() -> None:
     collective may need that lock to let go of its tensors, and then both wait for ever (seen with timm's script on two
     CPU ranks): so whatever holds the group goes first, and the threads get a moment without the lock.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_group():
         gc.collect()
         settle()
         torch.distributed.destroy_process_group()
@@ -60,7 +65,7 @@ def end_failed_rank(code: int) -> None:
     The launcher then stops the others. Ending the process group instead waits for them, and they wait for this rank: in
     a collective, or for nccl to end its communicators together.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_group():
         return
     try:
         if code == 1:
@@ -73,5 +78,4 @@ def end_failed_rank(code: int) -> None:
 
 
 def _uses_gloo() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and "gloo" in distributed.get_backend()
+    return in_group() and "gloo" in torch.distributed.get_backend()

@@ -117,15 +117,19 @@ class Fetching:
         return None if self.before is None else dict(process=self.before.to_dict(), workers={})
 
 
+def _data_loader(loader: Any) -> Any:
+    """torch's loader inside of timm's prefetcher and of ours."""
+    inner = getattr(loader, "loader", loader)
+    return inner.loader if isinstance(inner, TrackedLoader) else inner
+
+
 def dismiss(loaders: Sequence[Any]) -> None:
     """Ends the workers that live on.
 
     Left to the garbage collector, the queues to them may be gone before they are told, and each takes five seconds to
     look around.
     """
-    for loader in loaders:
-        inner = getattr(loader, "loader", loader)
-        inner = inner.loader if isinstance(inner, TrackedLoader) else inner
+    for inner in map(_data_loader, loaders):
         for name in ("_iterator", "iterator"):  # of torch's DataLoader, and of timm's MultiEpochsDataLoader
             if getattr(inner, name, None) is not None:
                 setattr(inner, name, None)
@@ -133,7 +137,7 @@ def dismiss(loaders: Sequence[Any]) -> None:
 
 def shield(loader: Any) -> None:
     """Keeps signals to the process group of this process from the workers of timm's loader."""
-    inner = getattr(loader, "loader", loader)
+    inner = _data_loader(loader)
     if isinstance(inner, DataLoader) and inner.num_workers:
         inner.worker_init_fn = _OwnGroup(inner.worker_init_fn)
 
@@ -149,7 +153,7 @@ def track(loader: Any) -> tuple[Any, TrackedLoader | None]:
         workers all random numbers come from this process; iterable data sets and multi-epoch loaders have an order of
         their own that cannot be set.
     """
-    inner = getattr(loader, "loader", loader)
+    inner = _data_loader(loader)
     plain = type(inner) is DataLoader and not isinstance(inner.dataset, IterableDataset)
     if not plain or not inner.persistent_workers:
         return loader, None
@@ -243,9 +247,7 @@ def restore(args: argparse.Namespace, saved: dict[str, Any] | None, tracked: Tra
             reason = "has none" if ranks is None else f"is of {ranks} rank(s), this run has {args.world_size}"
             _logger.info(f"Random states start anew: the checkpoint {reason}.")
         return
-    for loader in loaders:
-        inner = getattr(loader, "loader", loader)
-        inner = inner.loader if isinstance(inner, TrackedLoader) else inner
+    for inner in map(_data_loader, loaders):
         if isinstance(inner, DataLoader) and inner.persistent_workers:
             inner.generator = torch.Generator()  # in the run that goes on, the workers were started long ago
     workers = saved["ranks"][args.rank]["workers"]

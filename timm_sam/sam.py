@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .multi_tensor import Backup, at_least_float32, by_factor, converted
 from .perturbation import VARIANTS, global_norm, perturbation
+from .processes import in_group
 from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
 from .sharing import Recording, SharedForward, is_checkpointed, obstacle
@@ -356,8 +357,7 @@ class SAM(torch.optim.Optimizer):
 
     def _on_all_ranks(self, mismatch: str, perturbed: bool) -> tuple[str, bool]:
         """A mismatch on any rank, and whether all had a perturbation: layers that synchronize need the same calls."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or not any(isinstance(m, nn.SyncBatchNorm) for m in self._norm_layers):
+        if not in_group() or not any(isinstance(m, nn.SyncBatchNorm) for m in self._norm_layers):
             return mismatch, perturbed
         found = torch.tensor([bool(mismatch), not perturbed], dtype=torch.int32, device=self.selected[0][1].device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group())
@@ -442,7 +442,7 @@ class SAM(torch.optim.Optimizer):
 
     def _averaged(self, grads: list[Tensor]) -> list[Tensor]:
         """The mean over all ranks, by one collective; the gradients themselves without a process group."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not in_group():
             return grads
         group = self._group()
         flat = torch.cat([g.reshape(-1) for g in grads])

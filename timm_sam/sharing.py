@@ -9,8 +9,7 @@ the order in which they are called, and anything between modules is simply compu
 What makes this safe, update by update: recording ends with the first call of a module that owns a perturbed parameter;
 outputs are used in the second pass of the same batch only; if a perturbed module was never called (its parameters are
 used in some other way) or a kept output was changed in place by something else than a recorded module, nothing is
-shared. The first time, the modules
-compute their outputs again all the same, and must find what was kept.
+shared. The first time, the modules compute their outputs again all the same, and must find what was kept.
 """
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from .random_state import RandomState
 from .split import Around, Part, Splitter, splitter_of
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-_MODULES_OWN = {"forward", "_compiled_call_impl"}  # what is patched while inside
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -345,7 +343,7 @@ def _close(a: list[Tensor], b: list[Tensor]) -> bool:
 def _attributes(module: nn.Module) -> list[tuple[str, int, int]]:
     """What the attributes of a module and of those in it refer to, with the lengths of collections."""
     return [(name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
-            for m in module.modules() for name, value in vars(m).items() if name not in _MODULES_OWN]
+            for m in module.modules() for name, value in vars(m).items()]
 
 
 def _is_derived(value: Any) -> bool:

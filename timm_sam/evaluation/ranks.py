@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import OptionError
+from ..processes import in_group
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Ranks:
     def __init__(self) -> None:
         self.count, self.rank = 1, 0
         self._group: Any = None
-        if dist.is_available() and dist.is_initialized():
+        if in_group():
             self.count, self.rank = dist.get_world_size(), dist.get_rank()
             # objects travel by CPU; and a rank whose images are broken early waits long for the others
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
