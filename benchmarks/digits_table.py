@@ -23,12 +23,13 @@ sys.path.insert(0, ROOT)  # train.py is a script at the top, not part of the pac
 
 import yaml  # noqa: E402
 
-import train  # noqa: E402
-from timm_sam import digits  # noqa: E402
-from timm_sam.errors import OptionError, report  # noqa: E402
-from timm_sam.options import OptionParser, dump_args, parse_args  # noqa: E402
+from timm_sam import train  # noqa: E402
+from timm_sam.cli.errors import OptionError, report  # noqa: E402
+from timm_sam.cli.parser import OptionParser, dump_args  # noqa: E402
+from timm_sam.digits import __main__ as digits  # noqa: E402
 from timm_sam.report.__main__ import main as write_report  # noqa: E402
 from timm_sam.report.runs import read_run  # noqa: E402
+from timm_sam.training.options import parse_args  # noqa: E402
 
 # Training images, and the share of them that is filed under a wrong digit: such that plain training is far from what
 # the model can reach. Names of folders, so that the report's titles say it.

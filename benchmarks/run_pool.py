@@ -25,8 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import torch  # noqa: E402
 
-import train  # noqa: E402
-from timm_sam.errors import OptionError, one_line  # noqa: E402
+from timm_sam import train  # noqa: E402
+from timm_sam.cli.errors import OptionError, one_line  # noqa: E402
 from timm_sam.report.runs import FINISHED, read_run  # noqa: E402
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, compile_split
-from timm_sam.errors import OptionError, report
-from timm_sam.options import OptionParser
+from timm_sam.cli.errors import OptionError, report
+from timm_sam.cli.parser import OptionParser
 
 try:
     import pytorch_optimizer

@@ -4,7 +4,7 @@ import math
 import torch
 from torch import nn
 
-from timm_sam.evaluation.attack import attack
+from timm_sam.evaluation.attack.attack import attack
 
 SHAPE = (3, 4, 4)
 

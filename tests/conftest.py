@@ -121,7 +121,7 @@ def base(image_folder):
 @pytest.fixture(scope='session')
 def run_in(base):
     """Runs train.py in process: ``run_in(folder, '--epochs 2')``."""
-    import train
+    from timm_sam import train
 
     def run(cwd, command=''):
         out, err = io.StringIO(), io.StringIO()
@@ -167,7 +167,7 @@ def updates(monkeypatch):
 def script(monkeypatch):
     """Changes what an epoch does: ``script(stop=2)`` interrupts epoch 2, ``top1=[..]`` sets validation results by
     epoch, ``seeded=True`` makes the random draws of an epoch a function of its number."""
-    import train
+    from timm_sam import train
 
     real_train, real_evaluate = train.train_one_epoch, train.evaluate
 

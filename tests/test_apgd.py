@@ -5,9 +5,9 @@ import pytest
 import reference_apgd
 import torch
 
-from timm_sam.evaluation.apgd import apgd, checkpoints
-from timm_sam.evaluation.attack import cross_entropy, targeted_dlr
-from timm_sam.evaluation.ball import Ball
+from timm_sam.evaluation.attack.apgd import apgd, checkpoints
+from timm_sam.evaluation.attack.attack import cross_entropy, targeted_dlr
+from timm_sam.evaluation.attack.ball import Ball
 
 SHARPNESS_SCHEDULE = (5, 9, 12, 15, 16, 18, 19, 20)
 

@@ -6,8 +6,8 @@ import torch
 from attack_models import SHAPE, Recording, biased, convolutional, linear, pictures, predicted, run
 
 from timm_sam.evaluation import attack as attack_module
-from timm_sam.evaluation.attack import attack, cross_entropy, targeted_dlr
-from timm_sam.evaluation.ball import Ball, noise
+from timm_sam.evaluation.attack.attack import attack, cross_entropy, targeted_dlr
+from timm_sam.evaluation.attack.ball import Ball, noise
 
 # the losses
 

@@ -5,7 +5,7 @@ import torch
 from attack_models import predicted
 from torch import nn
 
-from timm_sam.evaluation.attack import attack
+from timm_sam.evaluation.attack.attack import attack
 
 
 def digits_network():

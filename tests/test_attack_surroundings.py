@@ -11,7 +11,7 @@ import torch
 from attack_models import convolutional, linear, pictures, predicted, run
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_sam.evaluation.attack import Attacked, Normalized, attack
+from timm_sam.evaluation.attack.attack import Attacked, Normalized, attack
 
 # Normalized
 

@@ -6,7 +6,7 @@ import reference_apgd
 import torch
 from attack_models import SHAPE
 
-from timm_sam.evaluation.ball import Ball, noise
+from timm_sam.evaluation.attack.ball import Ball, noise
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])

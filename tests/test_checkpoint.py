@@ -11,8 +11,8 @@ from states import differences, finite, flat
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-import train
-from timm_sam import SAM, factory
+from timm_sam import SAM, train
+from timm_sam.training import factory
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'

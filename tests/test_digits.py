@@ -9,8 +9,8 @@ import pytest
 from conftest import working_directory
 from PIL import Image
 
-from timm_sam import digits
-from timm_sam.shifts import SHIFTS
+from timm_sam.digits import __main__ as digits
+from timm_sam.digits.shifts import SHIFTS
 
 load_digits = pytest.importorskip('sklearn.datasets').load_digits
 

@@ -12,9 +12,9 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))  # scripts, no part of the package
 import digits_table
 import run_pool
 
-import train
-from timm_sam.options import parse_args
+from timm_sam import train
 from timm_sam.perturbation import VARIANTS
+from timm_sam.training.options import parse_args
 
 pytest.importorskip('sklearn.datasets')
 

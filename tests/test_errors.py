@@ -188,7 +188,7 @@ def test_cuda_without_a_device_is_refused(refused, device):
 def test_cuda_is_the_default_device_and_refused_without_one(tmp_path, image_folder, capsys):
     if torch.cuda.is_available():
         pytest.skip('there is a CUDA device')
-    import train
+    from timm_sam import train
     with pytest.raises(SystemExit) as stop:
         train.main(['--data-dir', str(image_folder)])
     assert stop.value.code == 2 and '--device cuda' in capsys.readouterr().err

@@ -9,8 +9,8 @@ from PIL import Image
 from test_suites import R_IDS
 from validating import constant_checkpoint, labelled, model_of, preprocessed, result, run_validate
 
-import timm_sam.evaluation.robustness
-from timm_sam.evaluation.label_spaces import imagenet_subset
+import timm_sam.evaluation.attack.robustness
+from timm_sam.evaluation.sets.label_spaces import imagenet_subset
 
 ATTACK = '--attack l2=0.02,0.2 linf=0.25/255 --attack-steps 3 --attack-targets 2 --results-file r.json --overwrite'
 
@@ -30,13 +30,13 @@ def run(fitted, tmp_path):
 def attacks(monkeypatch):
     """The arguments and the outcome of every attacked batch."""
     seen = []
-    attack = timm_sam.evaluation.robustness.attack
+    attack = timm_sam.evaluation.attack.robustness.attack
 
     def watched(model, images, labels, indices, *args, **kwargs):
         found = attack(model, images, labels, indices, *args, **kwargs)
         seen.append((model, images.clone(), labels.tolist(), list(indices), args, found))
         return found
-    monkeypatch.setattr(timm_sam.evaluation.robustness, 'attack', watched)
+    monkeypatch.setattr(timm_sam.evaluation.attack.robustness, 'attack', watched)
     return seen
 
 
@@ -112,7 +112,7 @@ def test_subset_is_class_balanced_seeded_and_part_of_the_result(run, attacks, fi
 
 
 def test_large_sets_are_attacked_in_part_unless_said_otherwise(run, monkeypatch):
-    monkeypatch.setattr(timm_sam.evaluation.robustness, 'MOST', 6)
+    monkeypatch.setattr(timm_sam.evaluation.attack.robustness, 'MOST', 6)
     found, _ = run()
     assert found['clean']['images'] == 6 and found['clean']['flags'] == ['6 of 24 images, seed 42']
     found, _ = run('--attack-num-samples 24')

@@ -16,14 +16,14 @@ from PIL import Image
 from test_distributed import FOLDER, free_ports
 from validating import labelled, result, run_validate
 
+import timm_sam.evaluation.attack.robustness
 import timm_sam.evaluation.ranks
-import timm_sam.evaluation.robustness
-from timm_sam.errors import OptionError
-from timm_sam.evaluation.label_spaces import LabelSpace
+from timm_sam.cli.errors import OptionError
 from timm_sam.evaluation.protocol import _check_same
 from timm_sam.evaluation.ranks import Ranks, batches_of
+from timm_sam.evaluation.sets.label_spaces import LabelSpace
+from timm_sam.evaluation.sets.suites import Suite
 from timm_sam.evaluation.single import with_smaller_batches
-from timm_sam.evaluation.suites import Suite
 
 RANKS = 2
 
@@ -101,7 +101,7 @@ def together(fitted, real, tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp('together'), fitted)
     runs = commands(fitted, real)
     # what one process has begun: three of its attacked batches
-    attack, calls = timm_sam.evaluation.robustness.attack, []
+    attack, calls = timm_sam.evaluation.attack.robustness.attack, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
@@ -109,7 +109,7 @@ def together(fitted, real, tmp_path_factory):
             raise KeyboardInterrupt
         return attack(*args, **kwargs)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(timm_sam.evaluation.robustness, 'attack', stopping)
+        patch.setattr(timm_sam.evaluation.attack.robustness, 'attack', stopping)
         run_validate(folder, runs['continued'], fitted.base)
     (folder / 'runs.json').write_text(json.dumps(
         [dict(name=name, port=port, command=f'{fitted.base} {command}')
@@ -171,9 +171,9 @@ def test_one_process_goes_on_with_what_two_have_begun(alone, together, fitted, r
     for rank in range(RANKS):
         lines = (together[0] / f'suites.journal.{rank}.jsonl').read_text().splitlines(keepends=True)
         (tmp_path / f'suites.journal.{rank}.jsonl').write_text(''.join(lines[:-1]))
-    attack, calls = timm_sam.evaluation.robustness.attack, []
+    attack, calls = timm_sam.evaluation.attack.robustness.attack, []
     monkeypatch.setattr(
-        timm_sam.evaluation.robustness, 'attack', lambda *a, **kw: calls.append(1) or attack(*a, **kw))
+        timm_sam.evaluation.attack.robustness, 'attack', lambda *a, **kw: calls.append(1) or attack(*a, **kw))
     result(run_validate(tmp_path, f'{commands(fitted, real)["suites"]} --skip-existing', fitted.base))
     assert len(calls) == 2
     for kind in ('json', 'csv', 'md'):

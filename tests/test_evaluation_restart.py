@@ -13,8 +13,8 @@ import torch
 from conftest import LAUNCHER, ROOT
 from validating import BASE, result, run_validate, sha256
 
+import timm_sam.evaluation.attack.robustness
 import timm_sam.evaluation.protocol
-import timm_sam.evaluation.robustness
 
 # 24 images in batches of 5, two radii: ten attacked batches
 ATTACK = '--attack l2=0.05 linf=0.5/255 --attack-steps 3 --results-file r'
@@ -31,7 +31,7 @@ def counted(monkeypatch):
     """Counts the attacked batches and the scored sets; ``fail_at`` raises at that batch."""
     class Counted:
         attacks, scores, fail_at = 0, [], None
-    attack, score = timm_sam.evaluation.robustness.attack, timm_sam.evaluation.protocol.score
+    attack, score = timm_sam.evaluation.attack.robustness.attack, timm_sam.evaluation.protocol.score
 
     def counting_attack(*args, **kwargs):
         if Counted.attacks == Counted.fail_at:
@@ -42,7 +42,7 @@ def counted(monkeypatch):
     def counting_score(subject, loaded, places, space, title, **kwargs):
         Counted.scores.append(title)
         return score(subject, loaded, places, space, title, **kwargs)
-    monkeypatch.setattr(timm_sam.evaluation.robustness, 'attack', counting_attack)
+    monkeypatch.setattr(timm_sam.evaluation.attack.robustness, 'attack', counting_attack)
     monkeypatch.setattr(timm_sam.evaluation.protocol, 'score', counting_score)
     return Counted
 
@@ -284,7 +284,7 @@ def test_mistake_beside_overwrite_removes_nothing(command, finished, whole):
 def test_unreadable_image_in_the_attacked_set_keeps_what_was_done(counted, command, fitted, tmp_path):
     """Scoring sees all images, so that only an image that breaks meanwhile is met by the attack first."""
     data = shutil.copytree(fitted.data / 'validation', tmp_path / 'data')
-    attack = timm_sam.evaluation.robustness.attack
+    attack = timm_sam.evaluation.attack.robustness.attack
     broken = data / 'grey5' / '0.png'
     content = broken.read_bytes()
 
@@ -292,7 +292,7 @@ def test_unreadable_image_in_the_attacked_set_keeps_what_was_done(counted, comma
         broken.write_bytes(b'\0' * len(content))  # the size is part of the set's fingerprint
         return attack(*args, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm_sam.evaluation.robustness, 'attack', breaking_attack)
+        patch.setattr(timm_sam.evaluation.attack.robustness, 'attack', breaking_attack)
         done = run_validate(tmp_path, f'--eval validation={data}', command)
     assert done.code == 2 and f'cannot read the image {broken}' in done.last_line and 'Traceback' not in done.err
     broken.write_bytes(content)
@@ -304,8 +304,8 @@ def test_unreadable_image_in_the_attacked_set_keeps_what_was_done(counted, comma
 
 HANGS = """
 import sys, time
-import timm_sam.evaluation.robustness as robustness
-import validate
+import timm_sam.evaluation.attack.robustness as robustness
+from timm_sam import validate
 attack, calls = robustness.attack, []
 def hanging(*args, **kwargs):
     calls.append(1)

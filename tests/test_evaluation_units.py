@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from timm_sam.errors import OptionError
+from timm_sam.cli.errors import OptionError
 from timm_sam.evaluation import tables
 from timm_sam.evaluation.journal import Journal, key_of
-from timm_sam.evaluation.label_spaces import LabelSpace
 from timm_sam.evaluation.protocol import short_names
 from timm_sam.evaluation.scoring import Batch, mean_of, score
+from timm_sam.evaluation.sets.label_spaces import LabelSpace
 from timm_sam.evaluation.subject import Subject
 from timm_sam.evaluation.tables import Measure
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import LAUNCHER, ROOT, write_image_folder
 from PIL import Image
 
-import train
-from timm_sam.options import parse_args
+from timm_sam import train
+from timm_sam.training.options import parse_args
 
 EXAMPLES = ROOT / 'examples'
 sys.path.insert(0, str(EXAMPLES))

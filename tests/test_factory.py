@@ -5,11 +5,11 @@ import pytest
 from timm.task import ClassificationTask
 from torch import nn
 
-import train
-from timm_sam import factory
-from timm_sam.errors import OptionError
-from timm_sam.options import parse_args
+from timm_sam import train
+from timm_sam.cli.errors import OptionError
 from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
+from timm_sam.training import factory
+from timm_sam.training.options import parse_args
 
 SAM_ON = '--sam-variant sam --sam-rho 0.1'
 

@@ -19,11 +19,11 @@ from conftest import LAUNCHER, _logging_as_before, quiet_about_timm, working_dir
 from PIL import Image
 from timm.data import create_transform
 
-import train
-from timm_sam import SAM
-from timm_sam.data import _augmentation
-from timm_sam.factory import build_model, create_optimizer, create_sam, create_schedule
-from timm_sam.options import parse_args
+from timm_sam import SAM, train
+from timm_sam.training.data import _augmentation
+from timm_sam.training.factory import build_model, create_optimizer, create_schedule
+from timm_sam.training.options import parse_args
+from timm_sam.training.sam_options import create_sam
 
 ROOT = Path(__file__).parent.parent
 HPARAMS = ROOT / 'hparams'

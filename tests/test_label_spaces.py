@@ -9,8 +9,8 @@ from timm.data import ImageNetInfo
 from timm.utils import accuracy
 from validating import hits
 
-from timm_sam.errors import OptionError
-from timm_sam.evaluation.label_spaces import (
+from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.sets.label_spaces import (
     LabelSpace,
     imagenet_a_space,
     imagenet_r_space,

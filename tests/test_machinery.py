@@ -12,13 +12,12 @@ from timm.task import ClassificationTask
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
-import train
-from timm_sam import SAM, VARIANTS
-from timm_sam.data import Data
-from timm_sam.engine import Run, train_one_epoch
-from timm_sam.options import parse_args
+from timm_sam import SAM, VARIANTS, train
 from timm_sam.perturbation import perturbation
 from timm_sam.split import WHOLE_GRAPHS_WORK
+from timm_sam.training.data import Data
+from timm_sam.training.engine import Run, train_one_epoch
+from timm_sam.training.options import parse_args
 
 RHO = 0.05
 SAM_ON = f'--sam-variant sam --sam-rho {RHO}'

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
-import train
-from timm_sam.options import dump_args, parse_args
+from timm_sam import train
+from timm_sam.cli.parser import dump_args
+from timm_sam.training.options import parse_args
 
 TIMM = json.loads((Path(__file__).parent / 'data' / 'train_flags.json').read_text())
 TIMM_DESTS = [flag['dest'] for flag in TIMM['train.py']]

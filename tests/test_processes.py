@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import LAUNCHER, ROOT
 
-from timm_sam import restart
+from timm_sam.training.preemption import Preemption
 
 FAILING = '''
 """train.py or validate.py, of which one rank fails while the other waits for it."""
@@ -20,8 +20,8 @@ sys.path.insert(0, {root!r})
 
 import torch
 
-import {script}
-from timm_sam.errors import OptionError
+from timm_sam import {script}
+from timm_sam.cli.errors import OptionError
 
 
 def fail_or_wait(*args):
@@ -83,7 +83,7 @@ class Hosts:
         store = torch.distributed.HashStore()
         monkeypatch.setattr(torch.distributed.distributed_c10d, '_get_default_store', lambda: store)
         monkeypatch.setattr(torch, 'get_device_module', lambda device: argparse.Namespace(Event=lambda: Event(self)))
-        self.ranks = [restart.Preemption(argparse.Namespace(distributed=True, rank=rank, local_rank=rank, world_size=2),
+        self.ranks = [Preemption(argparse.Namespace(distributed=True, rank=rank, local_rank=rank, world_size=2),
                                          torch.device('cuda')) for rank in range(2)]
         self.now, self.asking, self.stopped = [0, 0], 1, [None, None]
         self.noticed_by, self.after = noticed_by, after

@@ -9,7 +9,6 @@ import torch
 import yaml
 from conftest import working_directory
 
-from timm_sam import timing
 from timm_sam.report import __main__ as command
 from timm_sam.report.markdown import MARK
 from timm_sam.report.runs import (
@@ -26,7 +25,8 @@ from timm_sam.report.runs import (
     read_run,
 )
 from timm_sam.report.tables import build_tables
-from timm_sam.sameness import NOT_COMPARED
+from timm_sam.runs import timing
+from timm_sam.runs.sameness import NOT_COMPARED
 
 EPOCHS = 3
 LONG_AGO = time.time() - 7 * 24 * 3600

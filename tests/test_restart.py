@@ -16,7 +16,8 @@ import torch
 
 from timm_sam.random_state import RandomState
 from timm_sam.report.runs import MIXED, read_run
-from timm_sam.restart import EXIT_PREEMPTED, newest_checkpoint
+from timm_sam.runs.checkpoints import newest_checkpoint
+from timm_sam.training.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 SAM = '--sam-variant sam --sam-rho 0.5'

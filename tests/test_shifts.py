@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_sam.shifts import SHIFTS
+from timm_sam.digits.shifts import SHIFTS
 
 
 @pytest.fixture

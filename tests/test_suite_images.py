@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from timm.data import create_loader
 
-from timm_sam.errors import OptionError
-from timm_sam.evaluation.images import SuiteDataset, UnreadableImage, class_balanced_subset
-from timm_sam.evaluation.label_spaces import LabelSpace
-from timm_sam.evaluation.suites import Suite, open_suite
+from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.sets.images import SuiteDataset, UnreadableImage, class_balanced_subset
+from timm_sam.evaluation.sets.label_spaces import LabelSpace
+from timm_sam.evaluation.sets.suites import Suite, open_suite
 
 
 def suite_of(samples, root='/set', **kwargs):

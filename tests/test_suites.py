@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from validating import hits
 
-from timm_sam.errors import OptionError
-from timm_sam.evaluation.label_spaces import imagenet_subset, imagenet_wordnet_ids
-from timm_sam.evaluation.suites import PUBLISHED, find_suites, open_suite, open_suites
+from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.sets.label_spaces import imagenet_subset, imagenet_wordnet_ids
+from timm_sam.evaluation.sets.suites import PUBLISHED, find_suites, open_suite, open_suites
 
 IDS = imagenet_wordnet_ids()
 R_IDS = [IDS[i] for i in imagenet_subset('r')]

@@ -14,7 +14,8 @@ import torch
 from conftest import LAUNCHER, ROOT
 from states import differences, finite
 
-from timm_sam import engine, select_parameters
+from timm_sam import select_parameters
+from timm_sam.training import engine
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'
@@ -310,7 +311,7 @@ import sys
 sys.path.insert(0, {root!r})
 
 import torch
-import train
+from timm_sam import train
 
 torch.set_num_threads(1)
 fit = train.fit

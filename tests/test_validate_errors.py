@@ -221,7 +221,7 @@ def test_cuda_without_a_device_is_refused(tmp_path, fitted, device):
 
 
 def test_devices_of_one_process_and_torchrun_exclude_each_other(tmp_path, fitted, monkeypatch, capsys):
-    import validate
+    from timm_sam import validate
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(SystemExit) as stop:
         validate.main(f'{fitted.base} --data-dir {fitted.data} --num-gpu 2'.split())

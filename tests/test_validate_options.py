@@ -7,7 +7,7 @@ import pytest
 import yaml
 from test_options import as_lines, record
 
-import validate
+from timm_sam import validate
 from timm_sam.evaluation.options import parse_validate_args
 
 TIMM = json.loads((Path(__file__).parent / 'data' / 'validate_flags.json').read_text())['validate.py']

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.utils import accuracy
 
-import validate
+from timm_sam import validate
 
 SIZE = 32
 BASE = f'--device cpu --model test_resnet --img-size {SIZE} -j 0 -b 5'

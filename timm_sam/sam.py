@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .group import in_group
 from .multi_tensor import Backup, at_least_float32, by_factor, converted
 from .perturbation import VARIANTS, global_norm, perturbation
-from .processes import in_group
 from .random_state import RandomState
 from .selection import is_norm, select_parameters, unwrap
 from .sharing import Recording, SharedForward, is_checkpointed, obstacle

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch  # noqa: E402
 
-import validate  # noqa: E402
+from timm_sam import validate  # noqa: E402
 from timm_sam.evaluation import subject  # noqa: E402
 
 torch.set_num_threads(1)

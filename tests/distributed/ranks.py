@@ -28,10 +28,11 @@ from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-import train as train_script
-from timm_sam import SAM, compile_split, engine
-from timm_sam.data import Data
-from timm_sam.options import parse_args
+from timm_sam import SAM, compile_split
+from timm_sam import train as train_script
+from timm_sam.training import engine
+from timm_sam.training.data import Data
+from timm_sam.training.options import parse_args
 
 RANKS = 2
 SIZE = 4  # samples of a rank's batch
@@ -157,8 +158,8 @@ class Engine:
                               autocast=nullcontext, device=torch.device('cpu'), model_dtype=None)
 
     def accumulate(self, data, accum_steps=1, last=True):
-        weigh = engine._Weigher(self.run, len(data[1]), accum_steps)
-        meters = engine._Meters('loss', 'sam_loss', 'sam_grad_norm', 'sam_eps_norm')
+        weigh = engine.Weigher(self.run.args, self.run.data, self.run.device, len(data[1]), accum_steps)
+        meters = engine.Meters('loss', 'sam_loss', 'sam_grad_norm', 'sam_eps_norm')
         engine._accumulate(self.run, data, weigh, last, True, meters)
 
     def step(self):

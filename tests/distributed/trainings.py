@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch  # noqa: E402
 
-import train  # noqa: E402
+from timm_sam import train  # noqa: E402
 from timm_sam.selection import unwrap  # noqa: E402
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import OptionError
+from ..cli.errors import OptionError
 
 
 def key_of(**protocol: Any) -> str:

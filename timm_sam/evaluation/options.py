@@ -13,12 +13,11 @@ import yaml
 from PIL import Image
 from timm.utils import natural_key
 
-from ..checks import INTERPOLATIONS, Rules, is_device
-from ..errors import OptionError
-from ..flags import ParseKwargs
-from ..options import OptionParser, yaml_value
+from ..cli.errors import OptionError
+from ..cli.parser import OptionParser, ParseKwargs, yaml_value
+from ..cli.rules import INTERPOLATIONS, Rules, is_device
+from .sets.suites import PUBLISHED
 from .subject import file_sha256
-from .suites import PUBLISHED
 
 FORMATS = ("csv", "json", "md")
 # what a run's args.yaml says of the model and its images, and validate.py has as flags too

@@ -14,16 +14,16 @@ from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 
 from .. import __version__
-from ..errors import OptionError, one_line
+from ..cli.errors import OptionError, one_line
 from . import tables
+from .attack.robustness import AttackedSet, attack_suite
 from .journal import Journal, key_of
-from .loaders import suite_loader
 from .precision import full_precision
 from .ranks import Ranks, batches_of
-from .robustness import AttackedSet, attack_suite
 from .scoring import mean_of, score
+from .sets.loaders import suite_loader
+from .sets.suites import Suite, find_suites, open_suites
 from .subject import Subject, build_subject, check_weights, file_sha256
-from .suites import Suite, find_suites, open_suites
 from .tables import Measure
 
 _logger = logging.getLogger("validate")

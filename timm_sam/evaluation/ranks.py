@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import OptionError
-from ..processes import in_group
+from ..cli.errors import OptionError
+from ..group import in_group
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from timm import utils
 from torch import Tensor, nn
 
 from ..multi_tensor import widest
-from .label_spaces import LabelSpace
+from .sets.label_spaces import LabelSpace
 from .subject import Subject
 
 _logger = logging.getLogger("validate")

@@ -13,11 +13,11 @@ from timm import utils
 from timm.data import RealLabelsImagenet
 from torch import Tensor
 
-from ..errors import OptionError
-from .label_spaces import LabelSpace
-from .loaders import Loaded, read_valid_labels, single_dataset, single_loader
+from ..cli.errors import OptionError
 from .ranks import Ranks
 from .scoring import Batch, mean_of, score
+from .sets.label_spaces import LabelSpace
+from .sets.loaders import Loaded, read_valid_labels, single_dataset, single_loader
 from .subject import build_subject
 
 _logger = logging.getLogger("validate")

@@ -19,10 +19,10 @@ from timm.models.naflexvit import NaFlexVit
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import Tensor, nn
 
-from ..checkpoint import why_unreadable
-from ..errors import OptionError, one_line
-from ..factory import check_model_name
-from ..processes import rendezvous_url
+from ..cli.errors import OptionError, one_line
+from ..cli.models import check_model_name
+from ..cli.processes import rendezvous_url
+from ..runs.checkpoints import why_unreadable
 
 _logger = logging.getLogger("validate")
 

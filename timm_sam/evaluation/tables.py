@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import OptionError
+from ..cli.errors import OptionError
 
 GROUPS = ("ID", "OOD", "adversarial")  # the order of Table 4 of the SAM-ON paper
 

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import OptionError, report
-from ..options import OptionParser
+from ..cli.errors import OptionError, report
+from ..cli.parser import OptionParser
 from . import markdown
 from .runs import find_runs, read_run
 from .tables import build_tables

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import yaml
 
-from .. import timing
-from ..checkpoint import ARGS_BEFORE
-from ..errors import OptionError, one_line
-from ..factory import create_schedule
-from ..options import build_train_parser
+from ..cli.errors import OptionError, one_line
 from ..perturbation import VARIANTS
+from ..runs import timing
 from ..selection import SELECTIONS
+from ..training.checkpoint import ARGS_BEFORE
+from ..training.factory import create_schedule
+from ..training.options import build_train_parser
 
 FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
     "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..perturbation import VARIANTS
-from ..sameness import NOT_COMPARED, data_name, normal
+from ..runs.sameness import NOT_COMPARED, data_name, normal
 from .runs import DIVERGED, DUPLICATE, FINISHED, Run, default_args
 
 # These make the cells of one table.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from timm.data.readers import get_img_extensions
 from timm.utils.misc import natural_key
 
-from ..errors import OptionError
+from ...cli.errors import OptionError
 from .label_spaces import (
     IMAGENET_CLASSES,
     LabelSpace,

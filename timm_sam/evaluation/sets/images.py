@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from ..errors import OptionError, one_line
+from ...cli.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from .suites import Suite

@@ -1,14 +1,12 @@
 """Options -> model, loss, task, optimizer, SAM and schedule, through timm's factories."""
 import argparse
 import copy
-import difflib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm import utils
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
@@ -25,11 +23,11 @@ from timm.task import (
 )
 from torch import nn
 
-from .checkpoint import why_unreadable
+from ..cli.errors import OptionError, one_line
+from ..cli.models import check_model_name
+from ..runs.checkpoints import why_unreadable
+from ..split import WHOLE_GRAPHS_WORK, compile_split
 from .data import Data, mixup_active
-from .errors import OptionError, one_line
-from .sam import SAM
-from .split import WHOLE_GRAPHS_WORK, compile_split
 
 _logger = logging.getLogger("train")
 
@@ -124,16 +122,6 @@ def _set_model_flags(args: argparse.Namespace) -> str:
     given = {"--gp": args.gp, "--drop-path": args.drop_path, "--drop-block": args.drop_block,
              "--bn-momentum": args.bn_momentum, "--bn-eps": args.bn_eps, "--in-chans": args.in_chans}
     return "".join(f", {flag} {value}" for flag, value in given.items() if value is not None)
-
-
-def check_model_name(flag: str, name: str) -> None:
-    if ":" in name or "/" in name:  # hf-hub:..., local-dir:...
-        return
-    base = name.split(".")[0]
-    if not timm.is_model(base):
-        close = difflib.get_close_matches(base, timm.list_models(), 3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
-        raise OptionError(f"{flag} {name} is not a model of timm {timm.__version__}; {hint}")
 
 
 def place_model(args: argparse.Namespace, model: nn.Module, device: torch.device,
@@ -268,25 +256,6 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     if utils.is_primary(args):
         parts = "the model in parts" if shares else "the model"
         _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {mode}")
-
-
-def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> SAM | None:
-    """SAM around the optimizer, or None without --sam-variant.
-
-    Raises:
-        OptionError: Nothing is selected, or the optimizer cannot be wrapped.
-    """
-    if args.sam_variant is None:
-        return None
-    try:
-        sam = SAM(optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho,
-                  eta=args.sam_eta, filter=args.sam_filter, bn_stats=args.sam_bn_stats,
-                  share_forward=not args.sam_no_shared_forward, sync=args.sam_sync)
-    except ValueError as e:
-        raise OptionError(str(e)) from e
-    if utils.is_primary(args):
-        _logger.info(f"SAM {sam.describe()}")
-    return sam
 
 
 def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int,

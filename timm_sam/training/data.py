@@ -18,7 +18,7 @@ from timm.data import (
     create_naflex_loader,
 )
 
-from .errors import OptionError
+from ..cli.errors import OptionError
 
 _logger = logging.getLogger("train")
 

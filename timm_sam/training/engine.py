@@ -21,11 +21,13 @@ from timm import utils
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from . import restart
+from ..cli.processes import settle
+from ..sam import SAM
+from . import states, workers
+from .batches import Weigher, samples_of, to_device
 from .data import Data
-from .multi_tensor import widest
-from .processes import settle
-from .sam import SAM
+from .meters import Meters
+from .preemption import Preempted, Preemption
 
 _logger = logging.getLogger("train")
 
@@ -50,8 +52,8 @@ class Run:
     scheduler: Any = None
     saver: Any = None
     output_dir: str | None = None
-    tracked: restart.TrackedLoader | None = None
-    preemption: restart.Preemption | None = None
+    tracked: workers.TrackedLoader | None = None
+    preemption: Preemption | None = None
     position: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     first_update: int = 0
@@ -84,97 +86,11 @@ class Run:
             and update % args.sam_every == 0)
 
 
-class _Meters:
-    """Running averages whose values stay on the device until :meth:`flush`.
-
-    Norms that are not finite are counted elsewhere, and would hide all others of the epoch.
-    """
-
-    def __init__(self, *names: str) -> None:
-        self.meters = {name: utils.AverageMeter() for name in names}
-        self.waiting: list[tuple[str, Tensor, float, int]] = []
-
-    def update(self, name: str, value: Tensor, n: int, factor: float = 1) -> None:
-        self.waiting.append((name, value.detach(), factor, n))
-
-    def flush(self) -> None:
-        if self.waiting:
-            values = torch.stack([value.to(widest(value.device)) for _, value, _, _ in self.waiting]).tolist()
-            for (name, _, factor, n), value in zip(self.waiting, values):
-                if math.isfinite(value) or not name.endswith("_norm"):
-                    self.meters[name].update(value * factor, n)
-            self.waiting.clear()
-
-    def __getitem__(self, name: str) -> utils.AverageMeter:
-        return self.meters[name]
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        self.flush()
-        return {name: dict(vars(meter)) for name, meter in self.meters.items()}
-
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        for name, values in state.items():
-            vars(self.meters[name]).update(values)
-
-
-class Preempted(Exception):
-    """The run was asked to stop, and has written a checkpoint."""
-
-
-def _to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(batch, dict):
-        return {k: _to_device(v, device, dtype) for k, v in batch.items()}
-    if not isinstance(batch, Tensor):  # NaFlex batches name their sequence length
-        return batch
-    return batch.to(device=device, dtype=dtype if batch.is_floating_point() else None)
-
-
-def _samples(batch: Any, start: int, stop: int, splits: int) -> Any:
-    """Samples ``start`` to ``stop`` of a batch, of each of its augmentation splits."""
-    if isinstance(batch, tuple):
-        return tuple(_samples(b, start, stop, splits) for b in batch)
-    if isinstance(batch, dict):
-        return {k: _samples(v, start, stop, splits) for k, v in batch.items()}
-    if not isinstance(batch, Tensor):
-        return batch
-    return batch[start:stop] if splits == 1 else torch.cat([part[start:stop] for part in batch.chunk(splits)])
-
-
 def _mean_over_ranks(value: float, device: torch.device, args: argparse.Namespace) -> float:
     if not args.distributed:
         return value
     tensor = torch.tensor([value], device=device, dtype=torch.float32)
     return utils.reduce_tensor(tensor, args.world_size).item()
-
-
-class _Weigher:
-    """Turns the mean loss of a (micro-)batch into its share of the update's loss."""
-
-    def __init__(self, run: Run, batch_size: int, accum_steps: int) -> None:
-        args, data = run.args, run.data
-        self.accum_steps = accum_steps
-        self.batch_size = batch_size
-        self.scale = 1.0
-        self.rank_scale: Tensor | None = None
-        if data.loss_scale != "none":
-            self.scale = batch_size / data.reference_batch_size
-            if data.loss_scale == "sqrt":
-                self.scale = self.scale ** 0.5
-        self.global_batch_size: Any = batch_size * args.world_size
-        if data.naflex and args.distributed:
-            # ranks have different batch sizes, DDP averages over ranks: weigh each by its samples
-            total = utils.reduce_tensor(torch.tensor(batch_size, device=run.device, dtype=torch.float32), 1)
-            self.global_batch_size = total
-            self.rank_scale = args.world_size * batch_size / total
-
-    def __call__(self, loss: Tensor) -> Tensor:
-        if self.accum_steps > 1:
-            loss = loss / self.accum_steps
-        if self.scale != 1.0:
-            loss = self.scale * loss
-        if self.rank_scale is not None:
-            loss = loss * self.rank_scale
-        return loss
 
 
 def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
@@ -194,7 +110,7 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     assert module is not None
     module.train()
 
-    meters = _Meters("loss", "sam_loss", "sam_grad_norm", "sam_eps_norm")
+    meters = Meters("loss", "sam_loss", "sam_grad_norm", "sam_eps_norm")
     update_time, data_time = utils.AverageMeter(), utils.AverageMeter()
     batches, accum_steps = len(data.train), args.grad_accum_steps
     last_accum_steps = batches % accum_steps
@@ -202,23 +118,23 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     nonfinite_before = None if run.sam is None else run.sam.nonfinite
     samples: Any = 0
     position, run.position = run.position, None
-    started_from = restart.local_states(device, run.tracked)
+    started_from = states.local_states(device, run.tracked)
     optimizer.zero_grad()
     settle()
     data_start = update_start = time.time()
 
-    fetching = restart.Fetching(data.train, device)
+    fetching = states.Fetching(data.train, device)
     for batch_idx, (input, target) in enumerate(fetching):
         if position is not None and batch_idx < position["batch"]:
             # the workers make these batches all the same, and with them the random numbers of those that follow
             if batch_idx == position["batch"] - 2:
-                restart.restore_process(args, position["fetched_from"])
+                states.restore_process(args, position["fetched_from"])
             if batch_idx == position["batch"] - 1:
                 if run.sam is not None:
-                    run.sam.nonfinite = run.sam.nonfinite + restart.of_this_rank(args, position["nonfinite"])
-                meters.load_state_dict(restart.of_this_rank(args, position["meters"]))
+                    run.sam.nonfinite = run.sam.nonfinite + states.of_this_rank(args, position["nonfinite"])
+                meters.load_state_dict(states.of_this_rank(args, position["meters"]))
                 num_updates = position["update"]
-                restart.restore_process(args, position["random_state"])
+                states.restore_process(args, position["random_state"])
             continue
         last_batch = batch_idx == batches - 1
         # with accum_steps as the batch before left it, as in timm's script: a short last group may step in between
@@ -228,14 +144,14 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
             accum_steps = last_accum_steps
 
         if not args.prefetcher:
-            input, target = _to_device(input, device, run.model_dtype), target.to(device=device)
+            input, target = to_device(input, device, run.model_dtype), target.to(device=device)
             if data.mixup is not None:
                 input, target = data.mixup(input, target)
         if args.channels_last and not data.naflex:
             input = input.contiguous(memory_format=torch.channels_last)
         data_time.update(accum_steps * (time.time() - data_start))
         batch_size = input["patches"].shape[0] if data.naflex else input.shape[0]
-        weigh = _Weigher(run, batch_size, accum_steps)
+        weigh = Weigher(args, data, device, batch_size, accum_steps)
 
         _accumulate(run, (input, target), weigh, need_update, run.uses_sam(epoch, num_updates), meters)
         samples = samples + weigh.global_batch_size
@@ -267,10 +183,10 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
             new = 0 if run.sam is None else int(run.sam.nonfinite - nonfinite_before)
             _save_recovery(run, epoch, update_idx, meters, dict(
                 epoch=epoch, batch=batch_idx + 1, update=num_updates,
-                nonfinite=restart.of_all_ranks(args, new),
-                started_from=restart.of_all_ranks(args, started_from),
-                fetched_from=restart.of_all_ranks(args, fetching.state() or started_from),
-                random_state=restart.of_all_ranks(args, restart.local_states(device, None))))
+                nonfinite=states.of_all_ranks(args, new),
+                started_from=states.of_all_ranks(args, started_from),
+                fetched_from=states.of_all_ranks(args, fetching.state() or started_from),
+                random_state=states.of_all_ranks(args, states.local_states(device, None))))
         if stop:
             assert run.preemption is not None
             run.preemption.together()
@@ -291,8 +207,8 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     return metrics
 
 
-def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_update: bool, perturb: bool,
-                meters: _Meters) -> None:
+def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: Weigher, need_update: bool, perturb: bool,
+                meters: Meters) -> None:
     """Adds the gradient of one (micro-)batch; with --sam-m in chunks, each with its own eps and batch statistics."""
     args, sam = run.args, run.sam
     splits = max(1, args.aug_splits)
@@ -305,7 +221,7 @@ def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_updat
 
     for start in range(0, size, chunk):
         stop = min(start + chunk, size)
-        part = batch if chunk == size else _samples(batch, start, stop, splits)
+        part = batch if chunk == size else samples_of(batch, start, stop, splits)
         count = (stop - start) * splits
 
         def share(loss: Tensor, count: int = count) -> Tensor:
@@ -316,7 +232,7 @@ def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_updat
                 ascent = None
                 if args.sam_ascent_fraction < 1:
                     first = math.ceil(args.sam_ascent_fraction * (stop - start))
-                    ascent = functools.partial(forward, *_samples(part, 0, first, splits))
+                    ascent = functools.partial(forward, *samples_of(part, 0, first, splits))
                 loss = sam.backward(functools.partial(forward, *part), ascent_fn=ascent, weigh=share, scaler=run.scaler)
                 assert sam.stats is not None
                 for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), sam.stats[1:]):
@@ -335,11 +251,11 @@ def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: _Weigher, need_updat
         meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, count, accum_steps)
 
 
-def _save_recovery(run: Run, epoch: int, update_idx: int, meters: _Meters, position: dict[str, Any]) -> None:
+def _save_recovery(run: Run, epoch: int, update_idx: int, meters: Meters, position: dict[str, Any]) -> None:
     """Writes a checkpoint from which the epoch goes on at ``position``. All ranks take part."""
     earlier = run.extras
-    position["meters"] = restart.of_all_ranks(run.args, meters.state_dict())
-    run.extras = dict(buffers=restart.buffers_of_all_ranks(run.args, run.modules), position=position)
+    position["meters"] = states.of_all_ranks(run.args, meters.state_dict())
+    run.extras = dict(buffers=states.buffers_of_all_ranks(run.args, run.modules), position=position)
     if run.saver is not None:
         run.saver.save_recovery(epoch, batch_idx=update_idx)
     run.extras = earlier
@@ -361,7 +277,7 @@ def _step(run: Run) -> None:
         run.scaler.update()
 
 
-def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters: _Meters,
+def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters: Meters,
                 update_time: utils.AverageMeter, data_time: utils.AverageMeter, samples: float) -> None:
     args = run.args
     now = {name: _mean_over_ranks(meter.val, run.device, args) for name, meter in meters.meters.items()}
@@ -402,7 +318,7 @@ def evaluate(run: Run, model: nn.Module, suffix: str = "") -> "OrderedDict[str, 
     """
     args, device = run.args, run.device
     loss_fn = nn.CrossEntropyLoss().to(device)
-    meters = _Meters("loss", "top1", "top5")
+    meters = Meters("loss", "top1", "top5")
     batch_time = utils.AverageMeter()
     model.eval()
     settle()
@@ -411,7 +327,7 @@ def evaluate(run: Run, model: nn.Module, suffix: str = "") -> "OrderedDict[str, 
     with torch.inference_mode():
         for batch_idx, (input, target) in enumerate(run.data.eval):
             if not args.prefetcher:
-                input, target = _to_device(input, device, run.model_dtype), target.to(device=device)
+                input, target = to_device(input, device, run.model_dtype), target.to(device=device)
             if args.channels_last and not run.data.naflex:
                 input = input.contiguous(memory_format=torch.channels_last)
             with run.autocast():

@@ -15,21 +15,14 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.summary import trim_summary
 
-from .errors import OptionError, one_line
-from .options import dump_args
-from .restart import newest_checkpoint
-from .sameness import changed_options
+from ..cli.errors import OptionError
+from ..cli.parser import dump_args
+from ..runs.checkpoints import newest_checkpoint, why_unreadable
+from ..runs.sameness import changed_options
 
 _logger = logging.getLogger("train")
 
 ARGS_BEFORE = "args-before-epoch-{}.yaml"  # options of a run up to where it went on with others
-
-
-def why_unreadable(error: Exception) -> str:
-    """What is wrong with a checkpoint, in one line: unpickling a torn or foreign file raises almost anything."""
-    if "weights_only" in str(error) or "Weights only" in str(error):
-        return "it is no checkpoint, or holds objects that could run code, which are never loaded"
-    return one_line(error)
 
 
 def resume(

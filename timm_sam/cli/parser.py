@@ -1,4 +1,4 @@
-"""The command line of train.py: timm's flags, the SAM group, YAML defaults, and checks that name flag and remedy."""
+"""What the commands' parsers share: one-line errors, YAML files of defaults, numbers with ranges."""
 import argparse
 import difflib
 import math
@@ -8,15 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from timm import utils
 
-from .checks import check_sam, check_train
 from .errors import OptionError, report
-from .flags import ParseKwargs, add_train_flags
-from .perturbation import VARIANTS
-from .sam import BN_STATS
-from .selection import SELECTIONS
-
-_UNSET = object()
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -30,73 +24,29 @@ class OptionParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def build_train_parser(prog: str = "train.py") -> OptionParser:
-    """The parser of train.py: timm's flags with timm's defaults, ``-c`` and the group ``SAM``."""
-    parser = OptionParser(prog=prog, description="Trains an image classifier of timm, with SAM or SAM-ON if asked to.")
-    parser.add_argument("-c", "--config", metavar="FILE", default="",
-                        help="YAML file of defaults; its keys are the names of the flags, with underscores")
-    add_train_flags(parser)
-    add_sam_flags(parser)
-    return parser
+class ParseKwargs(utils.ParseKwargs):
+    """``KEY=VALUE ...`` as a dictionary, with timm's reading of the values."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        wrong = [v for v in values if v and "=" not in v]
+        if wrong:
+            raise argparse.ArgumentError(self, f"{wrong[0]!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
-def add_sam_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the group ``SAM``. Without ``--sam-variant`` training is timm's own."""
-    add = parser.add_argument_group("SAM").add_argument
-    add("--sam-variant", choices=tuple(VARIANTS), default=None,
-        help="perturbation of Table 9 of the SAM-ON paper; none: plain training")
-    add("--sam-rho", type=_non_negative, default=None, metavar="RHO",
-        help="radius of the perturbation; required with --sam-variant")
-    add("--sam-params", choices=SELECTIONS, default="onlynorm",
-        help="what is perturbed: the normalization layers (SAM-ON), all parameters (SAM), or all but those")
-    add("--sam-filter", default=None, metavar="REGEX",
-        help="perturb only parameters in whose name this is found, such as 'layer4'")
-    add("--sam-eta", type=_non_negative, default=None, metavar="ETA",
-        help="eta of Table 9; none: the variant's own (elementwise_l2_orig 0.01, fisher 1, other elementwise 0)")
-    add("--sam-bn-stats", choices=BN_STATS, default="clean",
-        help="which passes update running statistics: the one at w only, or both")
-    add("--sam-m", type=_positive_int, default=None, metavar="M",
-        help="samples that share one perturbation: each rank's batch is taken in chunks of M; none: the whole of it")
-    add("--sam-sync", action="store_true",
-        help="average the gradient that gives eps over all ranks, so that they share one perturbation")
-    add("--sam-ascent-fraction", type=_fraction, default=1.0, metavar="F",
-        help="take the gradient that gives eps from the first F of each batch only")
-    add("--sam-no-shared-forward", action="store_true",
-        help="compute both forward passes in full, also below the first perturbed layer")
-    add("--sam-every", type=_positive_int, default=1, metavar="K",
-        help="perturb every K-th update, starting with the first; the others are plain")
-    add("--sam-start-epoch", type=_epoch, default=0, metavar="N", help="first epoch with SAM")
-    add("--sam-end-epoch", type=_epoch, default=None, metavar="N", help="first epoch without SAM again; none: never")
-
-
-def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line over the YAML file that ``-c`` names over the flags' defaults.
+def config_defaults(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Makes what the YAML file of ``-c`` says the defaults of ``parser``.
 
     Raises:
-        SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
+        OptionError: As :func:`load_yaml`.
     """
     early = OptionParser(prog=parser.prog, add_help=False)
     early.add_argument("-c", "--config", default="")
-    try:
-        config = early.parse_known_args(argv)[0].config if not _asks_for_help(argv) else ""
-        if config:
-            parser.set_defaults(**load_yaml(config, parser))
-        # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
-        sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
-        args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
-        given = [dest for dest in sam_dests if getattr(args, dest) is not _UNSET]
-        for dest in sam_dests:
-            if dest not in given:
-                setattr(args, dest, parser.get_default(dest))
-        check_sam(args, given)
-        check_train(args)
-    except OptionError as e:
-        parser.error(str(e))
-    return args
-
-
-def _asks_for_help(argv: Sequence[str] | None) -> bool:
-    return any(a in ("-h", "--help") for a in (sys.argv[1:] if argv is None else argv))
+    asks_for_help = any(a in ("-h", "--help") for a in (sys.argv[1:] if argv is None else argv))
+    config = "" if asks_for_help else early.parse_known_args(argv)[0].config
+    if config:
+        parser.set_defaults(**load_yaml(config, parser))
 
 
 def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -174,7 +124,7 @@ def yaml_value(origin: str, action: argparse.Action, value: Any) -> Any:
     for v in values:
         text_ok = convert is str and isinstance(v, (str, int, float)) and not isinstance(v, bool)
         if convert is not str and (isinstance(v, bool) or not isinstance(v, (int, float, str))) or \
-                convert is str and not text_ok or isinstance(v, float) and convert in (int, _positive_int, _epoch):
+                convert is str and not text_ok or isinstance(v, float) and convert in (int, positive_int, epoch):
             raise wrong(f"of type {_type_name(convert)}")
         try:
             out.append(convert(v))  # YAML 1.1 reads 1e-3 as a string; converting makes it the number it looks like
@@ -186,8 +136,8 @@ def yaml_value(origin: str, action: argparse.Action, value: Any) -> Any:
 
 
 def _type_name(convert: Any) -> str:
-    names = {_fraction: "number in (0, 1]", _non_negative: "number >= 0", _positive_int: "integer >= 1",
-             _epoch: "integer >= 0", str: "text"}
+    names = {fraction: "number in (0, 1]", non_negative: "number >= 0", positive_int: "integer >= 1",
+             epoch: "integer >= 0", str: "text"}
     return names.get(convert, convert.__name__)
 
 
@@ -207,20 +157,20 @@ def _number(text: str, convert: Any, at_least: float, expected: str) -> Any:
     return value
 
 
-def _non_negative(text: str) -> float:
+def non_negative(text: str) -> float:
     return _number(text, float, 0, "a finite number >= 0")
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
     return _number(text, int, 1, "an integer >= 1")
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     value = _number(text, float, 0, "a number in (0, 1]")
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text}")
     return value
 
 
-def _epoch(text: str) -> int:
+def epoch(text: str) -> int:
     return _number(text, int, 0, "an integer >= 0")

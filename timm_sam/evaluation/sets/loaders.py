@@ -13,10 +13,10 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import OptionError, one_line
+from ...cli.errors import OptionError, one_line
+from ..ranks import Ranks, batches_of
+from ..subject import Subject
 from .images import SuiteDataset, UnreadableImage, open_image
-from .ranks import Ranks, batches_of
-from .subject import Subject
 from .suites import Suite
 
 _logger = logging.getLogger("validate")

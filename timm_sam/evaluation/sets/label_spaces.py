@@ -16,7 +16,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from ..errors import OptionError, one_line
+from ...cli.errors import OptionError, one_line
 
 IMAGENET_CLASSES = 1000
 FOLDERS_FILE = "folder_to_objectnet_label.json"

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from .processes import in_group
+from ..group import in_group
 
 
 class OptionError(ValueError):

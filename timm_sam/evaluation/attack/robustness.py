@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from timm import utils
 
-from ..errors import OptionError
+from ...cli.errors import OptionError
+from ..journal import Journal, key_of
+from ..options import Radius
+from ..ranks import Ranks, batches_of
+from ..sets.images import class_balanced_subset
+from ..sets.loaders import suite_loader
+from ..sets.suites import Suite
+from ..subject import Subject
+from ..tables import Measure
 from .attack import Attacked, Normalized, attack
-from .images import class_balanced_subset
-from .journal import Journal, key_of
-from .loaders import suite_loader
-from .options import Radius
-from .ranks import Ranks, batches_of
-from .subject import Subject
-from .suites import Suite
-from .tables import Measure
 
 _logger = logging.getLogger("validate")
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..precision import full_precision
 from .apgd import Points, apgd
 from .ball import NORMS, Ball, noise, vector_length
-from .precision import full_precision
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

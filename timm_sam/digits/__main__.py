@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import OptionError, report
-from .options import OptionParser
+from ..cli.errors import OptionError, report
+from ..cli.parser import OptionParser
 from .shifts import SHIFTS
 
 VALIDATION_SHARE = 0.2

@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 
-
-def in_group() -> bool:
-    """Whether this process is one of several."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+from ..group import in_group
 
 
 def rendezvous_url() -> str:

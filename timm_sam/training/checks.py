@@ -3,57 +3,13 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 
-from .errors import OptionError
-from .perturbation import VARIANTS
+from ..cli.rules import INTERPOLATIONS, Rules, apply, flag, is_device
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 METRICS = ("loss", "top1", "top5")
-
-
-def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
-    """Checks the SAM group.
-
-    Args:
-        args: All options.
-        given: Names of the SAM options that stand on the command line, whatever their value.
-
-    Raises:
-        OptionError: Options that contradict each other.
-    """
-    if args.sam_variant is None:
-        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
-                   "sam_no_shared_forward": False, "sam_sync": False, "sam_every": 1, "sam_start_epoch": 0}
-        for dest, value in vars(args).items():
-            if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
-                raise OptionError(
-                    f"{_flag(dest)} {value} has no effect without --sam-variant: add --sam-variant sam, or leave "
-                    f"{_flag(dest)} out")
-        return
-    if args.sam_rho is None:
-        raise OptionError(
-            f"--sam-variant {args.sam_variant} needs --sam-rho: add --sam-rho RHO, a number >= 0 (see hparams/ for "
-            f"the values of the paper)")
-    if args.sam_eta is not None and VARIANTS[args.sam_variant].eta is None:
-        raise OptionError(f"--sam-eta {args.sam_eta}: --sam-variant {args.sam_variant} has no eta; leave it out")
-    if args.sam_filter is not None:
-        try:
-            re.compile(args.sam_filter)
-        except re.error as e:
-            raise OptionError(
-                f"--sam-filter {args.sam_filter!r} is not a regular expression ({e}): mend or quote it") from None
-    if args.sam_end_epoch is not None and args.sam_end_epoch <= args.sam_start_epoch:
-        raise OptionError(
-            f"--sam-end-epoch {args.sam_end_epoch} is not after --sam-start-epoch {args.sam_start_epoch}: raise it, or "
-            f"leave it out")
-
-
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
 
 
 def check_train(args: argparse.Namespace) -> None:
@@ -65,13 +21,7 @@ def check_train(args: argparse.Namespace) -> None:
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     if args.data and not args.data_dir:
         args.data_dir = args.data
-    for rules in (_choices, _ranges, _lengths, _conflicts, _surroundings):
-        for broken, message in rules(args):
-            if broken:
-                raise OptionError(message)
-
-
-Rules = Iterator[tuple[bool, str]]  # (is broken, what to say)
+    apply(args, _choices, _ranges, _lengths, _conflicts, _surroundings)
 
 
 def _choices(args: argparse.Namespace) -> Rules:
@@ -99,7 +49,7 @@ def _choices(args: argparse.Namespace) -> Rules:
     for dest, allowed in names.items():
         value = getattr(args, dest)
         shown = ", ".join(str(a) for a in allowed if a)
-        yield value not in allowed, f"{_flag(dest)} {value} is unknown: use one of {shown}"
+        yield value not in allowed, f"{flag(dest)} {value} is unknown: use one of {shown}"
 
 
 def _ranges(args: argparse.Namespace) -> Rules:
@@ -107,29 +57,29 @@ def _ranges(args: argparse.Namespace) -> Rules:
                     "val_interval", "checkpoint_hist", "num_classes", "img_size", "in_chans")
     for dest in at_least_one:
         value = getattr(args, dest)
-        yield value is not None and value < 1, f"{_flag(dest)} {value} must be >= 1"
+        yield value is not None and value < 1, f"{flag(dest)} {value} must be >= 1"
     for dest in ("workers", "start_epoch", "warmup_epochs", "cooldown_epochs", "recovery_interval"):
         value = getattr(args, dest)
-        yield value is not None and value < 0, f"{_flag(dest)} {value} must be >= 0"
+        yield value is not None and value < 0, f"{flag(dest)} {value} must be >= 0"
     for dest in ("drop", "drop_path", "drop_block", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
         value = getattr(args, dest)
-        yield value is not None and not 0 <= value <= 1, f"{_flag(dest)} {value} is a probability: use 0 to 1"
+        yield value is not None and not 0 <= value <= 1, f"{flag(dest)} {value} is a probability: use 0 to 1"
     yield not 0 <= args.smoothing < 1, f"--smoothing {args.smoothing} must be >= 0 and < 1"
     for dest in ("lr", "lr_base", "weight_decay"):
         value = getattr(args, dest)
-        yield value is not None and not math.isfinite(value), f"{_flag(dest)} {value} must be a finite number"
+        yield value is not None and not math.isfinite(value), f"{flag(dest)} {value} must be a finite number"
     yield args.decay_epochs <= 0, f"--decay-epochs {args.decay_epochs} must be > 0"
 
 
 def _lengths(args: argparse.Namespace) -> Rules:
     for dest in ("scale", "ratio", "cutmix_minmax"):
         value = getattr(args, dest)
-        yield value is not None and len(value) != 2, f"{_flag(dest)} {value} must be two numbers, lower and upper"
+        yield value is not None and len(value) != 2, f"{flag(dest)} {value} must be two numbers, lower and upper"
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     for dest in ("mean", "std"):
         value = getattr(args, dest)
         yield (value is not None and len(value) not in (1, channels),
-               f"{_flag(dest)} {value} must be one number, or {channels} for {channels} channels")
+               f"{flag(dest)} {value} must be one number, or {channels} for {channels} channels")
     yield (channels not in (1, 3) and args.input_img_mode is None,
            f"--in-chans {channels}: images are read as RGB or L; name what gives {channels} channels by "
            f"--input-img-mode, e.g. RGBA for 4")
@@ -185,16 +135,8 @@ def _surroundings(args: argparse.Namespace) -> Rules:
         remote = bool(path) and re.match(r"[a-z][a-z0-9+.-]*:", path) is not None  # hf-hub:..., https://...
         auto = dest == "resume" and path == "auto"
         yield (bool(path) and not remote and not auto and not os.path.isfile(path),
-               f"{_flag(dest)} {path} is not a file: give the path of a checkpoint")
+               f"{flag(dest)} {path} is not a file: give the path of a checkpoint")
     yield os.path.isfile(args.output), f"--output {args.output} is a file: name a folder"
     parts = args.experiment.split(os.sep)
     yield (os.path.isabs(args.experiment) or ".." in parts or args.experiment == ".",
            f"--experiment {args.experiment} is not a name below --output: leave out '..' and leading slashes")
-
-
-def is_device(name: str) -> bool:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        return False
-    return True

@@ -5,20 +5,8 @@ One function per group adds its flags to the parser. Help texts leave out the de
 example that ``--naflex-loader`` excludes ``--train-img-sizes``) is checked by the training script.
 """
 import argparse
-from typing import Any
 
-from timm import utils
-
-
-class ParseKwargs(utils.ParseKwargs):
-    """``KEY=VALUE ...`` as a dictionary, with timm's reading of the values."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
-        wrong = [v for v in values if v and "=" not in v]
-        if wrong:
-            raise argparse.ArgumentError(self, f"{wrong[0]!r} is not KEY=VALUE")
-        super().__call__(parser, namespace, values, option_string)
+from ..cli.parser import ParseKwargs
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""What every command shares: errors, parser, rules, names of models, process set-up, text."""

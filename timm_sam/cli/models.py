@@ -1,0 +1,16 @@
+"""Names of models."""
+import difflib
+
+import timm
+
+from .errors import OptionError
+
+
+def check_model_name(flag: str, name: str) -> None:
+    if ":" in name or "/" in name:  # hf-hub:..., local-dir:...
+        return
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise OptionError(f"{flag} {name} is not a model of timm {timm.__version__}; {hint}")

@@ -1,0 +1,1 @@
+"""Evaluation sets: their folders, label spaces, images and loaders."""

@@ -1,0 +1,1 @@
+"""train.py: options, model, data, epochs, checkpoints."""
