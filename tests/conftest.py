@@ -1,16 +1,8 @@
-"""What the tests of the scripts share: a small image folder, and train.py run in process."""
-import contextlib
-import csv
-import io
-import logging
+"""Fixtures of the tests of the scripts: a small image folder, and train.py run in process."""
 import os
 import random
 import shlex
-import sys
-import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
-from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tests start
 
@@ -18,92 +10,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from support.images import write_image_folder
+from support.running import in_process, quiet_about_timm
 from timm.models._hub import save_for_hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from timm_sam import SAM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # train.py is a script at the top, not part of the package
-
 torch.set_num_threads(1)
-
-COLORS = {'blue': (60, 60, 200), 'green': (60, 200, 60), 'red': (200, 60, 60), 'yellow': (190, 190, 60)}
-PER_CLASS = {'train': 10, 'validation': 4}
-LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
-
-
-def write_image_folder(root, classes=COLORS, splits=PER_CLASS, seed=0):
-    """``root/<split>/<class>/<i>.png``: noise around the color of the class, 16 to 24 pixels a side."""
-    generator = np.random.default_rng(seed)
-    for split, count in splits.items():
-        for name in classes:
-            folder = Path(root, split, name)
-            folder.mkdir(parents=True)
-            for i in range(count):
-                height, width = generator.integers(16, 25, 2)
-                pixels = generator.normal(COLORS[name], 40, (height, width, 3))
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.png')
-    return Path(root)
-
-
-@dataclass
-class Finished:
-    """A run that is over: exit code, what it printed, and where it ran."""
-
-    code: int
-    out: str
-    err: str
-    cwd: Path
-
-    @property
-    def last_line(self):
-        return self.err.rstrip('\n').rsplit('\n', 1)[-1]
-
-    def log(self, start):
-        """The lines of the log that begin with ``start``."""
-        return [line for line in self.err.splitlines() if line.startswith(start)]
-
-    def folder(self, experiment='run'):
-        return self.cwd / 'out' / experiment
-
-    def summary(self, experiment='run'):
-        with open(self.folder(experiment) / 'summary.csv', newline='') as f:
-            return list(csv.DictReader(f))
-
-    def checkpoint(self, experiment='run', name='last'):
-        # our own file of a moment ago; the scripts themselves never load with weights_only=False
-        return torch.load(self.folder(experiment) / f'{name}.pth.tar', weights_only=False)
-
-
-@contextlib.contextmanager
-def working_directory(path):
-    before = os.getcwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-@contextlib.contextmanager
-def quiet_about_timm():
-    """timm's image data sets leave it to the garbage collector to close the files they read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', r'unclosed file <_io\..*\.png', ResourceWarning)
-        yield
-
-
-@contextlib.contextmanager
-def _logging_as_before():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 @pytest.fixture(scope='session')
@@ -124,16 +38,8 @@ def run_in(base):
     from timm_sam import train
 
     def run(cwd, command=''):
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, working_directory(cwd), _logging_as_before(), \
-                quiet_about_timm(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            for name in LAUNCHER:
-                patch.delenv(name, raising=False)
-            try:
-                code = train.main(shlex.split(f'{base} {command}'))
-            except SystemExit as e:
-                code = e.code
-        return Finished(code, out.getvalue(), err.getvalue(), Path(cwd))
+        with quiet_about_timm():
+            return in_process(train.main, shlex.split(f'{base} {command}'), cwd)
     return run
 
 
@@ -199,7 +105,7 @@ def script(monkeypatch):
 @pytest.fixture(scope='session')
 def fitted(tmp_path_factory):
     """A model with mistakes, its checkpoint and its data, for validate.py."""
-    from validating import fit
+    from support.validating import fit
     return fit(tmp_path_factory.mktemp('fitted'))
 
 

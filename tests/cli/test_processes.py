@@ -1,0 +1,123 @@
+"""How a rank of several ends, and how all of them stop together."""
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from support.places import ROOT
+from support.processes import LAUNCHER
+
+from timm_sam.training.preemption import Preemption
+
+FAILING = '''
+"""train.py or validate.py, of which one rank fails while the other waits for it."""
+import sys
+import time
+
+sys.path.insert(0, {root!r})
+
+import torch
+
+from timm_sam import {script}
+from timm_sam.cli.errors import OptionError
+
+
+def fail_or_wait(*args):
+    if torch.distributed.get_rank() == {rank}:
+        raise {error}
+    time.sleep(100)
+
+
+torch.distributed.destroy_process_group = lambda *args: time.sleep(100)  # as nccl's, which waits for the others
+{script}.{function} = fail_or_wait
+sys.exit({script}.main({arguments}))
+'''
+
+
+@pytest.mark.parametrize('script, function, rank, error, code', [
+    ('train', 'fit', 1, 'RuntimeError("out of order")', 1),
+    ('validate', 'one_or_bulk', 0, 'RuntimeError("out of order")', 1),
+    ('train', 'fit', 1, 'OptionError("--flag out of order")', 2)])
+def test_failing_rank_says_why_and_ends_without_waiting_for_the_others(
+        script, function, rank, error, code, base, image_folder, tmp_path):
+    arguments = base.split() if script == 'train' else [
+        '--device', 'cpu', '--model', 'test_resnet', '--data-dir', str(image_folder)]
+    path = tmp_path / 'failing.py'
+    path.write_text(FAILING.format(root=str(ROOT), script=script, function=function, rank=rank, error=error,
+                                   arguments=arguments))
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert time.monotonic() - start < 60
+    assert done.returncode == 1 and f'exitcode  : {code}' in done.stderr
+    ours = done.stderr.split('torch/distributed/elastic')[0]  # torchrun has a traceback of its own
+    if code == 1:
+        assert 'Traceback' in ours and 'RuntimeError: out of order' in ours
+    else:
+        assert f'{script}.py: error (rank 1): --flag out of order' in ours and 'Traceback' not in ours
+
+
+class Event:
+    """What an accelerator's event does on rank 1: it waits until rank 0 has gone as far as rank 1 needs it."""
+
+    def __init__(self, hosts):
+        self.hosts = hosts
+
+    def record(self):
+        self.update = self.hosts.now[self.hosts.asking]
+
+    def synchronize(self):
+        if self.hosts.asking == 1:
+            # rank 1's device has finished this update: so rank 0 has taken part in it, after the question before it
+            self.hosts.catch_up(self.update - 1)
+
+
+class Hosts:
+    """Two ranks on accelerators; rank 1's host is as far ahead as it can be."""
+
+    def __init__(self, monkeypatch, noticed_by, after):
+        store = torch.distributed.HashStore()
+        monkeypatch.setattr(torch.distributed.distributed_c10d, '_get_default_store', lambda: store)
+        monkeypatch.setattr(torch, 'get_device_module', lambda device: argparse.Namespace(Event=lambda: Event(self)))
+        self.ranks = [Preemption(argparse.Namespace(distributed=True, rank=rank, local_rank=rank, world_size=2),
+                                         torch.device('cuda')) for rank in range(2)]
+        self.now, self.asking, self.stopped = [0, 0], 1, [None, None]
+        self.noticed_by, self.after = noticed_by, after
+
+    def update(self, rank):
+        self.now[rank] += 1
+        before, self.asking = self.asking, rank
+        if rank == self.noticed_by and self.now[rank] >= self.after:
+            self.ranks[rank].noticed = True
+        if self.ranks[rank].should_stop(self.now[rank]) and self.stopped[rank] is None:
+            self.stopped[rank] = self.now[rank]
+        self.asking = before
+
+    def catch_up(self, update):
+        while self.now[0] < update:
+            self.update(0)
+
+    def close(self):
+        for rank in reversed(self.ranks):
+            rank.close()
+
+
+@pytest.mark.parametrize('noticed_by', [0, 1])
+@pytest.mark.parametrize('after', [1, 2, 3, 7])
+def test_ranks_stop_after_the_same_update_though_hosts_run_ahead_of_devices(monkeypatch, noticed_by, after):
+    hosts = Hosts(monkeypatch, noticed_by, after)
+    try:
+        for _ in range(30):
+            hosts.update(1)
+            if hosts.stopped[1]:
+                break
+        hosts.catch_up(hosts.now[1])  # rank 0 cannot do more: its updates need rank 1
+    finally:
+        hosts.close()
+    assert hosts.stopped[0] == hosts.stopped[1] is not None
+    assert hosts.stopped[0] <= after + 8

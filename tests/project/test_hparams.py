@@ -1,0 +1,483 @@
+"""Recipes: the paper's tables as data against train.py's own reading of each YAML file, and two updates of each."""
+import contextlib
+import csv
+import io
+import itertools
+import re
+import shlex
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from support.images import write_image_folder
+from support.places import ROOT
+from support.processes import LAUNCHER
+from support.running import logging_as_before, quiet_about_timm, working_directory
+from timm.data import create_transform
+
+from timm_sam import SAM, train
+from timm_sam.training.data import _augmentation
+from timm_sam.training.factory import build_model, create_optimizer, create_schedule
+from timm_sam.training.options import parse_args
+from timm_sam.training.sam_options import create_sam
+
+HPARAMS = ROOT / 'hparams'
+DIGITS = sorted(p for p in HPARAMS.glob('digits/*.yaml') if p.stem != 'base')
+FILES = sorted(p for folder in ('cifar', 'imagenet') for p in HPARAMS.glob(f'{folder}/**/*.yaml'))
+RECIPES = [p for p in FILES if not p.stem.endswith('base')]
+RATIO = pytest.approx([3 / 4, 4 / 3])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run of the paper: what is perturbed how, and its accuracy there; None stands for plain, illegible, none."""
+
+    variant: str | None = None
+    params: str | None = None
+    rho: float | None = None
+    accuracy: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The rows of a table that share everything but SAM."""
+
+    tables: tuple[str, ...]
+    devices: int
+    values: dict
+    rows: dict[str, Row]
+    own: dict[str, dict] = field(default_factory=dict)  # values of the rows whose names begin so
+
+    def of(self, name: str) -> dict:
+        row = self.rows[name]
+        values = dict(self.values, sam_variant=row.variant, sam_rho=row.rho)
+        values['sam_params'] = row.params or 'onlynorm'
+        for start, more in self.own.items():
+            if name.startswith(start):
+                values.update(more)
+        return values
+
+
+def rows(plain: Row, *sam: Row, plain_name: str = 'sgd', start: str = '') -> dict[str, Row]:
+    return {plain_name: plain, **{f'{start}{r.variant}_{r.params}': r for r in sam}}
+
+
+# what the paper leaves open, or says of all runs
+OPEN = dict(grad_accum_steps=1, clip_grad=None, amp=False, model_ema=False, mixup=0, cutmix=0, reprob=0, drop=0,
+            color_jitter=0, hflip=0.5, vflip=0, train_crop_mode='rrc', sched='cosine', sched_on_updates=False,
+            smoothing=0.1, interpolation='bicubic', sam_eta=None, sam_bn_stats='clean', sam_m=None, sam_sync=False,
+            sam_ascent_fraction=1, sam_every=1, sam_start_epoch=0, sam_end_epoch=None, no_aug=False, bce_loss=False,
+            lr_noise=None, layer_decay=None, aug_repeats=0, drop_block=None, dataset='')
+IMAGENET = dict(OPEN, num_classes=1000, img_size=224, input_size=None, scale=[0.08, 1.0], ratio=RATIO, aa=None,
+                train_interpolation='random', warmup_lr=1e-4, min_lr=1e-6, warmup_prefix=False, drop_path=0,
+                sync_bn=False, opt_kwargs={'filter_bias_and_bn': True}, model_kwargs={})
+CIFAR = dict(OPEN, scale=[0.64, 0.64], ratio=[1, 1], train_interpolation='bicubic', crop_pct=1, epochs=200,
+             warmup_epochs=0, cooldown_epochs=0, min_lr=0, weight_decay=5e-4, pretrained=False,
+             opt_kwargs={'filter_bias_and_bn': False})
+
+SETTINGS = {
+    'imagenet/resnet50': Setting(  # Tables 2 and 8
+        ('Table 2', 'Table 8'), devices=8,
+        values=dict(IMAGENET, model='resnet50', pretrained=False, batch_size=64, epochs=90, warmup_epochs=3,
+                    cooldown_epochs=10, opt='sgd', momentum=0.9, lr=0.2, weight_decay=1e-4, crop_pct=0.95),
+        rows=rows(
+            Row(accuracy='77.03 +- 0.13'),
+            Row('sam', 'all', 0.05, '77.65 +- 0.11'),
+            Row('elementwise_l2', 'all', 1, '77.65 +- 0.05'),
+            Row('elementwise_l2', 'onlynorm', 1, '77.82 +- 0.14'),
+            Row('elementwise_linf', 'all', 0.001, '77.45 +- 0.04'),
+            Row('elementwise_linf', 'onlynorm', 0.005, '77.82 +- 0.01'),
+            Row('layerwise_l2', 'all', 0.005, '78.14 +- 0.05'),
+            Row('layerwise_l2', 'onlynorm', 0.05, '77.87 +- 0.07'))),
+    'imagenet/vit_small_patch32_224': Setting(  # Tables 4 and 8
+        ('Table 4', 'Table 8'), devices=1,
+        values=dict(IMAGENET, model='vit_small_patch32_224', pretrained=False, batch_size=128, epochs=300,
+                    warmup_epochs=10, cooldown_epochs=0, lr=1e-3, weight_decay=0.1, crop_pct=0.9),
+        rows=rows(Row(accuracy='66.89 +- 0.04'),
+                  Row('sam', 'all', 1, '71.47 +- 0.12'),
+                  Row('sam', 'onlynorm', 15, '71.37 +- 0.026'), plain_name='adamw', start='adamw_')
+        | rows(Row(accuracy='68.20 +- 0.02'),
+               Row('sam', 'all', 1, '71.90 +- 0.19'),
+               Row('sam', 'onlynorm', 10, '72.64 +- 0.14'), plain_name='lion', start='lion_'),
+        own={'adamw': dict(opt='adamw', opt_betas=[0.9, 0.999]), 'lion': dict(opt='lion', opt_betas=[0.9, 0.99])}),
+    'imagenet/vit_small_ft': Setting(  # Tables 13 and 8
+        ('Table 13', 'Table 8'), devices=7,
+        values=dict(IMAGENET, model='vit_small_patch16_224.augreg_in21k', pretrained=True, pretrained_path=None,
+                    batch_size=128, epochs=9, warmup_epochs=1, cooldown_epochs=0, opt='sgd', momentum=0.9, lr=0.017,
+                    weight_decay=1e-4, crop_pct=0.9),
+        rows=rows(
+            Row(accuracy='81.62'),
+            Row('sam', 'all', 0.01, '81.75'),
+            Row('sam', 'onlynorm', 0.1, '81.75'),
+            Row('elementwise_l2', 'all', 0.1, '81.73'),
+            Row('elementwise_l2', 'onlynorm', 1, '81.75'),
+            Row('elementwise_linf', 'all', 1e-4, '81.84'),
+            Row('elementwise_linf', 'onlynorm', 1e-2, '81.84'),
+            Row('layerwise_l2', 'all', 1e-3, '81.79'),
+            Row('layerwise_l2', 'onlynorm', None, '81.75'))),
+}
+
+# Table 7: rho on all parameters and on the normalization layers; of CIFAR-10 RN, CIFAR-100 RN, and CIFAR ViT
+TABLE_7 = {
+    'sam': ((0.1, 0.1, 0.1), (0.5, 1, 10)),
+    'elementwise_l2': ((2, 1, 2.5), (3, 2.5, 10)),
+    'elementwise_l2_orig': ((0.5, 1, 2.5), (0.5, 1, 10)),
+    'elementwise_linf': ((0.005, 0.01, 0.0025), (0.025, 0.05, 0.1)),
+    'layerwise_l2': ((0.025, 0.01, 0.005), (0.25, 0.2, 0.5)),
+    'fisher': ((0.1, 0.1, 0.1), (0.5, 1, 1)),  # 0.5 is one reading of an ambiguous cell
+}
+# Table 3: ViT-T and ViT-S on CIFAR-10, then on CIFAR-100; each all and ON
+TABLE_3 = {
+    'sam': ('88.92 +- 0.0', '92.22 +- 0.1', '90.81 +- 0.2', '92.71 +- 0.0',
+            '64.70 +- 0.4', '69.84 +- 0.2', '66.58 +- 0.3', '69.13 +- 0.3'),
+    'elementwise_l2': ('90.02 +- 0.2', '92.52 +- 0.3', '92.40 +- 0.4', '93.97 +- 0.2',
+                       '65.74 +- 0.6', '71.09 +- 0.1', '66.98 +- 0.0', '70.31 +- 0.2'),
+    'elementwise_l2_orig': ('90.22 +- 0.2', '92.68 +- 0.2', '92.05 +- 0.3', '94.01 +- 0.5',
+                            '65.81 +- 0.6', '71.25 +- 0.3', '67.23 +- 0.2', '70.42 +- 0.5'),
+    'elementwise_linf': ('89.82 +- 0.3', '92.66 +- 0.2', '90.76 +- 0.6', '93.68 +- 0.2',
+                         '65.11 +- 0.3', '68.11 +- 0.7', '66.55 +- 0.1', '69.19 +- 0.1'),
+    'fisher': ('89.08 +- 0.1', '92.03 +- 0.2', '91.13 +- 0.2', '92.49 +- 0.1',
+               '64.70 +- 0.4', '69.55 +- 0.8', '66.59 +- 0.5', '69.30 +- 0.4'),
+    'layerwise_l2': ('89.51 +- 0.4', '93.08 +- 0.2', '91.21 +- 0.1', '94.02 +- 0.1',
+                     '65.30 +- 0.6', '69.66 +- 0.1', '67.39 +- 0.4', '70.04 +- 0.2'),
+}
+NO_NUMBER = 'drawn in Figure 4 (left), without a number'
+TABLE_3_ADAMW = ('89.19 +- 0.2', '90.34 +- 0.0', '63.79 +- 0.0', '64.37 +- 0.2')
+
+for (d, data), (m, vit) in itertools.product(enumerate(('cifar10', 'cifar100')), enumerate(('vit_tiny', 'vit_small'))):
+    SETTINGS[f'cifar/{vit}/{data}'] = Setting(
+        ('Table 3',), devices=1,
+        values=dict(CIFAR, model=f'{vit}_patch16_224', model_kwargs={'img_size': 32, 'patch_size': 4}, img_size=32,
+                    num_classes=(10, 100)[d], batch_size=64, opt='adamw', opt_betas=[0.9, 0.999], lr=1e-4, drop_path=0,
+                    aa='original'),
+        rows=rows(Row(accuracy=TABLE_3_ADAMW[2 * d + m]),
+                  *(Row(v, p, TABLE_7[v][i][2], TABLE_3[v][4 * d + 2 * m + i])
+                    for v in TABLE_7 for i, p in enumerate(('all', 'onlynorm'))), plain_name='adamw'))
+for d, data in enumerate(('cifar10', 'cifar100')):
+    SETTINGS[f'cifar/resnet18/{data}'] = Setting(
+        (('Table 10', 'Table 1')[d],), devices=1,
+        values=dict(CIFAR, model='resnet18', model_kwargs={}, img_size=128, num_classes=(10, 100)[d], batch_size=128,
+                    opt='momentum', momentum=0.9, lr=0.1, aa=None),
+        rows=rows(Row(), *(Row(v, p, TABLE_7[v][i][d], NO_NUMBER if (v, data) == ('sam', 'cifar10') else None)
+                           for v in TABLE_7 for i, p in enumerate(('all', 'onlynorm')))))
+
+PAPER = [(f, n) for f, setting in SETTINGS.items() for n in setting.rows]
+ILLEGIBLE = [(f, n) for f, n in PAPER if SETTINGS[f].rows[n].variant and SETTINGS[f].rows[n].rho is None]
+
+
+def identify(value):
+    return str(value.relative_to(HPARAMS)) if isinstance(value, Path) else None
+
+
+def path_of(folder, name):
+    return HPARAMS / folder / f'{name}.yaml'
+
+
+def parse(recipe, data_dir, *options):
+    where = ['-c', str(recipe), '--data-dir', str(data_dir), '--device', 'cpu']
+    return parse_args(train.build_parser(), [*where, *options])
+
+
+def rho_if_missing(folder, name):
+    return ['--sam-rho', '0.02'] if (folder, name) in ILLEGIBLE else []
+
+
+def header(recipe):
+    """The comment a recipe opens with, without its '# '."""
+    lines = itertools.takewhile(lambda line: line.startswith('#'), recipe.read_text().splitlines())
+    return '\n'.join(line[2:] for line in lines)
+
+
+def commands(text):
+    """Command lines of a text: (processes per node, arguments of train.py) of each."""
+    joined = re.sub(r'\s*\\\n\s*', ' ', text)
+    found = []
+    for line in joined.splitlines():
+        if not re.match(r'\s*(python|torchrun) .*\btrain\.py ', line):
+            continue
+        words = shlex.split(line)
+        launcher, arguments = words[:words.index('train.py')], words[words.index('train.py') + 1:]
+        assert launcher in (['python'], ['torchrun', '--nproc-per-node', launcher[-1]]), line
+        found.append((1 if launcher == ['python'] else int(launcher[-1]), arguments))
+    return found
+
+
+# ---- what the files say
+
+def test_there_are_plain_sam_and_sam_on_recipes_for_a_resnet_and_a_vit():
+    names = {p.stem for p in DIGITS}
+    assert {f'{m}{kind}' for m in ('resnet10t', 'vit_tiny') for kind in ('', '_sam_all', '_sam_on')} <= names
+
+
+@pytest.mark.parametrize('recipe', DIGITS, ids=identify)
+def test_recipe_builds_what_its_name_says(recipe, tmp_path):
+    args = parse(recipe, tmp_path)
+    args.rank = 1  # says nothing
+    model = build_model(args)
+    sam = create_sam(args, create_optimizer(args, model), model)
+    kind = recipe.stem.split('_sam_')[-1] if '_sam_' in recipe.stem else None
+    if kind is None:
+        assert sam is None
+    else:
+        assert isinstance(sam, SAM)
+        assert sam.params == {'on': 'onlynorm', 'all': 'all'}[kind]
+
+
+@pytest.mark.parametrize('recipe', DIGITS + FILES, ids=identify)
+def test_recipe_opens_with_what_it_is(recipe):
+    assert recipe.read_text().startswith('# ')
+
+
+def test_folders_hold_exactly_the_runs_of_the_tables():
+    assert {str(p.relative_to(HPARAMS).with_suffix('')) for p in RECIPES} == \
+        {f'{f}/{n}' for f, n in PAPER}
+    assert Counter(f.split('/')[1] for f, _ in PAPER) == \
+        {'resnet50': 8, 'vit_small_patch32_224': 6, 'vit_small_ft': 9, 'vit_tiny': 26, 'vit_small': 26, 'resnet18': 26}
+
+
+@pytest.mark.parametrize(('folder', 'name'), PAPER)
+def test_recipe_has_the_values_of_its_table(folder, name, tmp_path):
+    expected = SETTINGS[folder].of(name)
+    args = parse(path_of(folder, name), tmp_path, *rho_if_missing(folder, name))
+    if (folder, name) in ILLEGIBLE:
+        expected['sam_rho'] = 0.02
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(('folder', 'name'), ILLEGIBLE)
+def test_illegible_radius_is_asked_for(folder, name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(path_of(folder, name), tmp_path)
+    assert e.value.code == 2
+    assert 'needs --sam-rho' in capsys.readouterr().err
+    assert 'not legible' in header(path_of(folder, name))
+
+
+def test_ambiguous_radius_is_called_so():
+    assert 'lost which radius is bold' in header(path_of('cifar/resnet18/cifar10', 'fisher_onlynorm'))
+
+
+@pytest.mark.parametrize(('folder', 'name'), PAPER)
+def test_header_names_table_accuracy_and_that_it_is_not_reproduced(folder, name):
+    setting, text = SETTINGS[folder], header(path_of(folder, name))
+    first, second = text.splitlines()[:2]
+    for table in setting.tables:
+        assert re.search(rf'\b{table}\b', first), table
+    assert second.endswith('Not reproduced here.')
+    accuracy = setting.rows[name].accuracy
+    assert (f': {accuracy}. ' if accuracy else ': none') in second
+
+
+@pytest.mark.parametrize(('folder', 'name'), PAPER)
+def test_commands_in_the_header_are_the_recipe(folder, name, tmp_path):
+    setting, recipe = SETTINGS[folder], path_of(folder, name)
+    expected = setting.of(name)
+    devices, batch = setting.devices, setting.values['batch_size']
+    found = commands(header(recipe))
+    assert len(found) == (2 if folder.startswith('imagenet') else 1)
+    assert found[0][0] == devices
+    assert sorted(processes == 1 for processes, _ in found) == ([False, True] if len(found) == 2 else [True])
+    for processes, arguments in found:
+        assert arguments[:2] == ['-c', str(recipe.relative_to(ROOT))]
+        at = arguments.index('--data-dir') + 1
+        arguments[at] = str(tmp_path)
+        if (folder, name) in ILLEGIBLE:
+            expected['sam_rho'] = 0.02
+            arguments[arguments.index('RHO')] = '0.02'
+        with working_directory(ROOT):
+            args = parse_args(train.build_parser(), [*arguments, '--device', 'cpu'])
+        assert processes * args.batch_size * args.grad_accum_steps == devices * batch
+        if args.sam_variant is not None:  # as many images share a perturbation as on one of the paper's devices
+            assert (args.sam_m or args.batch_size) * (processes if args.sam_sync else 1) == batch
+        elif 'resnet' in folder:  # as many images are normalized together
+            assert args.batch_size == batch
+        how = ('batch_size', 'grad_accum_steps', 'sam_m', 'sam_sync')
+        assert {k: getattr(args, k) for k in expected if k not in how} == \
+            {k: v for k, v in expected.items() if k not in how}
+
+
+def chain(path):
+    """The files a recipe is made of, itself first: (path, its own values)."""
+    values = yaml.safe_load(path.read_text())
+    base = values.pop('base', None)
+    return [(path, values), *(chain((path.parent / base).resolve()) if base else [])]
+
+
+@pytest.mark.parametrize('recipe', FILES, ids=identify)
+def test_nothing_is_repeated_that_a_base_already_says(recipe):
+    (_, own), *bases = chain(recipe)
+    inherited = {k: v for _, values in reversed(bases) for k, v in values.items()}
+    assert {k: v for k, v in own.items() if k in inherited and inherited[k] == v} == {}
+
+
+def test_every_value_of_a_base_is_inherited_by_some_recipe():
+    used = set()
+    for recipe in RECIPES:
+        seen = set()
+        for path, values in chain(recipe):
+            used |= {(path, k) for k in values if k not in seen}
+            seen |= values.keys()
+    assert {(p, k) for p in FILES for k in yaml.safe_load(p.read_text()) if k != 'base'} - used == set()
+
+
+# ---- what timm makes of them
+
+def test_resnet50_trains_for_a_hundred_epochs_the_last_ten_of_them_at_the_lowest_rate(tmp_path):
+    args = parse(path_of('imagenet/resnet50', 'sgd'), tmp_path)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    schedule, epochs = create_schedule(args, optimizer, updates_per_epoch=2502, decreasing_metric=False)
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        schedule.step(epoch + 1)
+    assert epochs == 100
+    assert rates[0] == 1e-4  # warm-up starts
+    assert max(rates) == rates[3] == pytest.approx(0.2, rel=0.01)
+    assert rates[3:90] == sorted(rates[3:90], reverse=True)
+    assert rates[89] > 1e-6
+    assert rates[90:] == [1e-6] * 10
+
+
+@pytest.mark.parametrize(('folder', 'name', 'kind', 'nesterov', 'decays_norm'), [
+    ('imagenet/resnet50', 'sgd', torch.optim.SGD, True, False),
+    ('imagenet/vit_small_patch32_224', 'adamw', torch.optim.AdamW, None, False),
+    ('imagenet/vit_small_patch32_224', 'lion', timm.optim.Lion, None, False),
+    ('cifar/resnet18/cifar10', 'sgd', torch.optim.SGD, False, True),
+    ('cifar/vit_tiny/cifar10', 'adamw', torch.optim.AdamW, None, True),
+])
+def test_optimizer_is_the_one_meant(folder, name, kind, nesterov, decays_norm, tmp_path):
+    args = parse(path_of(folder, name), tmp_path)
+    args.rank = 1
+    model = build_model(args)
+    optimizer = create_optimizer(args, model)
+    assert type(optimizer) is kind
+    assert optimizer.defaults.get('nesterov') is nesterov
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    for parameter_name, p in model.named_parameters():
+        one_d = p.ndim == 1 or parameter_name.endswith('.bias')
+        plain = parameter_name not in exempt and (decays_norm or not one_d)
+        assert decay[id(p)] == (args.weight_decay if plain else 0), parameter_name
+
+
+def training_transform(args):
+    """The loader's transform, as an image that it returns."""
+    config = dict(mean=args.mean, std=args.std, interpolation=args.interpolation)
+    options = _augmentation(args, config)
+    keys = ('is_training', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
+            'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'auto_augment', 'interpolation', 're_prob')
+    chosen = {k: options[k] for k in keys if k in options}
+    size = (3, args.img_size, args.img_size)
+    return create_transform(size, mean=args.mean, std=args.std, use_prefetcher=True, **chosen)
+
+
+def test_cifar_crop_is_a_window_of_the_padded_image_at_every_offset(tmp_path):
+    args = parse(path_of('cifar/vit_tiny/cifar10', 'adamw'), tmp_path, '--hflip', '0')
+    args.aa = None  # comes after the crop
+    transform = training_transform(args)
+    row, column = np.mgrid[:40, :40]
+    padded = np.stack([row, column, np.zeros_like(row)], -1).astype(np.uint8)  # each pixel knows its place
+    seen = Counter()
+    for _ in range(2000):
+        window = np.asarray(transform(Image.fromarray(padded)))
+        top, left = int(window[0, 0, 0]), int(window[1, 0, 0])
+        assert (window.transpose(1, 2, 0) == padded[top:top + 32, left:left + 32]).all()
+        seen[top, left] += 1
+    assert set(seen) == set(itertools.product(range(9), range(9)))
+    assert max(seen.values()) < 60  # 25 on average
+
+
+@pytest.mark.parametrize(('folder', 'name', 'expected'), [
+    ('imagenet/resnet50', 'sgd', []),
+    ('cifar/resnet18/cifar10', 'sgd', []),
+    ('cifar/vit_tiny/cifar10', 'adamw', ['AutoAugment']),
+])
+def test_augmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name, expected, tmp_path):
+    args = parse(path_of(folder, name), tmp_path)
+    args.mean, args.std = args.mean or (0.5,) * 3, args.std or (0.5,) * 3
+    steps = training_transform(args).transforms
+    # with color jitter 0 timm still adds the transform; it then leaves images as they are
+    names = [type(t).__name__ for t in steps if type(t).__name__ != 'ColorJitter']
+    assert names == ['RandomResizedCropAndInterpolation', 'RandomHorizontalFlip', *expected, 'MaybePILToTensor']
+    for jitter in (t for t in steps if type(t).__name__ == 'ColorJitter'):
+        assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (None,) * 4
+
+
+def test_resnet18_works_at_the_sizes_of_the_cifar_network(tmp_path):
+    args = parse(path_of('cifar/resnet18/cifar10', 'sgd'), tmp_path)
+    args.rank = 1
+    model = build_model(args)
+    stages = model.forward_intermediates(torch.zeros(2, 3, args.img_size, args.img_size), intermediates_only=True)
+    assert [s.shape[-1] for s in stages[1:]] == [32, 16, 8, 4]
+
+
+# ---- two updates of each
+
+@pytest.fixture(scope='module')
+def four_images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp('four'), splits={'train': 1})
+
+
+@pytest.fixture(scope='module')
+def weights_of_21k_classes(tmp_path_factory):
+    """What stands in for the published weights of the ViT-S, which is out of reach here."""
+    file = tmp_path_factory.mktemp('weights') / 'vit.pth'
+    model = timm.create_model('vit_small_patch16_224.augreg_in21k')
+    assert model.num_classes == 21843
+    torch.save(model.state_dict(), file)
+    yield file
+    file.unlink()
+
+
+SMALL = {  # sizes at which two updates take a moment
+    'resnet50': '--img-size 64',
+    'vit_small_patch32_224': '--img-size 64 --model-kwargs img_size=64',
+    'vit_small_ft': '--img-size 32 --model-kwargs img_size=32',
+    'resnet18': '--img-size 32',
+    'vit_tiny': '', 'vit_small': '',
+}
+
+
+def is_shown_by_others(folder, name):
+    """Not of ImageNet, nor of the smallest network on CIFAR-10, nor one of two per folder that show its network."""
+    shown = folder.startswith('imagenet') or folder == 'cifar/vit_tiny/cifar10'
+    return not shown and name not in ('sgd', 'adamw', 'fisher_onlynorm')
+
+
+@pytest.mark.parametrize(('folder', 'name'), [
+    pytest.param(f, n, marks=pytest.mark.slow if is_shown_by_others(f, n) else ()) for f, n in PAPER])
+def test_recipe_trains(folder, name, four_images, tmp_path, monkeypatch, request):
+    for variable in LAUNCHER:
+        monkeypatch.delenv(variable, raising=False)
+    command = (f'-c {path_of(folder, name)} --data-dir {four_images} --device cpu -j 0 -b 2 --epochs 1 '
+               f"--warmup-epochs 0 --cooldown-epochs 0 --val-split '' --log-interval 1 --output {tmp_path}/out "
+               f'--experiment run {SMALL[folder.split("/")[1]]}')
+    if folder.endswith('_ft'):
+        command += f' --pretrained-path {request.getfixturevalue("weights_of_21k_classes")}'
+    log = io.StringIO()
+    with quiet_about_timm(), working_directory(tmp_path), logging_as_before(), contextlib.redirect_stderr(log):
+        assert train.main([*shlex.split(command), *rho_if_missing(folder, name)]) == 0, log.getvalue()
+    assert 'Training for 1 epochs of 2 updates' in log.getvalue()
+    with open(tmp_path / 'out/run/summary.csv', newline='') as f:
+        summary, = csv.DictReader(f)
+    checkpoint = torch.load(tmp_path / 'out/run/last.pth.tar', weights_only=False)
+    shutil.rmtree(tmp_path / 'out')  # hundreds of megabytes
+    assert all(torch.isfinite(p).all() for p in checkpoint['state_dict'].values())
+    assert np.isfinite(float(summary['train_loss']))
+    row = SETTINGS[folder].rows[name]
+    assert ('train_sam_loss' in summary) == (row.variant is not None)
+    if row.variant is not None:
+        assert np.isfinite(float(summary['train_sam_loss']))
+        assert float(summary['train_sam_eps_norm']) > 0
+        assert float(summary['train_sam_nonfinite']) == 0
+        if row.variant in ('sam', 'fisher') and row.rho:
+            # the l2 norm of eps is rho for SAM, and near it where T is near 1
+            near = 1e-3 if row.variant == 'sam' else 0.5
+            assert float(summary['train_sam_eps_norm']) == pytest.approx(row.rho, rel=near)

@@ -1,0 +1,1 @@
+"""What test modules share; none of them imports another one."""
