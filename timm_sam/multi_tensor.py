@@ -5,6 +5,7 @@ one for all, but only where all tensors agree in device, type and strides, and a
 functions here see to that. Lists that are mixed still give the right result.
 """
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def by_factor(operation: Callable[[list[Tensor], Tensor], list[Tensor]], tensors: Sequence[Tensor],
-              factor: Tensor) -> list[Tensor]:
+def by_factor(operation: Callable[..., Any], tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """``operation(tensors, factor)``, such as ``torch._foreach_div``, with a 0-dim factor of any type and device."""
     kinds = {(t.device, t.dtype) for t in tensors}
     factors = {kind: factor.to(*kind, non_blocking=True) for kind in kinds}
@@ -41,6 +41,23 @@ def at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
     """float16 and bfloat16 tensors as float32, the others as they are."""
     halves = (torch.float16, torch.bfloat16)
     return converted(tensors, [torch.float32 if t.dtype in halves else t.dtype for t in tensors])
+
+
+def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Adds to each target."""
+    if targets:
+        torch._foreach_add_(list(targets), list(others))
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product over all elements of all tensors, as a 0-dim tensor of the widest type.
+
+    The products are taken in the tensors' own type, the sum in float64 where there is one.
+    """
+    device = a[0].device
+    products = torch._foreach_mul(list(a), list(b))
+    flat = torch.cat([t.reshape(-1).to(device, non_blocking=True) for t in products])
+    return flat.sum(dtype=widest(device))
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -27,7 +27,7 @@ def _identity(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_
 
 
 def _elementwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
-    t = torch._foreach_abs(params)
+    t = list(torch._foreach_abs(list(params)))
     torch._foreach_add_(t, eta)
     return t
 
@@ -35,18 +35,18 @@ def _elementwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, 
 def _elementwise_orig(
         params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
     # Table 9 prints 1 + eta for biases; Section 3.2, the ASAM paper and both reference codes have 1
-    t = torch._foreach_abs(params)
+    t = list(torch._foreach_abs(list(params)))
     torch._foreach_mul_(t, [float(weight) for weight in is_weight])
     torch._foreach_add_(t, [eta if weight else 1.0 for weight in is_weight])
     return t
 
 
 def _layerwise(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
-    return constants_like(torch._foreach_norm(params), params)
+    return constants_like(torch._foreach_norm(list(params)), params)
 
 
 def _fisher(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, is_weight: Sequence[bool]) -> Tensors:
-    t = torch._foreach_mul(grads, grads)
+    t = list(torch._foreach_mul(list(grads), list(grads)))
     torch._foreach_mul_(t, eta)
     torch._foreach_add_(t, 1.0)
     torch._foreach_sqrt_(t)
@@ -100,6 +100,9 @@ def perturbation(
         rho: float,
         eta: float | None = None,
         is_weight: Sequence[bool] | None = None,
+        direction: Sequence[Tensor] | None = None,
+        masked: Sequence[Tensor] | None = None,
+        full_norm: bool = True,
 ) -> tuple[Tensors, Tensor]:
     """The perturbation of one m-batch (Eq. (5), Table 9).
 
@@ -111,6 +114,9 @@ def perturbation(
         eta: eta of Table 9; None takes the variant's default.
         is_weight: Per parameter, whether the last part of its name is ``weight``; only ``elementwise_l2_orig`` treats
             the others differently. None means all.
+        direction: d, what eps points along instead of g; T stays that of g.
+        masked: d with zeros where nothing is perturbed; None: all of d.
+        full_norm: Whether ||T d|| normalizes masked directions, too; else ||T masked||.
 
     Returns:
         ``eps``, one tensor per parameter (shape of the parameter, float32 or wider), and ``||g||_2`` over all of them
@@ -123,20 +129,24 @@ def perturbation(
     params, grads = at_least_float32(params), at_least_float32(grads)
     grad_norm = global_norm(grads)
     t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
+    d = grads if direction is None else at_least_float32(direction)
+    along = d if masked is None else at_least_float32(masked)
     if definition.p == 2:
-        tg = grads if t is None else torch._foreach_mul(grads, t)
-        norm = grad_norm if t is None else global_norm(tg)
+        scaled = along if t is None else list(torch._foreach_mul(along, t))
+        if masked is not None and full_norm:
+            norm = global_norm(d if t is None else torch._foreach_mul(d, t))
+        else:
+            norm = grad_norm if scaled is grads else global_norm(scaled)
         usable = torch.isfinite(norm) & (norm > 0)
         # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
-        eps = by_factor(torch._foreach_div, tg, torch.where(usable, norm, torch.ones_like(norm)))
-        torch._foreach_mul_(eps, rho)
-        if t is not None:
-            torch._foreach_mul_(eps, t)
+        eps = by_factor(torch._foreach_div, scaled, torch.where(usable, norm, torch.ones_like(norm)))
     else:
         usable = torch.isfinite(grad_norm)
-        eps = torch._foreach_sign(grads)
-        torch._foreach_mul_(eps, rho)
-        if t is not None:
-            torch._foreach_mul_(eps, t)
+        eps = list(torch._foreach_sign(along))
+    torch._foreach_mul_(eps, rho)
+    if t is not None:
+        torch._foreach_mul_(eps, t)
+    if direction is not None:
+        usable = usable & torch.isfinite(grad_norm) & torch.isfinite(global_norm(d))
     zero_unless_(usable, eps)
     return eps, grad_norm

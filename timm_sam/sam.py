@@ -1,54 +1,56 @@
 """SAM around any optimizer: ascent to w + eps, descent with the gradient found there.
 
-    g  = dL/dw_S at w                          only the selected parameters S, usually the normalization layers
-    G  = dL/dw   at w with w_S + eps(g)        all parameters
-    w <- base optimizer's step with G, at the unperturbed w
+    A  g   = dL/dw at w                       of the selected parameters S only, usually the normalization layers
+    B  d   = direction(g)                     g itself, unless a method says otherwise
+    C  eps = rho T^2 d / ||T d||              ``perturbation.py``
+    D  G   = dL/dw at w with w_S + eps        all parameters
+    E  G'  = combine(g, G)                    G itself, unless a method says otherwise
+    w  <- base optimizer's step with G', at the unperturbed w
 
 Papers: SAM, Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412; SAM-ON, Mueller et al., NeurIPS 2023,
-https://arxiv.org/abs/2306.04226. The perturbations are in ``perturbation.py``, the choice of S in ``selection.py``.
-
-What goes wrong around SAM, and is handled here: BatchNorm statistics (from the pass at w only), dropout masks (the
-same in both passes), exact restoration (copied back), gradient synchronisation (none in the ascent), loss scales (out
-of g before eps), accumulated gradients (never part of g).
+https://arxiv.org/abs/2306.04226. S is chosen in ``selection.py``, what surrounds the passes is in ``passes.py``, what
+they share in ``sharing.py``, the slots of methods in ``methods/stages.py``.
 """
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .group import in_group
-from .multi_tensor import Backup, at_least_float32, by_factor, converted
-from .perturbation import VARIANTS, global_norm, perturbation
-from .random_state import RandomState
-from .selection import is_norm, select_parameters, unwrap
-from .sharing import Recording, SharedForward, is_checkpointed, obstacle
+from .ascent import Ascent, Scale
+from .descent import Descent
+from .facade import Facade
+from .group import Group
+from .losses import Losses, LossFn, slope
+from .methods.stages import At, Method, Samples, merged
+from .passes import BN_STATS, Passes
+from .perturbation import VARIANTS, global_norm
+from .recording import Recording
+from .selection import select_parameters, unwrap
+from .sharing import Sharing, ruled_out
 from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
-
-BN_STATS = ("clean", "both")
-LossFn = Callable[[], Tensor]
+from .when import When
 
 
 class Stats(NamedTuple):
-    """What the last two passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
+    """What the last passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
 
     Attributes:
         loss: Loss at w.
-        loss_perturbed: Loss at w + eps.
+        loss_perturbed: Loss at w + eps; like what follows it, None after a plain update.
         grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
         eps_norm: l2 norm of eps.
     """
 
     loss: Tensor
-    loss_perturbed: Tensor
-    grad_norm: Tensor
-    eps_norm: Tensor
+    loss_perturbed: Tensor | None = None
+    grad_norm: Tensor | None = None
+    eps_norm: Tensor | None = None
 
 
-class SAM(torch.optim.Optimizer):
+class SAM(Facade):
     """Sharpness-aware minimization around a base optimizer.
 
     Args:
@@ -69,6 +71,11 @@ class SAM(torch.optim.Optimizer):
             for one more collective of the size of the selection. By default each rank has its own eps.
         bn_stats: ``clean``: running statistics of normalization layers come from the pass at w only; ``both``: both
             passes update them, as the reference implementations do.
+        method: One of ``timm_sam.methods``, or several that change different stages of an update.
+        every: Perturb every so many updates, starting with the first; the others are plain.
+        start: First epoch that is perturbed.
+        end: First epoch that is not perturbed again; None: never.
+        seed: Of a method's random draws.
 
     Raises:
         ValueError: An argument is out of range, or nothing is selected.
@@ -98,111 +105,125 @@ class SAM(torch.optim.Optimizer):
             bn_stats: str = "clean",
             share_forward: bool = True,
             sync: bool = False,
+            method: Method | Sequence[Method] | None = None,
+            every: int = 1,
+            start: int = 0,
+            end: int | None = None,
+            seed: int = 0,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        super().__init__(optimizer)
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} (--sam-variant) is unknown: use one of {', '.join(VARIANTS)}")
+            raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}")
         if bn_stats not in BN_STATS:
-            raise ValueError(f"bn_stats={bn_stats!r} (--sam-bn-stats) is unknown: use one of {', '.join(BN_STATS)}")
+            raise ValueError(f"bn_stats={bn_stats!r} is unknown: use one of {', '.join(BN_STATS)}")
         _check_number("rho", rho)
         if eta is not None:
             _check_number("eta", eta)
             if VARIANTS[variant].eta is None:
-                raise ValueError(f"eta={eta} (--sam-eta): variant {variant!r} has no eta; leave it out")
-        # Optimizer.__init__ is not called: groups, state and defaults are the base optimizer's. This sets up the rest
-        # (hooks, profiling names) as unpickling does.
-        self.optimizer = optimizer
-        super().__setstate__({})
-
+                raise ValueError(f"eta={eta}: variant {variant!r} has no eta; leave it out")
         self.variant = variant
         self.params = params
         self.rho = float(rho)
         self.eta = VARIANTS[variant].eta if eta is None else float(eta)
         self.bn_stats = bn_stats
+        self.sync = sync
+        self.methods = [] if method is None else [method] if isinstance(method, Method) else list(method)
         self.selected = select_parameters(model, params, filter)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.selected[0][1].device)
         self.stats: Stats | None = None
 
-        chosen = {id(p) for _, p in self.selected}
         self._model = model
-        self._outside = [p for p in model.parameters() if id(p) not in chosen]
-        self._checkpointed = is_checkpointed(model)
-        # AdaHessian differentiates the gradient again in its step
-        self._second_order = bool(getattr(optimizer, "is_second_order", False))
-        self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in self.selected]
-        self._ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        self.sync = sync
-        self.sharing: str | None = None
-        self._shared: SharedForward | None = None
-        self._checks = 3  # how many are left
-        if not share_forward:
-            self.sharing = "two full forwards per update: sharing is off"
-        elif bn_stats == "both":
-            self.sharing = "two full forwards per update: both passes update running statistics"
-        elif (reason := obstacle(model)) is not None:
-            self.sharing = f"two full forwards per update: {reason}"
-        else:
-            self._shared = SharedForward(model, [p for _, p in self.selected])
+        self._stages = merged(self.methods)
+        if self._stages.radius is not None:
+            self._stages.radius.bind(self.rho, optimizer.param_groups)
+        self._when = When(every, start, end, seed)
+        self._group = Group(model)
+        self._ascent = Ascent(self.selected, self._stages, self._group)
+        self._params = self._ascent.params
+        self._passes = Passes(optimizer, model, self._params, bn_stats, self._group)
+        self._descent = Descent(self._stages, self._passes, self._group, sync)
+        self._losses = Losses(self._stages.rows, self._method_names(), self._passes)
+        whole_pass = self._stages.full_ascent or self._stages.rows is not None
+        self._sharing = Sharing(
+            model, self._params, ruled_out(share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass),
+            self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
         if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
             raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
                              "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
-        if any(m.static_graph for m in self._ddp):
+        if any(m.static_graph for m in self._group.ddp):
             raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
                              "which the pass at w must not do; build it without static_graph")
+        if self._passes.second_order and whole_pass:
+            raise ValueError(f"method: {self._method_names()} changes the gradient that {type(optimizer).__name__} "
+                             f"differentiates again; use another base optimizer")
         self._eps: list[Tensor] | None = None
-        self._norms: tuple[Tensor, Tensor] | None = None
-        self._rng: RandomState | None = None
-        self._weights = Backup()
-        self._statistics = Backup()
-        self._norm_layers = [m for m in model.modules() if is_norm(m)]
+        self._norms: tuple[Tensor, ...] = ()  # of g and of eps
+        self._weight: Tensor | None = None
         self._stepped = True
-
-    # What a torch optimizer has, all of it the base optimizer's.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizer's groups, also after its ``load_state_dict`` replaced the list."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of the base optimizer's parameters."""
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state: SAM itself keeps nothing from one update to the next."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer. What is perturbed was fixed at construction and does not change."""
-        self.optimizer.add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Optimizer's own leaves out all but groups, state and defaults. Schedulers put a step around the original's.
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __repr__(self) -> str:
         return f"SAM({self.describe()}; {self.optimizer!r})"
 
     def describe(self) -> str:
-        """One line: variant, rho, eta, and how many tensors and parameters of how many are perturbed."""
+        """One line: variant, rho, eta, methods, and how many tensors and parameters of how many are perturbed."""
         parameters = list(unwrap(self._model).parameters())
         eta = "" if self.eta is None else f", eta={self.eta:g}"
+        methods = f", {self._method_names()}" if self.methods else ""
         return (
-            f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}: perturbs {len(self.selected)} of "
-            f"{len(parameters)} tensors, {sum(p.numel() for _, p in self.selected):,} of "
+            f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}{methods}: perturbs {len(self.selected)} of "
+            f"{len(parameters)} tensors, {sum(p.numel() for p in self._params):,} of "
             f"{sum(p.numel() for p in parameters):,} parameters")
+
+    def _method_names(self) -> str:
+        return " and ".join(method.name for method in self.methods)
+
+    @property
+    def sharing(self) -> str | None:
+        """Whether both passes share a part of the forward, or why not, in words; None before it is known."""
+        return self._sharing.said
+
+    # When, and what is kept from one update to the next.
+
+    def begin(self, epoch: int, update: int, samples: Samples | None = None) -> None:
+        """Says where training is, before the first (micro-)batch of an update.
+
+        A loop may leave it out: SAM counts updates itself, but knows no epochs then.
+
+        Args:
+            epoch: From 0.
+            update: Of all updates, from 0.
+            samples: Gives functions that compute the loss of single training samples, for methods that need them.
+        """
+        self._when.begin(epoch, update)
+        self._descent.reset()
+        self._ascent.prepare(self.at, samples)
+
+    @property
+    def at(self) -> At:
+        """Where training is."""
+        return self._when.at(self._group.rank)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether this update is perturbed, or plain.
+
+        Raises:
+            ValueError: It depends on the epoch, and :meth:`begin` was not called.
+        """
+        return self._when.perturbs
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of the base optimizer's parameters."""
+        super().zero_grad(set_to_none)
+        self._when.m_batch = 0
+
+    def method_state_dict(self) -> dict[str, Any]:
+        """What the methods keep from one update to the next, by stage; empty for SAM itself."""
+        return self._stages.state_dict()
+
+    def load_method_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`method_state_dict` gave. What it lacks starts as new."""
+        self._stages.load_state_dict(state)
 
     # The step, in the three forms that loops need.
 
@@ -240,19 +261,32 @@ class SAM(torch.optim.Optimizer):
         """
         if closure is not None:
             with torch.enable_grad():
-                with self.ascent():
-                    loss = closure()
-                with self.perturbed():
-                    loss_perturbed = closure()
-            self._record(loss, loss_perturbed)
+                self._by_closure(closure)
         elif self._stepped:
             raise ValueError(
                 "SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) "
                 "before it, or use SAM.minimize(loss_fn)")
         self.optimizer.step()
         self._stepped = True
+        self._when.end_of_update()
+        self._descent.reset()
         assert self.stats is not None
         return self.stats.loss
+
+    def _by_closure(self, closure: Callable[[], Tensor]) -> None:
+        if self._stages.rows is not None:
+            raise ValueError(f"closure: {self._method_names()} chooses samples, which a closure cannot; use "
+                             f"SAM.minimize(loss_fn)")
+        if not self.perturbs:
+            loss = closure()
+            self._descent.finish_plain(self.at, True)
+            self._record(loss)
+            return
+        with self.ascent():
+            loss = closure()
+        with self._perturbed(True, accumulate=False):
+            loss_perturbed = closure()
+        self._record(loss, loss_perturbed)
 
     def backward(
             self,
@@ -261,132 +295,89 @@ class SAM(torch.optim.Optimizer):
             ascent_fn: LossFn | None = None,
             weigh: Callable[[Tensor], Tensor] | None = None,
             scaler: torch.amp.GradScaler | None = None,
+            last: bool = True,
     ) -> Tensor:
         """Both passes of one (micro-)batch: what ``loss_fn().backward()`` is in a plain loop.
 
         Adds G to ``.grad`` and leaves the weights as they were, so clipping, GradScaler and gradient accumulation go
-        on from there as without SAM. Under accumulation each call has its own eps (mSAM); wrap all but the last call
-        in ``ddp.no_sync()`` as usual.
+        on from there as without SAM. Under accumulation each call has its own eps (mSAM). In an update that is not
+        perturbed (``every``, ``start``, ``end``) it is one plain backward pass.
 
         Args:
-            loss_fn: Computes the mean loss of the batch, a 0-dim tensor. It is called twice.
+            loss_fn: Computes the mean loss of the batch, a 0-dim tensor. It is called twice. Where a method chooses
+                samples: takes their positions or None, and returns the losses of those samples or of all, (m,).
             ascent_fn: Computes the loss that g is taken of, where that is another one, as of a part of the batch; then
                 ``loss_fn`` is called once, and nothing is shared between the passes.
             weigh: Applied to the loss at w + eps before its backward, e.g. ``lambda loss: loss / accumulation_steps``.
                 The ascent uses the loss as it is: eps does not depend on such factors.
             scaler: Its loss scale is applied in both passes and divided out of g.
+            last: Whether this is the last micro-batch of the update. False synchronizes nothing, like
+                ``ddp.no_sync()`` around the call.
 
         Returns:
             The loss at w (of ``ascent_fn``, if given), detached, not weighed.
 
         Raises:
-            ValueError: The loss does not depend on any selected parameter.
+            ValueError: The loss does not depend on any selected parameter, or a method does not go with ``ascent_fn``.
         """
-        devices = {p.device for _, p in self.selected}
-        if not self._checkpointed and is_checkpointed(self._model):  # since SAM was built
-            self._checkpointed, self._shared = True, None
-            self.sharing = "two full forwards per update: gradient checkpointing computes the forward again"
-        recording = None if self._shared is None or ascent_fn is not None else Recording(self._shared, devices)
-        with torch.enable_grad():
-            loss = self._ascend(ascent_fn or loss_fn, scaler, recording)
-            with self.perturbed():
-                loss_perturbed = self._second_forward(loss_fn, recording)
+        with torch.enable_grad(), nullcontext() if last else self._group.no_sync():
+            if not self.perturbs:
+                loss = self._losses.at_w(loss_fn)
+                self._backpropagate(loss, weigh, scaler)
+                self._descent.finish_plain(self.at, last and self._group.synchronizes)
+                self._when.m_batch += 1
+                return self._record(loss)
+            if ascent_fn is not None and (self._descent.needs_g or self._stages.rows is not None):
+                raise ValueError(f"ascent_fn: {self._method_names()} needs the gradient of the whole batch at w")
+            recording = None if ascent_fn is not None else self._sharing.record()
+            loss = self._ascend(ascent_fn or loss_fn, weigh, scaler, recording)
+            with self.perturbed(last=last):
+                loss_perturbed = self._sharing.answer(
+                    lambda: self._losses.at_perturbed(loss_fn), recording, self._norms[1])
                 del recording
-                weighed = loss_perturbed if weigh is None else weigh(loss_perturbed)
-                (weighed if scaler is None else scaler.scale(weighed)).backward(create_graph=self._second_order)
+                self._backpropagate(loss_perturbed, weigh, scaler)
         return self._record(loss, loss_perturbed)
 
-    def _ascend(self, loss_fn: LossFn, scaler: torch.amp.GradScaler | None, recording: Recording | None) -> Tensor:
+    def _ascend(self, loss_fn: LossFn, weigh: Callable[[Tensor], Tensor] | None, scaler: torch.amp.GradScaler | None,
+                recording: Recording | None) -> Tensor:
         # in a function of its own, so that nothing of the first graph but what is shared is alive in the second forward
-        scale = None if scaler is None else scaler.scale(torch.ones((), device=self.selected[0][1].device))
-        with self._ascent(scale, recording):
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=self._params[0].device))
+        with self._at_w(scale, recording) as wanted:
             with nullcontext() if recording is None else recording.record():
-                loss = loss_fn()
+                loss = self._losses.at_w(loss_fn)
             if not loss.requires_grad:
                 raise ValueError(
                     f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
-                    f"({self.selected[0][0]}, ...): select others by params (--sam-params) or filter (--sam-filter)")
+                    f"({self.selected[0][0]}, ...): select others by params or filter")
             scaled = loss if scaler is None else scaler.scale(loss)
-            if self._checkpointed:  # reentrant checkpoints know backward() only
+            if self._sharing.checkpointed:  # reentrant checkpoints know backward() only
                 scaled.backward()
             else:  # leaves the graph of the shared part alone, and DDP's hooks on the parameters asleep
-                params = [p for _, p in self.selected if p.requires_grad]
+                params = [p for p in wanted if p.requires_grad]
                 for p, grad in zip(params, torch.autograd.grad(scaled, params, allow_unused=True)):
                     p.grad = grad
+            self._weight = slope(weigh, loss) if self._descent.needs_g and weigh is not None else None
         return loss.detach()
 
-    def _second_forward(self, loss_fn: LossFn, recording: Recording | None) -> Tensor:
-        """The loss at w + eps, with what the first pass has computed already."""
-        if recording is None:
-            return loss_fn()
-        reason = recording.why_not()
-        if not reason and self._checks and recording.uses_perturbed():
-            reason, self._shared = "perturbed parameters are used below the module that owns them", None
-        if reason:
-            if self._checks:
-                self.sharing = f"two full forwards per update: {reason}"
-            if not recording.outputs:  # nor will there be any next time
-                self._shared = None
-            recording.clear()
-            return loss_fn()
-        check = self._checks > 0
-        state = RandomState(recording.devices) if check else None
-        with recording.replay(check):
-            loss = loss_fn()
-        mismatch = ""
-        if state is not None:
-            assert self._norms is not None
-            # without a perturbation, one update proves little
-            mismatch, last_check = self._on_all_ranks(recording.mismatch, bool(self._norms[1] > 0))
-            self._checks = 0 if last_check else self._checks - 1
-        if state is not None and mismatch:
-            self._shared = None
-            self.sharing = f"two full forwards per update: {mismatch}"
-            del loss
-            recording.clear()
-            state.restore()
-            torch.clear_autocast_cache()  # casts that were made for the check have no graph
-            for ddp in self._ddp:  # it shares buffers between two forwards, which other ranks may not have to repeat
-                ddp.require_forward_param_sync = False
-            return loss_fn()
-        if check:
-            total = sum(p.numel() for p in self._model.parameters())
-            self.sharing = (f"one forward for both passes through {recording.describe()}, "
-                            f"{recording.parameters():,} of {total:,} parameters")
-        return loss
+    def _backpropagate(self, loss: Tensor, weigh: Callable[[Tensor], Tensor] | None,
+                       scaler: torch.amp.GradScaler | None) -> None:
+        weighed = loss if weigh is None else weigh(loss)
+        (weighed if scaler is None else scaler.scale(weighed)).backward(create_graph=self._passes.second_order)
 
-    def _on_all_ranks(self, mismatch: str, perturbed: bool) -> tuple[str, bool]:
-        """A mismatch on any rank, and whether all had a perturbation: layers that synchronize need the same calls."""
-        if not in_group() or not any(isinstance(m, nn.SyncBatchNorm) for m in self._norm_layers):
-            return mismatch, perturbed
-        found = torch.tensor([bool(mismatch), not perturbed], dtype=torch.int32, device=self.selected[0][1].device)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group())
-        other, unperturbed = found.tolist()
-        return mismatch or ("a module on another rank does not repeat its output" if other else ""), not unperturbed
-
-    def _group(self) -> Any:
-        return self._ddp[0].process_group if self._ddp else None
-
-    @contextmanager
-    def _no_sync(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for ddp in self._ddp:
-                stack.enter_context(ddp.no_sync())
-            yield
-
-    def _record(self, loss: Tensor, loss_perturbed: Tensor) -> Tensor:
-        assert self._norms is not None
-        self.stats = Stats(loss.detach(), loss_perturbed.detach(), *self._norms)
+    def _record(self, loss: Tensor, loss_perturbed: Tensor | None = None) -> Tensor:
+        measured = () if loss_perturbed is None else (loss_perturbed.detach(), *self._norms)
+        self.stats = Stats(loss.detach(), *measured)
         self._stepped = False
         return self.stats.loss
 
     # The two halves.
 
-    def ascent(self, grad_scale: None | float | Tensor = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def ascent(self, grad_scale: None | float | Tensor = None) -> Iterator[None]:
         """The pass at w: run the loss's forward and backward inside; on the way out eps is computed.
 
-        Inside, parameters outside S do not require gradients, gradients are not synchronised, and the selected
-        parameters' ``.grad`` starts empty; all three are as before afterwards.
+        Inside, parameters whose gradient is not needed do not require gradients, gradients are not synchronised, and
+        the ``.grad`` of the others starts empty; all three are as before afterwards.
 
         Args:
             grad_scale: Factor that the gradient carries (a loss scale), divided out of g.
@@ -394,108 +385,57 @@ class SAM(torch.optim.Optimizer):
         Raises:
             ValueError: No gradient arrived in any selected parameter.
         """
-        return self._ascent(grad_scale, None)
+        with self._at_w(grad_scale, None):
+            yield
 
     @contextmanager
-    def _ascent(self, grad_scale: None | float | Tensor, recording: Recording | None) -> Iterator[None]:
-        params = [p for _, p in self.selected]
-        # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
-        others = {p for group in self.param_groups for p in group["params"]}.difference(params)
-        frozen = [p for p in others.union(self._outside) if p.requires_grad]
-        accumulated = [p.grad for p in params]
-        self._eps = None
-        self._rng = RandomState({p.device for p in params})
-        for p in params:
-            p.grad = None
-        if recording is None:
-            _set_requires_grad(frozen, False)
-        else:  # what is shared needs the graph to its own weights
-            recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
-        try:
-            with self._no_sync():
-                yield
-            self._compute_eps(params, grad_scale)
-        finally:
-            _set_requires_grad(frozen, True)
-            for p, grad in zip(params, accumulated):
-                p.grad = grad
-            # weights cast inside an autocast region around both passes are stale in the second
-            torch.clear_autocast_cache()
-
-    @torch.no_grad()
-    def _compute_eps(self, params: list[nn.Parameter], grad_scale: None | float | Tensor) -> None:
-        grads = [p.grad for p in params]
-        if all(g is None for g in grads):
+    def _at_w(self, grad_scale: Scale, recording: Recording | None) -> Iterator[Sequence[nn.Parameter]]:
+        self._eps = self._weight = None
+        self._ascent.prepare(self.at, None)
+        drawn = self._ascent.draw(self.at)
+        wanted = self._passes.trainable() if self._stages.full_ascent else drawn
+        with self._passes.at_w(wanted, recording) as grads:  # A
+            yield wanted
+        found = self._ascent.of_selected(wanted, grads)
+        if all(grad is None for grad in found):
             raise ValueError(
-                f"no gradient reached any of the {len(params)} perturbed parameters ({self.selected[0][0]}, ...): the "
-                f"closure must call backward(), on a loss that depends on them")
-        dense = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
-        if grad_scale is not None:
-            inverse = torch.as_tensor(1.0 / grad_scale)
-            dense = by_factor(torch._foreach_mul, at_least_float32(dense), inverse)
-        if self.sync:
-            dense = self._averaged(dense)
-        eps, grad_norm = perturbation(self.variant, params, dense, self.rho, self.eta, self._is_weight)
+                f"no gradient reached any of the {len(self._params)} perturbed parameters ({self.selected[0][0]}, "
+                f"...): the closure must call backward(), on a loss that depends on them")
+        if self._descent.needs_g:
+            kept = (wanted, grads) if self._stages.full_ascent else (self._params, found)
+            self._descent.keep(*kept, grad_scale, self._weight)
+        g = self._ascent.true(found, grad_scale, self.sync)
+        rho = self._ascent.radius(self.at, self.rho, self.param_groups)
+        self._eps, grad_norm = self._ascent.eps(self.variant, g, rho, self.eta)  # B, C
         self.nonfinite = self.nonfinite.to(grad_norm.device) + ~torch.isfinite(grad_norm)
-        self._norms = grad_norm, global_norm(eps)
-        self._eps = eps
-
-    def _averaged(self, grads: list[Tensor]) -> list[Tensor]:
-        """The mean over all ranks, by one collective; the gradients themselves without a process group."""
-        if not in_group():
-            return grads
-        group = self._group()
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        torch.distributed.all_reduce(flat, group=group)
-        flat /= torch.distributed.get_world_size(group)
-        return [part.view_as(g).to(g.dtype) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        self._norms = grad_norm, global_norm(self._eps)
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, *, last: bool = True) -> Iterator[None]:
         """The pass at w + eps: run the loss's forward and backward inside; w is copied back on the way out.
+
+        Args:
+            last: As for :meth:`backward`, for methods; gradients synchronize as the loop says.
 
         Raises:
             ValueError: :meth:`ascent` did not run before.
         """
-        eps, rng = self._eps, self._rng
-        if eps is None or rng is None:
+        with self._perturbed(last, accumulate=True):
+            yield
+
+    @contextmanager
+    def _perturbed(self, last: bool, accumulate: bool) -> Iterator[None]:
+        eps, last = self._eps, last and self._group.synchronizes
+        if eps is None:
             raise ValueError("SAM.perturbed() needs an eps: run the loss and its backward() inside SAM.ascent() first")
-        self._eps = self._rng = None
-        params = [p for _, p in self.selected]
-        buffers = []
-        if self.bn_stats == "clean":  # the running statistics, to be put back after the pass
-            buffers = [b for m in self._norm_layers if m.training for b in m.buffers(recurse=False)]
-        self._weights.save(params)
-        self._statistics.save(buffers)
-        try:
-            with torch.no_grad():
-                torch._foreach_add_(params, converted(eps, [p.dtype for p in params]))
-            del eps
-            rng.restore()
-            with _keep_graph_valid([*params, *buffers]) if self._second_order else nullcontext():
-                yield
-        finally:
-            self._weights.restore()
-            self._statistics.restore()
-            torch.clear_autocast_cache()
-
-
-def _keep_graph_valid(tensors: list[Tensor]) -> AbstractContextManager:
-    """Makes the graph of the pass inside keep copies of ``tensors``, which are about to change back."""
-    storages = {t.untyped_storage().data_ptr() for t in tensors}
-
-    def pack(saved: Tensor) -> Tensor:
-        return saved.clone() if saved.untyped_storage().data_ptr() in storages else saved
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
-
-
-def _set_requires_grad(params: list[nn.Parameter], value: bool) -> None:
-    for p in params:
-        p.requires_grad_(value)
+        self._eps = None
+        with self._descent.alone(accumulate), self._passes.at_perturbed(eps):  # E, around D
+            yield
+        self._descent.finish(self.at, last)
+        self._when.m_batch += 1
 
 
 def _check_number(name: str, value: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} (--sam-{name}) must be a finite number >= 0")
+        raise ValueError(f"{name}={value!r} must be a finite number >= 0")

@@ -52,12 +52,11 @@ def _class_names() -> set[str]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        inner = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else getattr(
+            model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def select_parameters(
@@ -81,11 +80,11 @@ def select_parameters(
         ValueError: ``params`` is unknown, ``filter`` is no regular expression, or nothing is selected.
     """
     if params not in SELECTIONS:
-        raise ValueError(f"params={params!r} (--sam-params) is unknown: use one of {', '.join(SELECTIONS)}")
+        raise ValueError(f"params={params!r} is unknown: use one of {', '.join(SELECTIONS)}")
     try:
         pattern = None if filter is None else re.compile(filter)
     except (re.error, TypeError) as e:
-        raise ValueError(f"filter={filter!r} (--sam-filter) is not a regular expression: {e}") from None
+        raise ValueError(f"filter={filter!r} is not a regular expression: {e}") from None
 
     model = unwrap(model)
     norm_ids = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
@@ -94,12 +93,12 @@ def select_parameters(
     candidates = [(n, p) for n, p in trainable if keep[params](p)]
     if not candidates:
         raise ValueError(
-            f"params={params!r} (--sam-params) selects nothing in {type(model).__name__}: its trainable parameters "
+            f"params={params!r} selects nothing in {type(model).__name__}: its trainable parameters "
             f"belong to {_owners(model)}; use params='{_alternative(params)}' or another model")
     selected = candidates if pattern is None else [(n, p) for n, p in candidates if pattern.search(n)]
     if not selected:
         raise ValueError(
-            f"filter={filter!r} (--sam-filter) matches none of the {len(candidates)} parameters of "
+            f"filter={filter!r} matches none of the {len(candidates)} parameters of "
             f"params={params!r}: {_examples([n for n, _ in candidates])}")
     return selected
 

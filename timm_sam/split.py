@@ -19,7 +19,7 @@ from .random_state import RandomState
 from .selection import unwrap
 
 # before, dynamo may run the second pass with the graph of the first, which has no gradients of what is not perturbed
-WHOLE_GRAPHS_WORK = torch.__version__ >= (2, 12)
+WHOLE_GRAPHS_WORK = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 Compiler = Callable[[GraphModule, list[Any]], Callable]
 Around = Callable[[nn.Module, Callable], Callable]
@@ -44,8 +44,9 @@ def compile_split(model: nn.Module, backend: str | Compiler = "inductor", mode: 
     # dynamo keeps graphs by code object, and gives up on one that has many: so each model has one of its own
     region.__code__ = region.__code__.replace(co_name=f"call_{type(module).__name__}")
     splitter = Splitter(_compiler(backend, mode))
-    module._compiled_call_impl = torch.compile(region, backend=splitter)
-    module._compiled_call_impl.splitter = splitter
+    compiled: Any = torch.compile(region, backend=splitter)
+    compiled.splitter = splitter
+    module._compiled_call_impl = compiled
 
 
 def _compiler(backend: str | Compiler, mode: str | None) -> Compiler:

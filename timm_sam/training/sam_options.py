@@ -11,8 +11,9 @@ from torch import nn
 from ..cli.errors import OptionError
 from ..cli.parser import epoch, fraction, non_negative, positive_int
 from ..cli.rules import flag
+from ..passes import BN_STATS
 from ..perturbation import VARIANTS
-from ..sam import BN_STATS, SAM
+from ..sam import SAM
 from ..selection import SELECTIONS
 
 _logger = logging.getLogger("train")

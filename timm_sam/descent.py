@@ -1,0 +1,150 @@
+"""What becomes of the two gradients: stage E for each m-batch, and what methods do once for each update."""
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .group import Group
+from .methods.stages import At, Stages
+from .multi_tensor import add_, at_least_float32, by_factor, copy_
+from .passes import Passes
+from .perturbation import global_norm
+
+
+class Descent:
+    """Holds g of an m-batch until G is there, and its mean until the update is done; does nothing for empty slots.
+
+    DDP: where stage E is used, the pass at w + eps synchronizes nothing, since the mean of the ranks' G would be too
+    early; after the last m-batch the ranks' G' are averaged by one collective of the size that DDP's are together.
+
+    Args:
+        stages: The slots.
+        passes: Whose parameters are trained.
+        group: The ranks.
+        sync: Whether g, and with it G, is averaged over all ranks before it is used.
+
+    Attributes:
+        needs_g: Whether any slot asks for g after the pass at w.
+    """
+
+    def __init__(self, stages: Stages, passes: Passes, group: Group, sync: bool) -> None:
+        self.needs_g = stages.full_ascent or bool(stages.observers)
+        self._stages = stages
+        self._passes = passes
+        self._group = group
+        self._sync = sync
+        self._averages = sync or bool(group.ddp)
+        self._params: list[nn.Parameter] = []
+        self._g: list[Tensor] = []
+        self._scale: float | Tensor | None = None
+        self._weight: Tensor | None = None
+        self._mean: list[Tensor] = []
+
+    def keep(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], scale: float | Tensor | None,
+             weight: Tensor | None) -> None:
+        """Keeps g of an m-batch.
+
+        Args:
+            params: Whose gradients they are, the selected parameters first.
+            grads: As the pass at w left them; None: zero.
+            scale: Loss scale that they carry.
+            weight: Share of the m-batch in the update, which G carries and they do not; None: 1.
+        """
+        self._params = list(params)
+        g = at_least_float32([torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)])
+        if self._sync:
+            weight = torch.ones((), device=g[0].device) if weight is None else weight
+            *g, weight = self._group.mean([*g, weight.reshape(1)])
+            weight = weight.reshape(())
+        self._g, self._scale, self._weight = g, scale, weight
+
+    @contextmanager
+    def alone(self, accumulate: bool = True) -> Iterator[None]:
+        """The pass at w + eps: on the way out ``.grad`` holds what it held before, and G' of this m-batch.
+
+        Args:
+            accumulate: Whether what was there before stays.
+        """
+        if self._stages.combine is None:
+            yield
+            return
+        before = [p.grad for p in self._params]
+        for p in self._params:
+            p.grad = None
+        try:
+            with self._group.no_sync():
+                yield
+        except BaseException:
+            for p, grad in zip(self._params, before):
+                p.grad = grad
+            raise
+        self._combine(before if accumulate else [None] * len(before))
+
+    @torch.no_grad()
+    def _combine(self, before: Sequence[Tensor | None]) -> None:
+        assert self._stages.combine is not None
+        g = self._g if self._weight is None else by_factor(torch._foreach_mul, self._g, self._weight)
+        for p in self._params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        found = [p.grad for p in self._params if p.grad is not None]
+        G = at_least_float32(found)
+        if self._sync:
+            G = self._group.mean(G)
+        copy_(found, self._stages.combine(g, G))
+        pairs = [(old, new) for old, new in zip(before, found) if old is not None]
+        add_([old for old, _ in pairs], [new for _, new in pairs])
+        for p, old in zip(self._params, before):
+            if old is not None:
+                p.grad = old
+
+    @torch.no_grad()
+    def finish(self, at: At, last: bool) -> None:
+        """After both passes of an m-batch; ``last`` of its update."""
+        stages = self._stages
+        if stages.observers or stages.correct is not None:
+            self._add_to_mean()
+        self._g, self._weight = [], None
+        if not last:
+            return
+        if stages.combine is not None:
+            if not self._sync:
+                self._group.average_gradients(self._params)
+            self._group.end_of_backward()
+        if self._mean:
+            mean = self._group.mean(self._mean) if self._averages and not self._sync else self._mean
+            self._mean = []
+            selected = mean[:len(self._passes.params)]
+            usable = torch.isfinite(global_norm(selected))
+            for slot in stages.observers:
+                slot.observe(selected, usable)
+            self._correct(at, mean)
+
+    @torch.no_grad()
+    def finish_plain(self, at: At, last: bool) -> None:
+        """After the backward pass of an m-batch of a plain update."""
+        if last:
+            self._correct(at, None)
+
+    def _correct(self, at: At, mean: list[Tensor] | None) -> None:
+        if self._stages.correct is None:
+            return
+        params = self._passes.trainable()
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._stages.correct(at, mean, [p.grad for p in params if p.grad is not None])
+
+    def _add_to_mean(self) -> None:
+        factor = torch.ones(()) if self._weight is None else self._weight
+        factor = factor if self._scale is None else factor / self._scale
+        share = by_factor(torch._foreach_mul, self._g, factor)
+        if self._mean:
+            add_(self._mean, share)
+        else:
+            self._mean = share
+
+    def reset(self) -> None:
+        """Forgets an update that was begun."""
+        self._g, self._mean, self._weight = [], [], None

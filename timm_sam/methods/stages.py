@@ -1,0 +1,211 @@
+"""The stages of an update that a method may change, and methods as what fills them.
+
+    A  g   = dL/dw at w                       of the selected parameters S; of all of them where stage E needs it
+    B  d   = direction(g)                     else d = g
+    C  eps = radius * T^2 mask(d) / N         N = ||T d|| or ||T mask(d)||
+    D  G   = dL/dw at w + eps                 of the samples that rows chooses, else of all of the m-batch
+    E  G'  = combine(g, G)                    else G' = G; correct acts once an update on the mean of G'
+    w  <- base step with the mean of G' over m-batches and ranks
+
+A slot that is empty costs nothing. What a slot is given are lists of tensors, one per parameter, float32 or wider, on
+the model's devices; nothing in a slot may read the device, draw from torch's global generators or change what it is
+given. State is made of values that are the same on all ranks (``observe`` and ``correct`` are given means), so it is
+the same on all ranks; ``state_dict`` and ``load_state_dict`` put it into checkpoints.
+"""
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Tensors = list[Tensor]
+Groups = Sequence[dict[str, Any]]
+# ``samples(n)`` gives n functions, each of which computes the loss of one training sample
+Samples = Callable[[int], Iterable[Callable[[], Tensor]]]
+
+
+class At(NamedTuple):
+    """Where training is: enough to seed every draw of a method.
+
+    Attributes:
+        epoch: From 0.
+        update: Of all updates, from 0.
+        m_batch: Of the update's m-batches, from 0.
+        seed: Of the run.
+        rank: Of this process.
+    """
+
+    epoch: int
+    update: int
+    m_batch: int
+    seed: int
+    rank: int
+
+
+class Radius(Protocol):
+    """The radius of an update."""
+
+    def bind(self, rho: float, groups: Groups) -> None:
+        """Looks at SAM's rho and the base optimizer's groups once, when SAM is built.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+
+    def __call__(self, at: At, rho: float, groups: Groups) -> float:
+        """The radius of this update.
+
+        Args:
+            at: Where training is.
+            rho: SAM's.
+            groups: The base optimizer's, with the learning rates of this update.
+        """
+
+
+class Direction(Protocol):
+    """What eps points along."""
+
+    def __call__(self, g: Tensors) -> Tensors:
+        """d of an m-batch from its g over the selected parameters, true to scale. g has to stay as it is."""
+
+    def observe(self, mean: Tensors, usable: Tensor) -> None:
+        """After each perturbed update, with the mean of g over its m-batches and all ranks.
+
+        Args:
+            mean: Of the selected parameters.
+            usable: 0-dim, whether all of it is finite; else state must stay as it is.
+        """
+
+
+class Mask(Protocol):
+    """Which elements of the selected parameters are perturbed.
+
+    Attributes:
+        full: Whether eps is normalized by ||T d||, so that it gets shorter by the mask; else by ||T mask(d)||.
+    """
+
+    full: bool
+
+    def prepare(self, at: At, samples: Samples | None) -> None:
+        """Before the first update of each epoch.
+
+        Args:
+            at: Where training is.
+            samples: Of the training set, where the loop offers them.
+        """
+
+    def draw(self, at: At, count: int) -> Sequence[bool] | None:
+        """Which of the ``count`` selected tensors take part in an m-batch at all; None: all of them.
+
+        No gradient at w is computed of the others.
+        """
+
+    def apply(self, d: Tensors) -> Tensors:
+        """d with zeros where nothing is perturbed."""
+
+    def observe(self, mean: Tensors, usable: Tensor) -> None:
+        """As that of :class:`Direction`."""
+
+
+class Rows(Protocol):
+    """Which samples of an m-batch the pass at w + eps takes."""
+
+    def __call__(self, before: Tensor, after: Tensor) -> Tensor:
+        """Positions of samples, 1-dim and int64, from the losses (m,) at w and at w + eps."""
+
+
+class Combine(Protocol):
+    """The gradient of an m-batch from those of both passes, over all trained parameters."""
+
+    def __call__(self, g: Tensors, G: Tensors) -> Tensors:
+        """G', homogeneous of degree 1 in (g, G): both carry the same factor, such as a loss scale.
+
+        Where g or G is not finite, it is G itself.
+        """
+
+
+class Correct(Protocol):
+    """What is done to the mean gradient of an update, plain updates included, before unscaling and clipping."""
+
+    def __call__(self, at: At, mean: Tensors | None, grads: Tensors) -> None:
+        """Changes ``grads`` in place.
+
+        Args:
+            at: Where training is.
+            mean: Of g, over m-batches and ranks and all trained parameters; None after a plain update.
+            grads: The gradients that the base optimizer is about to get, with the loss scale, if there is one.
+        """
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A slot that keeps something from one update to the next."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The slots, each empty or filled."""
+
+    radius: Radius | None = None
+    direction: Direction | None = None
+    mask: Mask | None = None
+    rows: Rows | None = None
+    combine: Combine | None = None
+    correct: Correct | None = None
+
+    @property
+    def full_ascent(self) -> bool:
+        """Whether g has to be that of all trained parameters, not only of the selected ones."""
+        return self.combine is not None or self.correct is not None
+
+    @property
+    def observers(self) -> list[Direction | Mask]:
+        """What looks at the mean of g after an update."""
+        return [slot for slot in (self.direction, self.mask) if slot is not None]
+
+    def filled(self) -> dict[str, Any]:
+        """Name -> slot, of those that are not empty."""
+        slots = {f.name: getattr(self, f.name) for f in fields(Stages)}
+        return {name: slot for name, slot in slots.items() if slot is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the slots keep, by slot; empty if they keep nothing."""
+        return {name: slot.state_dict() for name, slot in self.filled().items() if isinstance(slot, Stateful)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Gives the slots what they kept; one of which there is nothing starts as new."""
+        for name, slot in self.filled().items():
+            if isinstance(slot, Stateful) and name in state:
+                slot.load_state_dict(state[name])
+
+
+@dataclass(frozen=True)
+class Method(Stages):
+    """A method: the slots that it fills, and what it is called.
+
+    Attributes:
+        name: Of the method, and its parameters, as in ``gsam(alpha=0.4, rho_min=0)``.
+    """
+
+    name: str = ""
+
+
+def merged(methods: Sequence[Method]) -> Stages:
+    """All slots that some methods fill.
+
+    Raises:
+        ValueError: Two of them fill the same one.
+    """
+    slots: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for method in methods:
+        for name, slot in method.filled().items():
+            if name in slots:
+                raise ValueError(f"method: {owners[name]} and {method.name} both decide the {name} of an update; "
+                                 f"leave one of them out")
+            slots[name], owners[name] = slot, method.name
+    return Stages(**slots)

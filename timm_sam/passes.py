@@ -1,0 +1,144 @@
+"""The two passes of SAM over one m-batch, and all that must be as before after each of them.
+
+What goes wrong around SAM, and is handled here: gradients of parameters that are not perturbed (not computed at w),
+accumulated gradients (never part of g), BatchNorm's statistics (from the pass at w only), dropout masks (the same in
+both passes), exact restoration (w copied back), stale casts of autocast.
+"""
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .group import Group
+from .multi_tensor import Backup, add_, converted
+from .random_state import RandomState
+from .recording import Recording
+from .selection import is_norm
+
+BN_STATS = ("clean", "both")
+
+
+class Passes:
+    """What surrounds the forward and backward passes of one model.
+
+    Args:
+        optimizer: The base optimizer.
+        model: The model.
+        params: The selected parameters w_S.
+        bn_stats: Which passes update running statistics, of ``BN_STATS``.
+        group: Who must not synchronize at w.
+
+    Attributes:
+        second_order: Whether the base optimizer differentiates the gradient again in its step (AdaHessian).
+        norm_layers: The normalization layers of the model.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, params: Sequence[nn.Parameter],
+                 bn_stats: str, group: Group) -> None:
+        self.optimizer = optimizer
+        self.params = list(params)
+        chosen = {id(p) for p in self.params}
+        self.outside = [p for p in model.parameters() if id(p) not in chosen]
+        self.second_order = bool(getattr(optimizer, "is_second_order", False))
+        self.norm_layers = [m for m in model.modules() if is_norm(m)]
+        self.bn_stats = bn_stats
+        self.group = group
+        self._weights, self._statistics = Backup(), Backup()
+        self._random_state: RandomState | None = None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The selected parameters, then all others that are trained: the model's, and what else the optimizer has."""
+        theirs = [p for group in self.optimizer.param_groups for p in group["params"]]
+        others = [p for p in dict.fromkeys([*self.outside, *theirs]) if p.requires_grad]
+        chosen = {id(p) for p in self.params}
+        return [*self.params, *(p for p in others if id(p) not in chosen)]
+
+    @contextmanager
+    def at_w(self, wanted: Sequence[nn.Parameter], recording: Recording | None = None) -> Iterator[list[Tensor | None]]:
+        """The pass at w: run forward and backward inside.
+
+        Inside, nothing but ``wanted`` and the selected parameters requires gradients, no gradient is synchronized, and
+        their ``.grad`` is empty at first; all three are as before afterwards.
+
+        Args:
+            wanted: Whose gradients are asked for.
+            recording: What keeps the part below the first perturbed layer, whose own graph is needed later.
+
+        Yields:
+            A list that holds the gradients of ``wanted`` afterwards, None where none arrived.
+        """
+        # selected ones that are not wanted this time stay as they are: a compiled graph would be compiled anew
+        touched = list(dict.fromkeys([*self.params, *wanted]))
+        # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
+        others = {p for group in self.optimizer.param_groups for p in group["params"]}
+        frozen = [p for p in others.union(self.outside).difference(touched) if p.requires_grad]
+        accumulated = [p.grad for p in touched]
+        self._random_state = RandomState({p.device for p in self.params})
+        grads: list[Tensor | None] = []
+        for p in touched:
+            p.grad = None
+        if recording is None:
+            _set_requires_grad(frozen, False)
+        else:  # what is shared needs the graph to its own weights
+            recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
+        try:
+            with self.group.no_sync():
+                yield grads
+            grads += [p.grad for p in wanted]
+        finally:
+            _set_requires_grad(frozen, True)
+            for p, grad in zip(touched, accumulated):
+                p.grad = grad
+            # weights cast inside an autocast region around both passes are stale in the second
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def at_perturbed(self, eps: list[Tensor]) -> Iterator[None]:
+        """The pass at w + eps: run forward and backward inside; w is copied back on the way out.
+
+        Args:
+            eps: One tensor per selected parameter; emptied, so that its memory is free during the pass.
+
+        Raises:
+            ValueError: There was no pass at w before.
+        """
+        if self._random_state is None:
+            raise ValueError("there was no pass at w before that at w + eps")
+        buffers = []
+        if self.bn_stats == "clean":  # the running statistics, to be put back after the pass
+            buffers = [b for m in self.norm_layers if m.training for b in m.buffers(recurse=False)]
+        self._weights.save(self.params)
+        self._statistics.save(buffers)
+        try:
+            with torch.no_grad():
+                add_(self.params, converted(eps, [p.dtype for p in self.params]))
+            eps.clear()
+            self.rewind()
+            with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
+                yield
+        finally:
+            self._random_state = None
+            self._weights.restore()
+            self._statistics.restore()
+            torch.clear_autocast_cache()
+
+    def rewind(self) -> None:
+        """Sets the random generators to where the pass at w began."""
+        assert self._random_state is not None
+        self._random_state.restore()
+
+
+def _keep_graph_valid(tensors: Sequence[Tensor]) -> AbstractContextManager:
+    """Makes the graph of the pass inside keep copies of ``tensors``, which are about to change back."""
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+
+    def pack(saved: Tensor) -> Tensor:
+        return saved.clone() if saved.untyped_storage().data_ptr() in storages else saved
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
+
+
+def _set_requires_grad(params: Sequence[nn.Parameter], value: bool) -> None:
+    for p in params:
+        p.requires_grad_(value)
