@@ -56,7 +56,7 @@ def updates(monkeypatch):
     backward = SAM.backward
 
     def spy(self, *args, **kwargs):
-        perturbed.append(1)
+        perturbed.extend([1] * self.perturbs)
         return backward(self, *args, **kwargs)
 
     def note(optimizer, args, kwargs):
@@ -80,7 +80,7 @@ def script(monkeypatch):
     def change(stop=None, top1=None, loss=None, seeded=False):
         epochs = []
 
-        def train_one_epoch(run, epoch):
+        def train_one_epoch(run, epoch, *place):
             epochs.append(epoch)
             if epoch == stop:
                 raise KeyboardInterrupt
@@ -88,7 +88,7 @@ def script(monkeypatch):
                 torch.manual_seed(epoch)
                 random.seed(epoch)
                 np.random.seed(epoch)
-            return real_train(run, epoch)
+            return real_train(run, epoch, *place)
 
         def evaluate(run, model, suffix=''):
             if top1 is None and loss is None:

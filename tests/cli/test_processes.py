@@ -1,23 +1,18 @@
 """How a rank of several ends, and how all of them stop together."""
 import argparse
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from support.places import ROOT
-from support.processes import LAUNCHER
+from support.processes import run, torchrun
 
+from timm_sam.cli.processes import Process
 from timm_sam.training.preemption import Preemption
 
 FAILING = '''
 """train.py or validate.py, of which one rank fails while the other waits for it."""
 import sys
 import time
-
-sys.path.insert(0, {root!r})
 
 import torch
 
@@ -46,16 +41,13 @@ def test_failing_rank_says_why_and_ends_without_waiting_for_the_others(
     arguments = base.split() if script == 'train' else [
         '--device', 'cpu', '--model', 'test_resnet', '--data-dir', str(image_folder)]
     path = tmp_path / 'failing.py'
-    path.write_text(FAILING.format(root=str(ROOT), script=script, function=function, rank=rank, error=error,
-                                   arguments=arguments))
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    path.write_text(FAILING.format(
+        script=script, function=function, rank=rank, error=error, arguments=arguments))
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(path)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    done = run(torchrun(path), tmp_path)
     assert time.monotonic() - start < 60
-    assert done.returncode == 1 and f'exitcode  : {code}' in done.stderr
-    ours = done.stderr.split('torch/distributed/elastic')[0]  # torchrun has a traceback of its own
+    assert done.code == 1 and f'exitcode  : {code}' in done.err
+    ours = done.err.split('torch/distributed/elastic')[0]  # torchrun has a traceback of its own
     if code == 1:
         assert 'Traceback' in ours and 'RuntimeError: out of order' in ours
     else:
@@ -84,8 +76,7 @@ class Hosts:
         store = torch.distributed.HashStore()
         monkeypatch.setattr(torch.distributed.distributed_c10d, '_get_default_store', lambda: store)
         monkeypatch.setattr(torch, 'get_device_module', lambda device: argparse.Namespace(Event=lambda: Event(self)))
-        self.ranks = [Preemption(argparse.Namespace(distributed=True, rank=rank, local_rank=rank, world_size=2),
-                                         torch.device('cuda')) for rank in range(2)]
+        self.ranks = [Preemption(Process(torch.device('cuda'), rank, rank, 2, True)) for rank in range(2)]
         self.now, self.asking, self.stopped = [0, 0], 1, [None, None]
         self.noticed_by, self.after = noticed_by, after
 

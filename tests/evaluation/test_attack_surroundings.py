@@ -2,13 +2,13 @@
 import contextlib
 import copy
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from support.attack_models import convolutional, linear, pictures, predicted, run
+from support.processes import python
+from support.processes import run as run_process
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_sam.evaluation.attack.attack import Attacked, Normalized, attack
@@ -201,6 +201,7 @@ for owner in (b.cudnn.conv, b.cuda.matmul, b):
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, 'fp32_precision'), reason='this PyTorch has the old interface only')
-def test_tf32_set_by_the_new_interface_is_off_too():
+def test_tf32_set_by_the_new_interface_is_off_too(tmp_path):
     # in a process of its own: settings made by one interface make the other unreadable
-    subprocess.run([sys.executable, '-c', NEW_INTERFACE], check=True, timeout=120)
+    done = run_process(python('-c', NEW_INTERFACE), tmp_path)
+    assert done.code == 0, done.err

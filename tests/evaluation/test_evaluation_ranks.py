@@ -2,18 +2,14 @@
 import argparse
 import gc
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 from PIL import Image
-from support.places import ROOT, TESTS
-from support.processes import LAUNCHER, free_ports
+from support.places import ROOT
+from support.processes import RANKS, errors, run, run_in_turn, torchrun
 from support.validating import labelled, result, run_validate
 
 import timm_sam.evaluation.attack.robustness
@@ -24,23 +20,6 @@ from timm_sam.evaluation.ranks import Ranks, batches_of
 from timm_sam.evaluation.sets.label_spaces import LabelSpace
 from timm_sam.evaluation.sets.suites import Suite
 from timm_sam.evaluation.single import with_smaller_batches
-
-RANKS = 2
-
-def torchrun(arguments, cwd):
-    env = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(RANKS),
-         *map(str, arguments)],
-        cwd=cwd, env={**env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{TESTS}{os.pathsep}{ROOT}'},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return process.returncode, out, err
 
 
 def commands(fitted, real):
@@ -111,11 +90,7 @@ def together(fitted, real, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(timm_sam.evaluation.attack.robustness, 'attack', stopping)
         run_validate(folder, runs['continued'], fitted.base)
-    (folder / 'runs.json').write_text(json.dumps(
-        [dict(name=name, port=port, command=f'{fitted.base} {command}')
-         for port, (name, command) in zip(free_ports(len(runs)), runs.items())]))
-    code, out, err = torchrun(['-m', 'support.evaluations', 'runs.json'], folder)
-    assert code == 0, err[-3000:]
+    run_in_turn('support.evaluations', {name: f'{fitted.base} {command}' for name, command in runs.items()}, folder)
     return folder, {name: [json.loads((folder / f'{name}.{rank}.log').read_text()) for rank in range(RANKS)]
                     for name in runs}
 
@@ -189,6 +164,14 @@ def test_memory_that_is_short_on_one_rank_makes_batches_smaller_on_all(alone, to
     assert together[1]['memory_folder'][0][1] == alone[1]['memory_folder'].out
 
 
+def ends_with_one_line(done, words):
+    """The two processes have ended by a mistake in the options, and one of them has said so."""
+    lines = errors(done, 'validate.py')
+    assert done.code != 0 and done.out == '' and len(lines) == 1 and words in lines[0], done.err[-3000:]
+    # torchrun's own report of the exit codes
+    assert 'exitcode  : 2' in done.err and 'exitcode  : 1' not in done.err
+
+
 @pytest.mark.parametrize('mode', ['single', 'suites'])
 def test_unreadable_image_of_the_second_rank_is_one_line_and_code_2(fitted, tmp_path, mode):
     data = tmp_path / 'data'
@@ -198,12 +181,9 @@ def test_unreadable_image_of_the_second_rank_is_one_line_and_code_2(fitted, tmp_
     broken.write_bytes(b'no image')
     options = {'single': f'--data-dir {data} -j 1',
                'suites': f'--eval validation={data}/validation --attack l2=1 --results-file r'}[mode]
-    code, out, err = torchrun([ROOT / 'validate.py', *fitted.base.split(), *options.split()], tmp_path)
-    lines = [line for line in err.splitlines() if 'validate.py: error: ' in line]
-    assert code != 0 and out == '' and len(lines) == 1 and str(broken) in lines[0], err[-3000:]
-    # torchrun's own report of the exit codes
-    assert 'exitcode  : 2' in err and 'exitcode  : 1' not in err
-    assert 'validate.py", line' not in err
+    done = run(torchrun(ROOT / 'validate.py', *fitted.base.split(), *options.split()), tmp_path)
+    ends_with_one_line(done, str(broken))
+    assert 'validate.py", line' not in done.err
     assert not list(tmp_path.glob('r*'))
 
 
@@ -226,11 +206,8 @@ sys.exit(validate.main(sys.argv[1:]))
     ('open_suites', 'OptionError("mine")', 'error: mine')])
 def test_mistake_that_only_the_second_rank_meets_is_printed(fitted, tmp_path, function, error, words):
     (tmp_path / 'run.py').write_text(FAILS.format(function=function, error=error))
-    code, out, err = torchrun(
-        ['run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'], tmp_path)
-    lines = [line for line in err.splitlines() if 'validate.py: error: ' in line]
-    assert code != 0 and out == '' and len(lines) == 1 and words in lines[0], err[-3000:]
-    assert 'exitcode  : 2' in err and 'exitcode  : 1' not in err
+    ends_with_one_line(run(torchrun(
+        'run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'), tmp_path), words)
 
 
 # Ranks without processes
@@ -269,10 +246,10 @@ sys.exit(validate.main(sys.argv[1:]))
 
 def test_second_rank_with_one_file_less_ends_the_evaluation(fitted, tmp_path):
     (tmp_path / 'run.py').write_text(SEES)
-    code, out, err = torchrun(
-        ['run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'], tmp_path)
-    lines = [line for line in err.splitlines() if 'validate.py: error: ' in line]
-    assert code != 0 and out == '' and len(lines) == 1 and 'rank 1 does not see' in lines[0], err[-3000:]
+    ends_with_one_line(run(torchrun(
+        'run.py', *fitted.base.split(), '--eval', f'validation={fitted.data}/validation'), tmp_path),
+        'rank 1 does not see')
+
 
 def test_every_batch_is_in_one_share():
     batches = batches_of(range(23), 5)

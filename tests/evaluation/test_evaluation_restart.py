@@ -3,15 +3,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import timm
 import torch
-from support.places import ROOT
-from support.processes import LAUNCHER
+from support.processes import Process, python
 from support.validating import BASE, result, run_validate, sha256
 
 import timm_sam.evaluation.attack.robustness
@@ -310,27 +306,20 @@ from timm_sam import validate
 attack, calls = robustness.attack, []
 def hanging(*args, **kwargs):
     calls.append(1)
-    return attack(*args, **kwargs) if len(calls) < 4 else time.sleep(600)
+    if len(calls) == 4:
+        print('the fourth attack hangs', flush=True)
+        time.sleep(600)
+    return attack(*args, **kwargs)
 robustness.attack = hanging
 validate.main(sys.argv[1:])
 """
 
 
 def test_killed_process_is_gone_on_with(counted, command, whole, tmp_path):
-    env = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    process = subprocess.Popen(
-        [sys.executable, '-c', HANGS, *command.split()], cwd=tmp_path, env={**env, 'PYTHONPATH': str(ROOT)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while len(journal(tmp_path)) < 4 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    finally:
-        process.kill()
-        process.wait()
+    with Process(python('-c', HANGS, *command.split()), tmp_path) as process:
+        process.wait_for('the fourth attack hangs')
+        process.signal(signal.SIGKILL)
+        assert process.wait().code == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ['r.journal.0.jsonl'] and len(journal(tmp_path)) == 4
     result(run_validate(tmp_path, '--skip-existing', command))
     assert counted.attacks == BATCHES - 3 and files(tmp_path) == files(whole)

@@ -1,26 +1,18 @@
 """SAM on two ranks: real gloo groups under torchrun, compared with one process and with the step of reference.py.
 
-What the ranks do is in `support/ranks.py` (all scenarios in one process group) and `support/trainings.py`
-(runs of train.py in one pair of processes), so that the whole file starts torchrun three times.
+What the ranks do is in `support/ranks.py`: all scenarios in one process group, so that the whole file starts torchrun
+once.
 """
-import csv
-import json
 import math
-import os
 import re
-import shlex
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import base_step, sam_gradients
-from support.command_lines import AOT, DEIT, JSD, KD, NAFLEX, VIT
 from support.models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, buffers, weights
-from support.places import ROOT
-from support.processes import LAUNCHER, free_ports
+from support.processes import RANKS, run, torchrun
 from support.ranks import (
     BATCHES,
     CHUNKED,
@@ -29,7 +21,6 @@ from support.ranks import (
     LATE,
     MICRO_BATCHES,
     OVERFLOWS,
-    RANKS,
     RHO,
     SIZE,
     Engine,
@@ -42,35 +33,13 @@ from torch import nn
 
 from timm_sam import SAM, select_parameters
 
-SAM_ON = '--sam-variant sam --sam-rho 0.05'
-
-
-def launcher(*arguments):
-    return [sys.executable, '-m', 'torch.distributed.run', *map(str, arguments)]
-
-
-def environment():
-    plain = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    return {**plain, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT / "tests"}{os.pathsep}{ROOT}'}
-
-
-def on_two_ranks(script, *arguments, cwd):
-    done = subprocess.run(
-        launcher('--standalone', '--nproc-per-node', RANKS, '-m', script, *arguments),
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_static_graph_is_refused_because_its_first_backward_synchronizes(scenario):
-    for messages in scenario('static graph'):
-        assert len(messages) == 1 and 'build it without static_graph' in messages[0]
-
 
 @pytest.fixture(scope='session')
 def scenario(tmp_path_factory):
     """What both ranks have of a scenario: `scenario('sam default')`."""
     folder = tmp_path_factory.mktemp('ranks')
-    on_two_ranks('support.ranks', folder, cwd=folder)
+    done = run(torchrun('-m', 'support.ranks', folder), folder)
+    assert done.code == 0, done.err[-3000:]
     results = [torch.load(folder / f'rank{i}.pt') for i in range(RANKS)]
 
     def of_both(name):
@@ -114,6 +83,11 @@ def reference(net, selected, updates=20, broadcast=True):
         for model, optimizer in zip(models, optimizers):
             base_step(model, optimizer, mean)
     return weights(models[0]), [buffers(model) for model in models], at_eps
+
+
+def test_static_graph_is_refused_because_its_first_backward_synchronizes(scenario):
+    for messages in scenario('static graph'):
+        assert len(messages) == 1 and 'build it without static_graph' in messages[0]
 
 
 # Each rank perturbs for itself
@@ -439,148 +413,3 @@ def test_half_precision_finds_its_scale_together(scenario):
         assert rank['nonfinite'][0] == 1 and rank['nonfinite'][-1] == rank['nonfinite'][-5] < 20
     start = weights(network('batchnorm', torch.float32))
     assert not any(torch.equal(first['weights'][-1][name], start[name]) for name in start)
-
-
-# train.py
-
-TRAININGS = {
-    'plain': '',
-    'sam': SAM_ON,
-    'bn_reduce': f'{SAM_ON} --dist-bn reduce --no-ddp-bb',
-    'bn_broadcast': f'{SAM_ON} --dist-bn broadcast --no-ddp-bb',
-    'bn_own': f'{SAM_ON} --dist-bn "" --no-ddp-bb',
-    'accumulation': f'{SAM_ON} -b 4 --grad-accum-steps 2 --model-ema',  # 3 updates: timm's average starts at the second
-    'sync': f'{SAM_ON} --sam-sync',
-    'chunks': f'{SAM_ON} --sam-m 4',
-}
-# each once without and once with SAM, for two epochs
-MACHINERY = {
-    'feature_distillation': f'{KD} feature',
-    'token_distillation': f'{DEIT} {KD} token',
-    'jsd_with_split_bn': f'{JSD} --split-bn',
-    'naflex': NAFLEX,
-    'checkpointing': f'{VIT} --grad-checkpointing --drop-path 0.1',
-    'compiled': f'{AOT} --clip-grad 0.1',
-}
-SAM_MACHINERY = {'compiled': f'{SAM_ON} --sam-filter layer4'}
-TRAININGS |= {
-    f'{name}{end}': f"{options} --epochs 2 --val-split '' {sam}" for name, options in MACHINERY.items()
-    for end, sam in (('', ''), ('_sam', SAM_MACHINERY.get(name, SAM_ON)))}
-WITH_SAM = [name for name, options in TRAININGS.items() if '--sam' in options]
-STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
-
-
-@pytest.fixture(scope='session')
-def trainings(base, teacher, tmp_path_factory):
-    """The folder in which two ranks have run train.py with the options of TRAININGS."""
-    folder = tmp_path_factory.mktemp('trainings')
-    (folder / 'runs.json').write_text(json.dumps([
-        dict(name=name, port=port, command=f'{base} {options.format(teacher=teacher)} --experiment {name}')
-        for port, (name, options) in zip(free_ports(len(TRAININGS)), TRAININGS.items())]))
-    on_two_ranks('support.trainings', 'runs.json', cwd=folder)
-    return folder
-
-
-def state_of_ranks(folder, name):
-    return [torch.load(folder / f'{name}-rank{i}.pt') for i in range(RANKS)]
-
-
-def parameters_only(state):
-    return {name: value for name, value in state.items() if not name.endswith(STATISTICS)}
-
-
-def statistics_only(state):
-    return {name: value for name, value in state.items() if name.endswith(STATISTICS[:2])}
-
-
-def different(a, b):
-    return [name for name in a if not torch.equal(a[name], b[name])]
-
-
-@pytest.mark.parametrize('name', WITH_SAM)
-def test_train_py_on_two_ranks_perturbs_by_rho(trainings, name):
-    with open(trainings / 'out' / name / 'summary.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
-    assert len(rows) == (2 if name.endswith('_sam') else 1)
-    for row in rows:
-        assert float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
-        assert row['train_sam_nonfinite'] == '0' and float(row['train_sam_loss']) > float(row['train_loss'])
-        assert all(math.isfinite(float(value)) for value in row.values())
-
-
-@pytest.mark.parametrize('name', TRAININGS)
-def test_train_py_leaves_the_same_weights_on_both_ranks_and_in_the_checkpoint(trainings, name):
-    first, second = state_of_ranks(trainings, name)
-    assert_identical(parameters_only(first), parameters_only(second))
-    saved = torch.load(trainings / 'out' / name / 'last.pth.tar', weights_only=False)
-    # what learns from features has more than the student
-    student = {n.removeprefix('student.'): value for n, value in first.items() if not n.startswith('projection.')}
-    assert_identical(dict(saved['state_dict']), student)
-
-
-@pytest.mark.parametrize('name', WITH_SAM)
-def test_sam_in_train_py_changes_every_weight_on_two_ranks(trainings, name):
-    plain_name = name.removesuffix('_sam') if name.endswith('_sam') else 'plain'
-    plain, sam = (parameters_only(state_of_ranks(trainings, which)[0]) for which in (plain_name, name))
-    if 'filter' in TRAININGS[name]:  # a few weights of norm layers below move by less than their last bit
-        assert len(different(plain, sam)) > 0.8 * len(plain)
-    else:
-        assert different(plain, sam) == list(plain)
-
-
-@pytest.mark.parametrize('name', ['sync', 'chunks'])
-def test_option_of_train_py_changes_the_perturbation_on_two_ranks(trainings, name):
-    default, other = (parameters_only(state_of_ranks(trainings, which)[0]) for which in ('sam', name))
-    assert len(different(default, other)) > 0.9 * len(default)
-
-
-@pytest.mark.parametrize('name', ['bn_reduce', 'bn_broadcast', 'bn_own'])
-def test_statistics_may_be_shared_in_any_way_without_a_change_of_weights(trainings, name):
-    default, other = (parameters_only(state_of_ranks(trainings, which)[0]) for which in ('sam', name))
-    assert_identical(default, other)
-
-
-def test_dist_bn_shares_the_statistics_of_the_clean_passes(trainings):
-    own, broadcast, reduced = (
-        [statistics_only(state) for state in state_of_ranks(trainings, name)]
-        for name in ('bn_own', 'bn_broadcast', 'bn_reduce'))
-    assert different(own[0], own[1]) == list(own[0])
-    assert_identical(broadcast[0], own[0])
-    assert_identical(broadcast[1], own[0])
-    assert_identical(reduced[0], reduced[1])
-    for name, value in reduced[0].items():
-        torch.testing.assert_close(value, (own[0][name] + own[1][name]) / 2, rtol=1e-6, atol=1e-7)
-    assert different(reduced[0], own[0]) == list(own[0])
-
-
-def test_average_of_the_weights_is_kept_on_two_ranks(trainings):
-    saved = torch.load(trainings / 'out' / 'accumulation' / 'last.pth.tar', weights_only=False)
-    average, final = saved['state_dict_ema'], saved['state_dict']
-    assert average.keys() == final.keys()
-    assert all(torch.isfinite(v).all() for v in average.values())
-    assert different(parameters_only(average), parameters_only(final)) == list(parameters_only(average))
-
-
-def test_two_nodes_give_the_weights_of_one_node_with_two_processes(trainings, base, tmp_path):
-    """Two agents of one process each, as on two machines: about 8 s."""
-    (port,) = free_ports(1)
-    command = launcher(
-        '--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}',
-        '--rdzv-id', 'nodes', '--local-addr', '127.0.0.1', ROOT / 'train.py',
-        *shlex.split(f'{base} {SAM_ON} --experiment nodes'))
-    nodes = []
-    try:
-        for i in range(2):
-            with open(tmp_path / f'node{i}.log', 'w') as log:
-                nodes.append(subprocess.Popen(
-                    command, cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT))
-        codes = [node.wait(timeout=60) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-            node.wait()
-    logs = [(tmp_path / f'node{i}.log').read_text() for i in range(2)]
-    assert codes == [0, 0], logs
-    assert sum('2 process(es), one device each' in log for log in logs) == 1
-    state = torch.load(tmp_path / 'out' / 'nodes' / 'last.pth.tar', weights_only=False)['state_dict']
-    assert_identical(dict(state), dict(state_of_ranks(trainings, 'sam')[0]))

@@ -1,11 +1,11 @@
 """The grid of runs on digits: what it holds, that warm processes change nothing, that it survives crashes."""
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 import yaml
 from support.places import ROOT
+from support.processes import python, run
 from support.running import quiet_about_timm, working_directory
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))  # scripts, no part of the package
@@ -68,9 +68,8 @@ def test_run_in_a_warm_process_is_that_of_a_fresh_one(small, tmp_path):
             if folder.exists():
                 folder.rename(tmp_path / 'before')
             assert run_pool.run_job(job.argv(str(tmp_path)), str(folder)) is None
-    command = [sys.executable, str(ROOT / 'train.py'), *second.argv(str(tmp_path)), '--experiment', 'fresh']
-    fresh = subprocess.run(command, capture_output=True, text=True)
-    assert fresh.returncode == 0, fresh.stderr
+    fresh = run(python(ROOT / 'train.py', *second.argv(str(tmp_path)), '--experiment', 'fresh'), tmp_path)
+    assert fresh.code == 0, fresh.err
     summaries = [(path / 'summary.csv').read_bytes()
                  for path in (tmp_path / 'runs' / second.name, tmp_path / 'before', tmp_path / 'runs' / 'fresh')]
     assert summaries[0] == summaries[1] == summaries[2] and summaries[0].count(b'\n') == 2

@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 from support.images import write_image_folder
 from support.places import ROOT
-from support.processes import LAUNCHER
+from support.processes import Process, family
 
 from timm_sam import train
 from timm_sam.training.options import parse_args
@@ -136,34 +135,19 @@ class Job:
             (folder / 'bin' / name).chmod(0o755)
         (folder / 'recipe.yaml').write_text(RECIPE)
         write_image_folder(folder / 'images', splits={'train': 100, 'validation': 2})
-        self.log, self.requeued, self.step = folder / 'log', folder / 'requeued', folder / 'step'
-        self.environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | dict(
+        self.requeued, self.step = folder / 'requeued', folder / 'step'
+        self.environment = dict(
             PATH=f'{folder}/bin:{os.environ["PATH"]}', STEP=str(self.step), REQUEUED=str(self.requeued),
             DATA_DIR=str(folder / 'images'), SLURM_JOB_NAME='sam_on', SLURM_JOB_ID='17', SLURM_JOB_NODELIST='n1',
-            SLURM_JOB_NUM_NODES='1', SLURM_GPUS_ON_NODE='2', OMP_NUM_THREADS='1')
+            SLURM_JOB_NUM_NODES='1', SLURM_GPUS_ON_NODE='2')
 
-    def start(self) -> subprocess.Popen:
-        with open(self.log, 'a') as log:
-            return subprocess.Popen(
-                ['bash', SCRIPT, str(self.folder / 'recipe.yaml'), '--output', str(self.folder / 'out')], cwd=ROOT,
-                env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-
-    def wait_for(self, text: str) -> None:
-        end = time.monotonic() + 120
-        while text not in self.log.read_text():
-            assert time.monotonic() < end, self.log.read_text()[-3000:]
-            time.sleep(0.02)
+    def start(self) -> Process:
+        return Process(['bash', SCRIPT, self.folder / 'recipe.yaml', '--output', self.folder / 'out'], ROOT,
+                       **self.environment)
 
     def signal_step(self) -> int:
         """Signals every process of the step, as Slurm does, the deepest first; returns how many there were."""
-        pairs = subprocess.run(['ps', '-e', '-o', 'ppid=,pid='], capture_output=True, text=True, check=True).stdout
-        children: dict[int, list[int]] = {}
-        for line in pairs.splitlines():
-            parent, child = map(int, line.split())
-            children.setdefault(parent, []).append(child)
-        step = [int(self.step.read_text())]
-        for process in step:
-            step += children.get(process, [])
+        step = family(int(self.step.read_text()))
         for process in reversed(step):
             os.kill(process, signal.SIGUSR1)
         return len(step)
@@ -171,28 +155,26 @@ class Job:
 
 def test_job_at_its_time_limit_writes_a_checkpoint_goes_back_into_the_queue_and_continues(tmp_path):
     job = Job(tmp_path)
-    process = job.start()
-    try:
-        job.wait_for('Train: 1 [   3/')
+    with job.start() as process:
+        process.wait_for('Train: 1 [   3/')
         assert job.signal_step() >= 6  # the node's shell, torchrun, two ranks with one loader worker each
-        assert process.wait(timeout=60) == 75, job.log.read_text()[-3000:]
-        assert job.requeued.read_text() == 'requeue 17\n'
-        assert 'is killed by signal' not in job.log.read_text()
-        recovery, = (tmp_path / 'out/sam_on-17').glob('recovery-1-*.pth.tar')
-        before = len(job.log.read_text())
-        process = job.start()  # what Slurm does then
-        assert process.wait(timeout=120) == 0, job.log.read_text()[-3000:]
-    finally:
-        process.kill()
-    after = job.log.read_text()[before:]
-    assert recovery.name in after
-    assert 'Train: 0 [' not in after
-    assert 'Train: 3 [' in after
+        done = process.wait()
+    assert done.code == 75, done.err[-3000:]
+    assert job.requeued.read_text() == 'requeue 17\n'
+    assert 'is killed by signal' not in done.err
+    recovery, = (tmp_path / 'out/sam_on-17').glob('recovery-1-*.pth.tar')
+    with job.start() as process:  # what Slurm does then
+        done = process.wait()
+    assert done.code == 0, done.err[-3000:]
+    assert recovery.name in done.err
+    assert 'Train: 0 [' not in done.err
+    assert 'Train: 3 [' in done.err
     assert job.requeued.read_text() == 'requeue 17\n'  # not once more
 
 
 def test_job_that_fails_does_not_go_back_into_the_queue(tmp_path):
     job = Job(tmp_path)
     (tmp_path / 'bin' / 'torchrun').write_text('#!/bin/bash\nexit 2\n')
-    assert job.start().wait(timeout=60) == 2
+    with job.start() as process:
+        assert process.wait().code == 2
     assert not job.requeued.exists()

@@ -1,7 +1,4 @@
 """Recipes: the paper's tables as data against train.py's own reading of each YAML file, and two updates of each."""
-import contextlib
-import csv
-import io
 import itertools
 import re
 import shlex
@@ -18,15 +15,17 @@ import yaml
 from PIL import Image
 from support.images import write_image_folder
 from support.places import ROOT
-from support.processes import LAUNCHER
-from support.running import logging_as_before, quiet_about_timm, working_directory
+from support.running import in_process, quiet_about_timm, working_directory
 from timm.data import create_transform
 
 from timm_sam import SAM, train
-from timm_sam.training.data import _augmentation
-from timm_sam.training.factory import build_model, create_optimizer, create_schedule
+from timm_sam.cli.processes import Process
+from timm_sam.training.data import augmentation
+from timm_sam.training.factory import build_model, create_optimizer
 from timm_sam.training.options import parse_args
-from timm_sam.training.sam_options import create_sam
+from timm_sam.training.plain import Plain
+from timm_sam.training.sam_options import create_update
+from timm_sam.training.schedule import create_schedule
 
 HPARAMS = ROOT / 'hparams'
 DIGITS = sorted(p for p in HPARAMS.glob('digits/*.yaml') if p.stem != 'base')
@@ -63,6 +62,9 @@ class Setting:
             if name.startswith(start):
                 values.update(more)
         return values
+
+
+QUIET = Process(torch.device('cpu'), rank=1)  # says nothing
 
 
 def rows(plain: Row, *sam: Row, plain_name: str = 'sgd', start: str = '') -> dict[str, Row]:
@@ -219,12 +221,12 @@ def test_there_are_plain_sam_and_sam_on_recipes_for_a_resnet_and_a_vit():
 @pytest.mark.parametrize('recipe', DIGITS, ids=identify)
 def test_recipe_builds_what_its_name_says(recipe, tmp_path):
     args = parse(recipe, tmp_path)
-    args.rank = 1  # says nothing
-    model = build_model(args)
-    sam = create_sam(args, create_optimizer(args, model), model)
+    model = build_model(args, QUIET)
+    optimizer = create_optimizer(args, QUIET, model, args.lr or args.lr_base)
+    sam = create_update(args, QUIET, optimizer, model, args.lr or args.lr_base, 1)
     kind = recipe.stem.split('_sam_')[-1] if '_sam_' in recipe.stem else None
     if kind is None:
-        assert sam is None
+        assert isinstance(sam, Plain)
     else:
         assert isinstance(sam, SAM)
         assert sam.params == {'on': 'onlynorm', 'all': 'all'}[kind]
@@ -354,9 +356,8 @@ def test_resnet50_trains_for_a_hundred_epochs_the_last_ten_of_them_at_the_lowest
 ])
 def test_optimizer_is_the_one_meant(folder, name, kind, nesterov, decays_norm, tmp_path):
     args = parse(path_of(folder, name), tmp_path)
-    args.rank = 1
-    model = build_model(args)
-    optimizer = create_optimizer(args, model)
+    model = build_model(args, QUIET)
+    optimizer = create_optimizer(args, QUIET, model, args.lr or args.lr_base)
     assert type(optimizer) is kind
     assert optimizer.defaults.get('nesterov') is nesterov
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
@@ -370,7 +371,7 @@ def test_optimizer_is_the_one_meant(folder, name, kind, nesterov, decays_norm, t
 def training_transform(args):
     """The loader's transform, as an image that it returns."""
     config = dict(mean=args.mean, std=args.std, interpolation=args.interpolation)
-    options = _augmentation(args, config)
+    options = augmentation(args, config)
     keys = ('is_training', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
             'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'auto_augment', 'interpolation', 're_prob')
     chosen = {k: options[k] for k in keys if k in options}
@@ -399,7 +400,7 @@ def test_cifar_crop_is_a_window_of_the_padded_image_at_every_offset(tmp_path):
     ('cifar/resnet18/cifar10', 'sgd', []),
     ('cifar/vit_tiny/cifar10', 'adamw', ['AutoAugment']),
 ])
-def test_augmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name, expected, tmp_path):
+def testaugmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name, expected, tmp_path):
     args = parse(path_of(folder, name), tmp_path)
     args.mean, args.std = args.mean or (0.5,) * 3, args.std or (0.5,) * 3
     steps = training_transform(args).transforms
@@ -412,8 +413,7 @@ def test_augmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name,
 
 def test_resnet18_works_at_the_sizes_of_the_cifar_network(tmp_path):
     args = parse(path_of('cifar/resnet18/cifar10', 'sgd'), tmp_path)
-    args.rank = 1
-    model = build_model(args)
+    model = build_model(args, QUIET)
     stages = model.forward_intermediates(torch.zeros(2, 3, args.img_size, args.img_size), intermediates_only=True)
     assert [s.shape[-1] for s in stages[1:]] == [32, 16, 8, 4]
 
@@ -453,21 +453,18 @@ def is_shown_by_others(folder, name):
 
 @pytest.mark.parametrize(('folder', 'name'), [
     pytest.param(f, n, marks=pytest.mark.slow if is_shown_by_others(f, n) else ()) for f, n in PAPER])
-def test_recipe_trains(folder, name, four_images, tmp_path, monkeypatch, request):
-    for variable in LAUNCHER:
-        monkeypatch.delenv(variable, raising=False)
+def test_recipe_trains(folder, name, four_images, tmp_path, request):
     command = (f'-c {path_of(folder, name)} --data-dir {four_images} --device cpu -j 0 -b 2 --epochs 1 '
                f"--warmup-epochs 0 --cooldown-epochs 0 --val-split '' --log-interval 1 --output {tmp_path}/out "
                f'--experiment run {SMALL[folder.split("/")[1]]}')
     if folder.endswith('_ft'):
         command += f' --pretrained-path {request.getfixturevalue("weights_of_21k_classes")}'
-    log = io.StringIO()
-    with quiet_about_timm(), working_directory(tmp_path), logging_as_before(), contextlib.redirect_stderr(log):
-        assert train.main([*shlex.split(command), *rho_if_missing(folder, name)]) == 0, log.getvalue()
-    assert 'Training for 1 epochs of 2 updates' in log.getvalue()
-    with open(tmp_path / 'out/run/summary.csv', newline='') as f:
-        summary, = csv.DictReader(f)
-    checkpoint = torch.load(tmp_path / 'out/run/last.pth.tar', weights_only=False)
+    with quiet_about_timm():
+        done = in_process(train.main, [*shlex.split(command), *rho_if_missing(folder, name)], tmp_path)
+    assert done.code == 0, done.err
+    assert 'Training for 1 epochs of 2 updates' in done.err
+    summary, = done.summary()
+    checkpoint = done.checkpoint()
     shutil.rmtree(tmp_path / 'out')  # hundreds of megabytes
     assert all(torch.isfinite(p).all() for p in checkpoint['state_dict'].values())
     assert np.isfinite(float(summary['train_loss']))

@@ -2,20 +2,19 @@
 
     torchrun --standalone --nproc-per-node 2 -m support.evaluations RUNS.json
 
-RUNS.json: `[{"name": ..., "port": ..., "command": ...}, ...]`. Each rank writes `<name>.<i>.log` into the current
-folder: exit code, stdout and stderr. In runs named `memory...` the second rank's memory is short for more than three
-images at once.
+Each rank writes `<name>.<i>.log` into the current folder: exit code, stdout and stderr. In runs named `memory...` the
+second rank's memory is short for more than three images at once.
 """
 import contextlib
 import io
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
 import torch
 
+from support.turns import turns
 from timm_sam import validate
 from timm_sam.evaluation import subject
 
@@ -33,14 +32,12 @@ def with_limit(*args, **kwargs):
 
 
 def main(file):
-    for run in json.loads(Path(file).read_text()):
-        subject.create_model = with_limit if run['name'].startswith('memory') else create
-        # the launcher's store remembers the first run's addresses: each run gets a store of its own
-        os.environ.update(MASTER_PORT=str(run['port']), TORCHELASTIC_USE_AGENT_STORE='False')
+    for name, arguments in turns(file):
+        subject.create_model = with_limit if name.startswith('memory') else create
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = validate.main(shlex.split(run['command']))
-        Path(f'{run["name"]}.{os.environ["RANK"]}.log').write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
+            code = validate.main(arguments)
+        Path(f'{name}.{os.environ["RANK"]}.log').write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
 
 
 if __name__ == '__main__':

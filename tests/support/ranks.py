@@ -26,12 +26,16 @@ from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from support.loop import run_around
 from support.models import OPTIMIZERS, TinyNet, batch, buffers, weights
 from support.sync_batchnorm import synchronized_on_cpu
 from timm_sam import SAM, compile_split
 from timm_sam import train as train_script
+from timm_sam.cli.processes import Process
 from timm_sam.training import engine
+from timm_sam.training.batches import Weigher
 from timm_sam.training.data import Data
+from timm_sam.training.meters import Meters
 from timm_sam.training.options import parse_args
 
 RANKS = 2
@@ -147,24 +151,27 @@ def train(rank, net, options, ddp, updates=20, counted=True, compiled=False, syn
 
 
 class Engine:
-    """The part of a run that `engine._accumulate` reads."""
+    """Accumulation as train.py does it."""
 
     def __init__(self, model, optimizer, sam, sam_m=None, world_size=1):
-        args = argparse.Namespace(sam_m=sam_m, aug_splits=0, sam_ascent_fraction=1.0, world_size=world_size,
-                                  distributed=world_size > 1, rank=0)
-        data = SimpleNamespace(loss_scale='none', naflex=False)
+        args = argparse.Namespace(sam_m=sam_m, aug_splits=0, sam_ascent_fraction=1.0)
+        process = Process(torch.device('cpu'), world_size=world_size, distributed=world_size > 1)
         task = ClassificationTask(model, criterion=F.cross_entropy, verbose=False)
-        self.run = engine.Run(args=args, task=task, data=data, optimizer=optimizer, sam=sam, scaler=None,
-                              autocast=nullcontext, device=torch.device('cpu'), model_dtype=None)
+        self.run = run_around(
+            args, task, SimpleNamespace(loss_scale='none', naflex=False), optimizer, sam, process=process)
+        self.updates, self.begins = 0, True
 
     def accumulate(self, data, accum_steps=1, last=True):
-        weigh = engine.Weigher(self.run.args, self.run.data, self.run.device, len(data[1]), accum_steps)
-        meters = engine.Meters('loss', 'sam_loss', 'sam_grad_norm', 'sam_eps_norm')
-        engine._accumulate(self.run, data, weigh, last, True, meters)
+        weigh = Weigher(self.run.data, self.run.process, len(data[1]), accum_steps)
+        if self.begins:
+            self.run.update.begin(0, self.updates)
+        self.begins = last
+        engine.accumulate(self.run, data, weigh, last, Meters('loss', *self.run.measures))
 
     def step(self):
         self.run.optimizer.step()
         self.run.optimizer.zero_grad()
+        self.updates += 1
 
 
 def accumulated(rank, way, updates=10):
@@ -199,11 +206,12 @@ def short_group(rank):
     args = parse_args(train_script.build_parser(), [
         '--device', 'cpu', '--data-dir', '.', '--grad-accum-steps', str(MICRO_BATCHES), '--sam-variant', 'sam',
         '--sam-rho', str(RHO)])
-    args.distributed, args.prefetcher, args.rank, args.world_size = True, False, rank, RANKS
+    args.no_prefetcher = True
     data = TensorDataset(*joined(samples('groupnorm', 0, RANKS * k + rank) for k in range(BATCHES)))
-    run = Engine(wrapped, optimizer, sam).run
-    run.args, run.model_dtype, run.total_updates = args, torch.float64, 2
-    run.data = Data(DataLoader(data, batch_size=SIZE), None, None, SIZE, 'none', False)
+    run = run_around(
+        args, ClassificationTask(wrapped, criterion=F.cross_entropy, verbose=False),
+        Data(DataLoader(data, batch_size=SIZE), None, None, SIZE, 'none', False), optimizer, sam,
+        process=Process(torch.device('cpu'), rank, rank, RANKS, True), model_dtype=torch.float64, total_updates=2)
     counts = Counter()
     with collectives(counts):
         engine.train_one_epoch(run, 0)

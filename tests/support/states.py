@@ -1,5 +1,7 @@
 """Comparing what runs leave: files, nested states and rows of summaries."""
+import csv
 import math
+from pathlib import Path
 
 import torch
 
@@ -32,3 +34,9 @@ def finite(row):
 def tree(folder):
     """Every file below a folder, with its size and its time of change."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob('*'))}
+
+
+def summary(folder):
+    """The rows of a run's ``summary.csv``."""
+    with open(Path(folder) / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))

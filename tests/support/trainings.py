@@ -1,18 +1,14 @@
-"""Several runs of train.py in the same processes, one after another; `test_distributed.py` compares what they leave.
+"""Several runs of train.py in the same processes, one after another; `test_train_ranks.py` compares what they leave.
 
     torchrun --standalone --nproc-per-node 2 -m support.trainings RUNS.json
 
-RUNS.json: `[{"name": ..., "port": ..., "command": ...}, ...]`. Each rank saves `<name>-rank<i>.pt` in the current
-folder.
+Each rank saves `<name>-rank<i>.pt` in the current folder: its weights, the optimizer's state, and SAM's last norms.
 """
-import json
-import os
-import shlex
 import sys
-from pathlib import Path
 
 import torch
 
+from support.turns import turns
 from timm_sam import train
 from timm_sam.selection import unwrap
 
@@ -21,18 +17,17 @@ fit = train.fit
 
 
 def main(file):
-    for run in json.loads(Path(file).read_text()):
-        def fit_and_save(state, *rest, name=run['name']):
+    for name, arguments in turns(file):
+        def fit_and_save(state, *rest, name=name):
             fit(state, *rest)
-            weights = unwrap(state.task.get_trainable_module()).state_dict()
-            torch.save(weights, f'{name}-rank{state.args.rank}.pt')
+            torch.save(dict(
+                weights=unwrap(state.task.get_trainable_module()).state_dict(), optimizer=state.optimizer.state_dict(),
+                stats=state.update.stats._asdict()), f'{name}-rank{state.process.rank}.pt')
 
         train.fit = fit_and_save
-        # the launcher's store remembers the first run's addresses: each run gets a store of its own
-        os.environ.update(MASTER_PORT=str(run['port']), TORCHELASTIC_USE_AGENT_STORE='False')
-        code = train.main(shlex.split(run['command']))
+        code = train.main(arguments)
         if code:
-            sys.exit(f'{run["name"]}: exit code {code}')
+            sys.exit(f'{name}: exit code {code}')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ from support.states import differences, finite, flat
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-from timm_sam import SAM, train
+from timm_sam import train
+from timm_sam.ascent import Ascent
 from timm_sam.training import factory
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
@@ -69,7 +70,7 @@ def test_resume_restores_weights_optimizer_and_average(run_train, monkeypatch, o
     saved = run_train(f'--epochs 2 {options}').checkpoint()
     found = {}
 
-    def look(run, epoch):
+    def look(run, epoch, *place):
         task = run.task
         found.update(copy.deepcopy({
             'epoch': epoch - 1, 'state_dict': task.get_trainable_module().state_dict(),
@@ -90,7 +91,7 @@ def test_resume_without_an_average_starts_it_from_the_weights(run_train, monkeyp
     saved = run_train().checkpoint()
     found = {}
 
-    def look(run, epoch):
+    def look(run, epoch, *place):
         found.update(copy.deepcopy(run.task.get_trainable_module(ema=True).module.state_dict()))
         raise KeyboardInterrupt
 
@@ -103,7 +104,7 @@ def test_no_resume_opt_starts_with_a_fresh_optimizer(run_train, monkeypatch):
     saved = run_train().checkpoint()
     found = {}
 
-    def look(run, epoch):
+    def look(run, epoch, *place):
         found.update(epoch=epoch, state=len(run.optimizer.state), weights=copy.deepcopy(
             run.task.get_trainable_module().state_dict()))
         raise KeyboardInterrupt
@@ -118,7 +119,7 @@ def test_initial_checkpoint_gives_the_weights_and_starts_at_epoch_0(run_train, m
     saved = run_train(f'{SAM_ON} --experiment first').checkpoint('first')
     found = {}
 
-    def look(run, epoch):
+    def look(run, epoch, *place):
         found.update(epoch=epoch, weights=copy.deepcopy(run.task.get_trainable_module().state_dict()))
         raise KeyboardInterrupt
 
@@ -339,15 +340,15 @@ def test_run_goes_on_within_an_epoch_with_the_random_numbers_of_the_prefetcher(r
 
 
 def test_nonfinite_gradients_are_counted_over_a_restart_and_hide_no_other_norms(run_train, monkeypatch):
-    compute_eps, calls = SAM._compute_eps, []
+    eps_of, calls = Ascent.eps, []
 
-    def poisoned(self, params, scale):
+    def poisoned(self, variant, g, *rest):
         calls.append(1)
         if len(calls) == 1:
-            params[0].grad.view(-1)[0] = float('inf')
-        return compute_eps(self, params, scale)
+            g[0].view(-1)[0] = float('inf')
+        return eps_of(self, variant, g, *rest)
 
-    monkeypatch.setattr(SAM, '_compute_eps', poisoned)
+    monkeypatch.setattr(Ascent, 'eps', poisoned)
     whole = run_train(f'{SAM_ON} --recovery-interval 2 --experiment whole')
     resumed = run_train(f'{SAM_ON} --resume out/whole/recovery-0-1.pth.tar --experiment resumed')
     assert resumed.summary('resumed') == whole.summary('whole')

@@ -4,15 +4,13 @@ import os
 import pickle
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 from support.images import COLORS, PER_CLASS, write_image_folder
 from support.places import ROOT
-from support.processes import LAUNCHER
+from support.processes import errors, python, run, torchrun
 from support.states import tree
 
 SAM = '--sam-variant sam --sam-rho 0.05'
@@ -351,27 +349,19 @@ def test_yaml_values_are_checked_like_those_of_the_command_line(refused, tmp_pat
 
 # As users run it
 
-def environment():
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-
-
 def test_script_ends_with_code_2_and_one_line(base, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *shlex.split(base), '--sam-variant', 'sam'],
-                          cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.startswith('train.py: error: --sam-variant sam needs --sam-rho') and done.stderr.count('\n') == 1
+    done = run(python(ROOT / 'train.py', *shlex.split(base), '--sam-variant', 'sam'), tmp_path)
+    assert done.code == 2 and done.out == ''
+    assert done.err.startswith('train.py: error: --sam-variant sam needs --sam-rho') and done.err.count('\n') == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_ranks_say_it_once_and_write_nothing(base, tmp_path):
     # found only when the model is built, by both ranks
     command = f'{base} --sam-variant sam --sam-rho 0.05 --sam-filter block9'
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(ROOT / 'train.py'), *shlex.split(command)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180)
-    messages = [line for line in done.stderr.splitlines() if line.startswith('train.py: error: ')]
-    assert done.returncode != 0 and len(messages) == 1, done.stderr[-3000:]
+    done = run(torchrun(ROOT / 'train.py', *shlex.split(command)), tmp_path)
+    messages = errors(done, 'train.py')
+    assert done.code != 0 and len(messages) == 1 and messages[0].startswith('train.py: error: '), done.err[-3000:]
     assert '--sam-filter' in messages[0] and "'block9'" in messages[0]
     assert list(tmp_path.iterdir()) == []
 

@@ -2,13 +2,14 @@
 import logging
 
 import pytest
+from support.loop import CPU
 from timm.task import ClassificationTask
 from torch import nn
 
 from timm_sam import train
 from timm_sam.cli.errors import OptionError
 from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
-from timm_sam.training import factory
+from timm_sam.training.compiling import compile_task
 from timm_sam.training.options import parse_args
 
 SAM_ON = '--sam-variant sam --sam-rho 0.1'
@@ -20,10 +21,9 @@ def compile_with(monkeypatch):
     def compiled(options):
         task = ClassificationTask(nn.Sequential(nn.Linear(2, 2)), nn.CrossEntropyLoss(), verbose=False)
         args = parse_args(train.build_parser(), f'--device cpu --data-dir . {options}'.split())
-        args.rank = args.local_rank = 0
         modes = []
         monkeypatch.setattr(task, 'compile', lambda backend, mode: modes.append(mode))
-        factory.compile_task(args, task)
+        compile_task(args, CPU, task)
         if splitter_of(task.get_trainable_module()) is not None:
             assert not modes
             return 'two parts'

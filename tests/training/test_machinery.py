@@ -1,11 +1,11 @@
 """timm's machinery with SAM-ON: averages, teachers, unusual loaders, precision, compilation, clipping, loss scales."""
-import contextlib
 import math
 
 import pytest
 import torch
 from reference import sam_gradients
 from support.command_lines import AOT, DEIT, JSD, KD, NAFLEX, SIZES, VIT
+from support.loop import run_around
 from support.models import OPTIMIZERS, SELECTIONS, BatchLoss, TinyNet, assert_identical, batch, buffers, weights
 from timm import utils
 from timm.task import ClassificationTask
@@ -16,7 +16,7 @@ from timm_sam import SAM, VARIANTS, train
 from timm_sam.perturbation import perturbation
 from timm_sam.split import WHOLE_GRAPHS_WORK
 from timm_sam.training.data import Data
-from timm_sam.training.engine import Run, train_one_epoch
+from timm_sam.training.engine import train_one_epoch
 from timm_sam.training.options import parse_args
 
 RHO = 0.05
@@ -254,7 +254,7 @@ def test_teacher_teaches_and_stays_as_it_was(run_train, trained, teacher, monkey
     def fit(run, *rest):
         real_fit(run, *rest)
         teachers.append(run.task.teacher.model)
-        selections.append({id(p) for _, p in run.sam.selected})
+        selections.append({id(p) for _, p in run.update.selected})
 
     alone = trained(f"{DEIT if DEIT in options else ''} {SAM_ON} --sam-params {params}")
     monkeypatch.setattr(train, 'fit', fit)
@@ -326,15 +326,14 @@ def test_clipping_is_that_of_the_true_gradient_at_the_restored_weights(mode, cli
     args = parse_args(train.build_parser(), [
         '--device', 'cpu', '--data-dir', '.', '--clip-grad', str(clip), '--clip-mode', mode,
         '--sam-variant', 'sam', '--sam-rho', '0.5', '--sam-params', params])
-    args.distributed, args.prefetcher, args.rank, args.world_size = False, False, 0, 1
+    args.no_prefetcher = True
     x, y = (torch.cat(parts) for parts in zip(batch(1), batch(2), batch(3)))
     loader = DataLoader(TensorDataset(x, y), batch_size=6)
-    run = Run(
-        args=args, task=ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss()),
-        data=Data(loader, None, None, 6.0, 'none', False), optimizer=optimizer,
-        sam=SAM(optimizer, model, rho=0.5, params=params),
-        scaler=torch.amp.GradScaler('cpu', init_scale=2.0 ** 10) if scaled else None,
-        autocast=contextlib.nullcontext, device=torch.device('cpu'), model_dtype=torch.float64, total_updates=3)
+    run = run_around(
+        args, ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss()),
+        Data(loader, None, None, 6.0, 'none', False), optimizer, SAM(optimizer, model, rho=0.5, params=params),
+        scaler=torch.amp.GradScaler('cpu', init_scale=2.0 ** 10) if scaled else None, model_dtype=torch.float64,
+        total_updates=3)
     clipped = []
     optimizer.register_step_pre_hook(
         lambda *_: clipped.append({name: p.grad.clone() for name, p in model.named_parameters()}))

@@ -1,19 +1,16 @@
 """Runs that are killed, resumed, preempted or find torn files: real processes, compared with the run that was not."""
 import argparse
-import csv
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from support.places import ROOT
+from support.processes import Process, python, torchrun
+from support.states import differences, summary
 
 from timm_sam.random_state import RandomState
 from timm_sam.report.runs import MIXED, read_run
@@ -30,55 +27,34 @@ class Runs:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
 
-    def command(self, options: str, ranks: int = 1) -> list[str]:
-        start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)]
-        python = [sys.executable] if ranks == 1 else start
+    def start(self, options: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> Process:
         base = (f'--device cpu --data-dir {self.data} --num-classes 4 --model test_resnet --img-size 32 -b 8 -j 1 '
                 f'--drop 0.2 --drop-path 0.1 --model-ema --model-ema-decay 0.9 --lr 0.05 --warmup-epochs 1 '
                 f'--log-interval 1 --checkpoint-hist 2 --output out')
-        return [*python, str(ROOT / 'train.py'), *base.split(), *options.split()]
-
-    def start(self, options: str, ranks: int = 1) -> subprocess.Popen:
-        return self.start_command(self.command(options, ranks))
-
-    def start_command(self, command: list[str]) -> subprocess.Popen:
-        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-        return subprocess.Popen(command, cwd=self.folder, env=env, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        command = [ROOT / 'train.py', *base.split(), *options.split()]
+        return Process(python(*command) if ranks == 1 else torchrun(
+            *command, ranks=ranks, options=['--standalone', *launcher]), self.folder)
 
     def run(self, options: str, ranks: int = 1, code: int = 0) -> str:
-        process = self.start(options, ranks)
-        out = process.communicate(timeout=120)[0]
-        assert process.returncode == code, out[-3000:]
-        return out
+        with self.start(options, ranks) as process:
+            done = process.wait()
+        assert done.code == code, done.err[-3000:]
+        return done.err
 
     def state(self, name: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(self.folder / 'out' / name / 'last.pth.tar', weights_only=True)
         return {k: state[k] for k in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'random_state', 'metric')}
 
-    def summary(self, name: str) -> list[list[str]]:
-        with open(self.folder / 'out' / name / 'summary.csv', newline='') as f:
-            return list(csv.reader(f))
+    def summary(self, name: str) -> list[dict[str, str]]:
+        return summary(self.folder / 'out' / name)
+
+    def epochs(self, name: str) -> list[str]:
+        return [row['epoch'] for row in self.summary(name)]
 
     def assert_same(self, name: str, expected: str) -> None:
         assert self.summary(name) == self.summary(expected)
-        assert difference(self.state(name), self.state(expected)) is None
-
-
-def difference(a, b, path: str = '') -> str | None:
-    """Where two nested states differ, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return None if torch.equal(a, b) else path
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return f'{path}: {a.keys() ^ b.keys()}'
-        return next((d for k in a if (d := difference(a[k], b[k], f'{path}/{k}'))), None)
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return path
-        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := difference(x, y, f'{path}/{i}'))), None)
-    return None if a == b else f'{path}: {a} {b}'
+        assert differences(self.state(name), self.state(expected)) == []
 
 
 @pytest.fixture(scope='module')
@@ -94,37 +70,20 @@ def whole_of_two(runs) -> str:
     return 'whole2'
 
 
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    clock = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))  # a run that hangs prints nothing any more
-    clock.start()
-    try:
-        for line in process.stdout:
-            if text in line:
-                return
-    finally:
-        clock.cancel()
-    raise AssertionError(f'{text!r} never came')
-
-
-def kill(process: subprocess.Popen, number: int) -> int:
-    """Signals the process and what it started; returns its exit code."""
-    (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
-    process.communicate(timeout=60)
-    return process.returncode
-
-
 def test_run_killed_between_two_epochs_and_resumed_is_the_run_that_was_not(runs):
-    process = runs.start(f'{SAM} --epochs 4 --experiment killed')
-    wait_for(process, 'Train: 2 [   0/')  # the checkpoint of epoch 1 is complete
-    kill(process, signal.SIGKILL)
+    with runs.start(f'{SAM} --epochs 4 --experiment killed') as process:
+        process.wait_for('Train: 2 [   0/')  # the checkpoint of epoch 1 is complete
+        process.kill()
+        assert process.wait().code == -signal.SIGKILL
     runs.run(f'{SAM} --epochs 4 --experiment killed --resume out/killed/last.pth.tar')
     runs.assert_same('killed', 'whole')
 
 
 def test_sigterm_finishes_the_update_and_the_resumed_run_is_the_one_that_was_not_stopped(runs):
-    process = runs.start(f'{SAM} --epochs 4 --experiment stopped')
-    wait_for(process, 'Train: 1 [   1/')
-    assert kill(process, signal.SIGTERM) == EXIT_PREEMPTED
+    with runs.start(f'{SAM} --epochs 4 --experiment stopped') as process:
+        process.wait_for('Train: 1 [   1/')
+        process.signal(signal.SIGTERM)
+        assert process.wait().code == EXIT_PREEMPTED
     found = newest_checkpoint(str(runs.folder / 'out' / 'stopped'))
     assert Path(found).name.startswith('recovery-1-')
     assert_goes_on_within_epoch_1(runs.run(f'{SAM} --epochs 4 --experiment stopped --resume auto'))
@@ -135,7 +94,7 @@ def test_resume_auto_starts_anew_where_there_is_nothing_and_then_goes_on(runs):
     assert 'starting anew' in runs.run(f'{SAM} --epochs 2 --experiment auto --resume auto --sched step')
     out = runs.run(f'{SAM} --epochs 4 --experiment auto --resume auto --sched step')
     assert 'last.pth.tar' in out and 'Train: 1 [' not in out
-    assert [row[0] for row in runs.summary('auto')] == ['epoch', '0', '1', '2', '3']
+    assert runs.epochs('auto') == ['0', '1', '2', '3']
 
 
 def test_torn_checkpoint_is_skipped_with_a_warning(runs):
@@ -148,7 +107,7 @@ def test_torn_checkpoint_is_skipped_with_a_warning(runs):
     assert 'last.pth.tar is not a whole checkpoint' in out
     resumed = out.split('--resume auto: ')[1].splitlines()[0]
     assert resumed in ('out/torn/checkpoint-1.pth.tar', 'out/torn/model_best.pth.tar')  # links to one file
-    assert [row[0] for row in runs.summary('torn')] == ['epoch', '0', '1', '2']
+    assert runs.epochs('torn') == ['0', '1', '2']
 
 
 def test_resume_auto_without_experiment_is_refused(runs):
@@ -158,13 +117,11 @@ def test_resume_auto_without_experiment_is_refused(runs):
 @pytest.mark.parametrize('who', ['torchrun', 'rank 1'])
 def test_two_ranks_stop_after_the_same_update_and_go_on_as_if_nothing_had_been(runs, whole_of_two, who):
     name = who.replace(' ', '')
-    process = runs.start(f'{TWO} --experiment {name}', ranks=2)
-    wait_for(process, 'Train: 1 [   0/10')
-    if who == 'torchrun':  # it sends the signal to the ranks' process groups: the loaders' workers have to outlive it
-        kill(process, signal.SIGTERM)
-    else:
-        os.kill(pid_of_rank(process.pid, 1), signal.SIGTERM)
-        process.communicate(timeout=60)
+    with runs.start(f'{TWO} --experiment {name}', ranks=2) as process:
+        process.wait_for('Train: 1 [   0/10')
+        # torchrun sends the signal to the ranks' process groups: the loaders' workers have to outlive it
+        process.signal(signal.SIGTERM, None if who == 'torchrun' else process.rank(1))
+        process.wait()
     found = newest_checkpoint(str(runs.folder / 'out' / name))
     assert Path(found).name.startswith('recovery-1-')
     assert_goes_on_within_epoch_1(runs.run(f'{TWO} --experiment {name} --resume auto', ranks=2))
@@ -177,22 +134,14 @@ def assert_goes_on_within_epoch_1(out: str) -> None:
 
 
 def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch(runs, whole_of_two):
-    command = runs.command(f'{TWO} --experiment restarts --resume auto', ranks=2)
-    place = command.index('--standalone')
-    command[place:place] = ['--max-restarts', '1']
-    process = runs.start_command(command)
-    wait_for(process, 'Train: 1 [   0/10')
-    os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, out[-3000:]
-    assert '--resume auto: out/restarts/' in out and 'Train: 0 [' not in out
+    with runs.start(f'{TWO} --experiment restarts --resume auto', 2, ('--max-restarts', '1')) as process:
+        process.wait_for('Train: 1 [   0/10')
+        process.signal(signal.SIGKILL, process.rank(1))
+        done = process.wait()
+    assert done.code == 0, done.err[-3000:]
+    _, after = done.err.split('Train: 1 [   0/10', 1)
+    assert '--resume auto: out/restarts/' in after and 'Train: 0 [' not in after
     runs.assert_same('restarts', whole_of_two)
-
-
-def pid_of_rank(torchrun: int, rank: int) -> int:
-    children = Path(f'/proc/{torchrun}/task/{torchrun}/children').read_text().split()
-    return next(int(pid) for pid in children
-                if f'RANK={rank}'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
 
 
 @pytest.mark.parametrize('options, words', [
@@ -224,11 +173,10 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_current_epoch(runs)
     options, went_on = f'{SAM} --epochs 30 --experiment tortured --resume auto', 0
     for _ in range(20):
         done = complete_epochs(runs, 'tortured')
-        process = runs.start(options)
-        time.sleep(chance.uniform(2, 9))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        out = process.communicate()[0]
+        with runs.start(options) as process:
+            time.sleep(chance.uniform(2, 9))
+            process.kill()
+            out = process.wait().err
         if 'Training for' in out and done:
             # the summary has an epoch a moment before the checkpoint has it
             assert re.search(r'from epoch (\d+);', out)[1] in (str(done), str(done - 1)), out
@@ -239,7 +187,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_current_epoch(runs)
 
 
 def complete_epochs(runs, name: str) -> int:
-    return len(runs.summary(name)) - 1 if (runs.folder / 'out' / name / 'summary.csv').exists() else 0
+    return len(runs.summary(name)) if (runs.folder / 'out' / name / 'summary.csv').exists() else 0
 
 
 def test_newest_checkpoint_prefers_progress_and_ignores_unfinished_files(tmp_path):

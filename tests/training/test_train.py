@@ -1,22 +1,17 @@
 """Whole runs of train.py on 40 small images: logs, files, and SAM together with timm's options."""
-import csv
 import json
 import math
 import os
 import re
-import shlex
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from support.places import ROOT
-from support.processes import LAUNCHER
+from support.loop import CPU
 from support.states import differences, finite
 
 from timm_sam import select_parameters
-from timm_sam.training import engine
+from timm_sam.training import progress
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'
@@ -113,10 +108,10 @@ def test_start_line_states_variant_rho_eta_and_counts(run_train, params):
 
 def test_time_left_counts_only_the_updates_of_this_run(monkeypatch):
     # 10 of the updates 100 to 129 took 20 seconds: the other 20 take 40
-    monkeypatch.setattr(engine.time, 'time', lambda: 1020.0)
-    nothing = dict.fromkeys(('args', 'task', 'data', 'optimizer', 'sam', 'scaler', 'autocast', 'device', 'model_dtype'))
-    run = engine.Run(**nothing, first_update=100, total_updates=130, started=1000.0)
-    assert str(run.time_left(110)) == '0:00:40' and str(run.time_left(130)) == '0:00:00'
+    monkeypatch.setattr(progress.time, 'time', lambda: 1000.0)
+    told = progress.Progress(CPU, 10, first_update=100, total_updates=130)
+    monkeypatch.setattr(progress.time, 'time', lambda: 1020.0)
+    assert str(told.time_left(110)) == '0:00:40' and str(told.time_left(130)) == '0:00:00'
 
 
 def test_plain_run_does_not_mention_sam(plain):
@@ -301,58 +296,3 @@ def test_filter_limits_what_is_perturbed(run_train):
     line, = done.log('SAM sam')
     assert 'perturbs 6 of 47 tensors' in line
     assert float(done.summary()[0]['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-5)
-
-
-# Several processes
-
-RANK_SCRIPT = '''
-"""train.py, and what each rank has at the end."""
-import sys
-
-sys.path.insert(0, {root!r})
-
-import torch
-from timm_sam import train
-
-torch.set_num_threads(1)
-fit = train.fit
-
-
-def spy(run, *rest):
-    fit(run, *rest)
-    module = run.task.get_trainable_module()
-    torch.save({{'weights': module.state_dict(), 'stats': run.sam.stats._asdict(), 'rank': run.args.rank,
-                'optimizer': run.optimizer.state_dict()}}, f'rank{{run.args.rank}}.pt')
-
-
-train.fit = spy
-sys.exit(train.main(sys.argv[1:]))
-'''
-
-
-@pytest.mark.parametrize('options', ['--grad-accum-steps 2 --drop 0.1'])
-def test_ranks_perturb_for_themselves_and_end_with_the_same_weights(base, tmp_path, options):
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANK_SCRIPT.format(root=str(ROOT)))
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script),
-         *shlex.split(f'{base} -b 4 --epochs 2 {SAM_ON} {options}')],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f'rank{i}.pt') for i in range(2)]
-    assert [rank['rank'] for rank in ranks] == [0, 1]
-    # each rank has its own images, hence its own gradient, but a perturbation of the same size
-    norms = [rank['stats']['grad_norm'] for rank in ranks]
-    assert norms[0] != norms[1]
-    for rank in ranks:
-        assert rank['stats']['eps_norm'].item() == pytest.approx(0.05, rel=1e-5)
-    assert differences(ranks[0]['weights'], ranks[1]['weights']) == []
-    assert differences(ranks[0]['optimizer'], ranks[1]['optimizer']) == []
-    saved = torch.load(tmp_path / 'out' / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
-    assert differences({f'module.{k}': v for k, v in saved.items()}, dict(ranks[0]['weights'])) == []
-    with open(tmp_path / 'out' / 'run' / 'summary.csv', newline='') as f:
-        rows = list(csv.DictReader(f))
-    assert [row['epoch'] for row in rows] == ['0', '1'] and all(map(finite, rows))
-    assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
-    assert done.stderr.count('Best metric') == 1
