@@ -42,15 +42,15 @@ class WeightBall:
         self.rho = rho
 
     @staticmethod
-    def _length(points):
+    def length(points):
         return math.sqrt(sum(float((p ** 2).sum()) for p in points))
 
     def project(self, points):
-        scale = min(1.0, self.rho / max(self._length(points), 1e-300))
+        scale = min(1.0, self.rho / max(self.length(points), 1e-300))
         return [scale * p for p in points]
 
     def direction(self, grads):
-        length = self._length(grads)
+        length = self.length(grads)
         return [g / length if length else torch.zeros_like(g) for g in grads]
 
     def per_sample(self, values):
@@ -206,13 +206,13 @@ def test_weights_are_one_sample_of_several_tensors():
     seen = []
 
     def objective(points):
-        seen.append(WeightBall._length(points))
+        seen.append(WeightBall.length(points))
         value = -sum(((p - t) ** 2).sum() for p, t in zip(points, target))
         return value.view(1), [2 * (t - p) for p, t in zip(points, target)]
 
     start = [torch.zeros_like(t) for t in target]
     best = apgd(objective, WeightBall(rho), start, 2 * rho, 20, SHARPNESS_SCHEDULE)
-    length = WeightBall._length(target)
+    length = WeightBall.length(target)
     assert length > 1
     for point, t, zero in zip(best.points, target, start):
         torch.testing.assert_close(point, rho * t / length, rtol=1e-6, atol=1e-8)

@@ -1,4 +1,5 @@
 """The grid of runs on digits: what it holds, that warm processes change nothing, that it survives crashes."""
+import multiprocessing
 import sys
 from collections import Counter
 
@@ -112,7 +113,7 @@ def test_grid_survives_crashes_and_goes_on(small, tmp_path, monkeypatch, capfd):
     assert not list((tmp_path / 'out').rglob('*.pth.tar'))
 
     # nothing left to do: no process is started
-    monkeypatch.setattr(run_pool.Pool, '_start', None)
+    monkeypatch.setattr(multiprocessing.context.SpawnContext, 'Process', None)
     code, shown = table()
     assert code == 0 and '6 runs, 6 of them finished before' in shown.out
 

@@ -400,7 +400,7 @@ def test_cifar_crop_is_a_window_of_the_padded_image_at_every_offset(tmp_path):
     ('cifar/resnet18/cifar10', 'sgd', []),
     ('cifar/vit_tiny/cifar10', 'adamw', ['AutoAugment']),
 ])
-def testaugmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name, expected, tmp_path):
+def test_augmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name, expected, tmp_path):
     args = parse(path_of(folder, name), tmp_path)
     args.mean, args.std = args.mean or (0.5,) * 3, args.std or (0.5,) * 3
     steps = training_transform(args).transforms
