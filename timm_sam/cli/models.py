@@ -1,4 +1,5 @@
-"""Names of models."""
+"""Models by their options: names, channels."""
+import argparse
 import difflib
 
 import timm
@@ -14,3 +15,8 @@ def check_model_name(flag: str, name: str) -> None:
         close = difflib.get_close_matches(base, timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
         raise OptionError(f"{flag} {name} is not a model of timm {timm.__version__}; {hint}")
+
+
+def channels(args: argparse.Namespace) -> int:
+    """Channels of the images: ``--in-chans``, else those of ``--input-size``, else 3."""
+    return args.in_chans or (args.input_size[0] if args.input_size else 3)

@@ -1,13 +1,13 @@
 """Checkpoint files in a run's folder: which is the newest whole one, and what is wrong with the others."""
-import glob
 import logging
 import os
 
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..cli.errors import one_line
+from . import files
 
-_logger = logging.getLogger("train")
+_logger = logging.getLogger(__name__)
 
 
 def why_unreadable(error: Exception) -> str:
@@ -27,8 +27,8 @@ def newest_checkpoint(folder: str) -> str | None:
         Its path, or None if there is none.
     """
     found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.pth.tar")):
-        if os.path.basename(path).startswith(("tmp", "recovery_tmp")):
+    for path in files.checkpoints(folder):
+        if files.is_being_written(path):
             continue
         try:
             checkpoint = load_checkpoint_metadata(path)
@@ -37,6 +37,6 @@ def newest_checkpoint(folder: str) -> str | None:
         except Exception as e:
             _logger.warning(f"{path} is not a whole checkpoint ({type(e).__name__}) and is skipped.")
             continue
-        is_last = os.path.basename(path) == "last.pth.tar"
+        is_last = os.path.basename(path) == files.LAST
         found.append((done, position, is_last, os.path.getmtime(path), path))
     return max(found)[-1] if found else None

@@ -1,0 +1,74 @@
+"""The device of this process: its set-up, and how batches come to it."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import set_fast_norm
+from timm.utils import set_jit_fuser
+from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor
+
+from .processes import rendezvous_url
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process computes, and which of how many it is.
+
+    Attributes:
+        device: Of this process, with its index where it is one of several.
+        rank: Of this process among all, from 0.
+        local_rank: The same on this machine.
+        world_size: Number of processes.
+        distributed: Whether there is a process group.
+    """
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    distributed: bool = False
+
+    @property
+    def primary(self) -> bool:
+        """Whether this is the one process that writes and logs."""
+        return self.rank == 0
+
+
+def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Place:
+    """Device and process group of this process, and the settings that timm's scripts make for the process.
+
+    These are TF32 and cuDNN's search for the fastest algorithms where there is CUDA, the fuser of torchscript, and
+    normalization in low precision under autocast.
+
+    Args:
+        device: As given on the command line: ``cuda``, ``cuda:1``, ``cpu``, ...; of several processes each takes the
+            index of its local rank.
+        fuser: ``te``, ``old`` or ``nvfuser``; empty: torch's own.
+        fast_norm: Normalization layers in low precision under autocast.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    found = init_distributed_device_so(device, dist_url=rendezvous_url())
+    if fuser:
+        set_jit_fuser(fuser)
+    if fast_norm:
+        set_fast_norm()
+    return Place(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"],
+                 found["distributed"])
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Brings a batch to the device.
+
+    Args:
+        batch: A tensor, or a NaFlex dictionary of tensors and what describes them.
+        device: Where to.
+        dtype: Of its floating point tensors then; None: as they are.
+    """
+    if isinstance(batch, dict):
+        return {name: to_device(value, device, dtype) for name, value in batch.items()}
+    if not isinstance(batch, Tensor):  # NaFlex batches name their sequence length
+        return batch
+    return batch.to(device=device, dtype=dtype if batch.is_floating_point() else None)
