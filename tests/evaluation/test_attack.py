@@ -5,7 +5,7 @@ import reference_apgd
 import torch
 from support.attack_models import SHAPE, Recording, biased, convolutional, linear, pictures, predicted, run
 
-from timm_sam.evaluation import attack as attack_module
+from timm_sam.evaluation.attack import attack as attack_module
 from timm_sam.evaluation.attack.attack import attack, cross_entropy, targeted_dlr
 from timm_sam.evaluation.attack.ball import Ball, noise
 

@@ -1,5 +1,4 @@
 """validate.py under torchrun, on two gloo processes: the files and numbers of one process, whatever the shares."""
-import argparse
 import gc
 import json
 import shutil
@@ -15,8 +14,8 @@ from support.validating import labelled, result, run_validate
 import timm_sam.evaluation.attack.robustness
 import timm_sam.evaluation.ranks
 from timm_sam.cli.errors import OptionError
-from timm_sam.evaluation.protocol import _check_same
 from timm_sam.evaluation.ranks import Ranks, batches_of
+from timm_sam.evaluation.session import check_same
 from timm_sam.evaluation.sets.label_spaces import LabelSpace
 from timm_sam.evaluation.sets.suites import Suite
 from timm_sam.evaluation.single import with_smaller_batches
@@ -189,14 +188,14 @@ def test_unreadable_image_of_the_second_rank_is_one_line_and_code_2(fitted, tmp_
 
 FAILS = """
 import os, sys, torch
-import timm_sam.evaluation.protocol as protocol
+import timm_sam.evaluation.session as session
 from timm_sam import validate
 from timm_sam.cli.errors import OptionError
 def failing(*args, **kwargs):
     if os.environ['RANK'] == '1':
         raise {error}
     return done(*args, **kwargs)
-done, protocol.{function} = protocol.{function}, failing
+done, session.{function} = session.{function}, failing
 sys.exit(validate.main(sys.argv[1:]))
 """
 
@@ -223,23 +222,23 @@ def test_ranks_that_see_other_files_are_an_error_on_all(monkeypatch):
         ranks = Ranks()
         monkeypatch.setattr(ranks, 'gather', lambda mine, there=there: [mine, mine, (dict(there), None)])
         if named is None:
-            _check_same(here, ranks)
+            check_same(here, ranks)
             continue
         with pytest.raises(OptionError, match=f'--eval {named}: rank 2 does not see the files that rank 0 sees; give'):
-            _check_same(here, ranks)
+            check_same(here, ranks)
 
 
 SEES = """
 import os, sys
-import timm_sam.evaluation.protocol as protocol
+import timm_sam.evaluation.session as session
 from timm_sam import validate
-opened = protocol.open_suites
+opened = session.open_suites
 def other(*args, **kwargs):
     suites = opened(*args, **kwargs)
     if os.environ['RANK'] == '1':
         del suites[0].samples[-1]
     return suites
-protocol.open_suites = other
+session.open_suites = other
 sys.exit(validate.main(sys.argv[1:]))
 """
 
@@ -272,10 +271,10 @@ def test_attempt_that_ran_out_of_memory_leaves_nothing_behind_for_the_next():
         models.append(weakref.ref(model))
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
 
-    args, ranks = argparse.Namespace(batch_size=16, num_gpu=1, device='cpu'), Ranks()
+    ranks = Ranks()
     gc.disable()  # which would find them some time
     try:
-        result = with_smaller_batches(args, lambda: ranks.run(share), 'some model')
+        result = with_smaller_batches(lambda batch_size: ranks.run(share), 'some model', 16, 1, torch.device('cpu'))
     finally:
         gc.enable()
     assert 'out of memory' in result['error'] and len(alive) > 3

@@ -18,6 +18,7 @@ from support.validating import GREYS, constant_checkpoint, result, run_validate,
 import timm_sam
 import timm_sam.evaluation.protocol
 import timm_sam.evaluation.single
+from timm_sam.evaluation.provenance import precision
 
 # Outputs 1 and 988 are classes of ImageNet-R, 15 and 988 of ImageNet-A; 303 is ObjectNet's air_mug
 FIRST = [0, 1, 15, 303, 988]
@@ -294,7 +295,7 @@ def test_products_are_not_shortened_in_suites(run, root, tmp_path, monkeypatch):
     ({'model_dtype': 'bfloat16'}, 'cuda', 'bfloat16'), ({'amp': True}, 'cuda', 'float32, autocast to float16')])
 def test_precision_of_the_protocol(options, device, text):
     args = argparse.Namespace(**{'amp': False, 'amp_dtype': 'float16', 'model_dtype': None, **options})
-    assert timm_sam.evaluation.protocol._precision(args, torch.device(device)) == text
+    assert precision(args, torch.device(device)) == text
 
 
 def test_image_that_is_a_dangling_link_is_named(run, root, tmp_path):

@@ -11,13 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.evaluation import tables
+from timm_sam.evaluation import results, tables
 from timm_sam.evaluation.journal import Journal, key_of
-from timm_sam.evaluation.protocol import short_names
 from timm_sam.evaluation.scoring import Batch, mean_of, score
 from timm_sam.evaluation.sets.label_spaces import LabelSpace
 from timm_sam.evaluation.subject import Subject
-from timm_sam.evaluation.tables import Measure
+from timm_sam.evaluation.tables import Measure, short_names
 
 # Scores
 
@@ -53,7 +52,7 @@ def test_scores_are_those_of_all_images_at_once(groups, log_freq):
 
 
 def test_log_lines_come_at_the_first_batch_every_so_many_and_the_last(caplog):
-    caplog.set_level(logging.INFO, 'validate')
+    caplog.set_level(logging.INFO, 'timm_sam.evaluation.scoring')
     for count, shown in ((5, [1, 3, 5]), (4, [1, 3, 4]), (1, [1])):
         caplog.clear()
         _, _, loader = batches(count * 5)
@@ -136,7 +135,7 @@ def test_table_in_every_format():
     ('a.b/r', None, {'md': 'a.b/r.md', 'csv': 'a.b/r.csv', 'json': 'a.b/r.json'}),
 ])
 def test_names_of_result_files(name, kind, expected):
-    assert tables.result_files(name, kind) == expected
+    assert results.result_files(name, kind) == expected
 
 
 @pytest.mark.parametrize('paths, names', [

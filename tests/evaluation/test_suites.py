@@ -10,7 +10,8 @@ from support.suites import A_IDS, IDS, NAMES, R_IDS, V2, write_tree
 from support.validating import hits
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.evaluation.sets.suites import PUBLISHED, find_suites, open_suite, open_suites
+from timm_sam.evaluation.sets.folders import PUBLISHED, find_suites
+from timm_sam.evaluation.sets.suites import open_suite, open_suites
 
 
 @pytest.fixture(scope='session')

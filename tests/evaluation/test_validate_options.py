@@ -1,4 +1,6 @@
 """The command line of validate.py: timm's flags unchanged, suites and attacks, and what a run's args.yaml supplies."""
+import argparse
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ from support.places import DATA
 
 from timm_sam import validate
 from timm_sam.evaluation.options import parse_validate_args
+from timm_sam.evaluation.weights import Hashes
 
 TIMM = json.loads((DATA / 'validate_flags.json').read_text())['validate.py']
 TIMM_DESTS = [flag['dest'] for flag in TIMM]
@@ -73,12 +76,18 @@ def test_help_lists_every_flag(capsys):
     assert [name for a in actions() for name in a.option_strings if name not in words] == []
 
 
+def parsed(argv):
+    """The options and what comes of them, in one."""
+    args, resolved = parse_validate_args(validate.build_parser(), argv)
+    assert not vars(args).keys() & vars(resolved).keys()
+    return argparse.Namespace(**vars(args), **dataclasses.asdict(resolved))
+
+
 @pytest.fixture
 def parse(tmp_path):
     """Parses a command line after ``--device cpu --data-dir FOLDER``, in that folder."""
     def run(command=''):
-        return parse_validate_args(
-            validate.build_parser(), ['--device', 'cpu', '--data-dir', str(tmp_path), *shlex.split(command)])
+        return parsed(['--device', 'cpu', '--data-dir', str(tmp_path), *shlex.split(command)])
     return run
 
 
@@ -104,8 +113,7 @@ def test_options_without_flags_are_timms_defaults(parse, tmp_path):
 
 def test_positional_folder_stands_before_data_dir_as_in_timm(tmp_path):
     (tmp_path / 'one').mkdir()
-    args = parse_validate_args(
-        validate.build_parser(), [str(tmp_path / 'one'), '--data-dir', str(tmp_path), '--device', 'cpu'])
+    args = parsed([str(tmp_path / 'one'), '--data-dir', str(tmp_path), '--device', 'cpu'])
     assert args.data_dir == str(tmp_path / 'one')
 
 
@@ -163,10 +171,12 @@ def test_copies_and_unfinished_files_of_a_folder_count_in_no_suite(parse, tmp_pa
     (tmp_path / 'copy.pth').write_text('checkpoint-9.pth.tar')
     suites = f'--model test_resnet --eval x={tmp_path} --checkpoint'
     args = parse(f'{suites} {folder}')
-    assert [Path(path).name for path in args.checkpoint] == ['checkpoint-8.pth.tar', 'checkpoint-9.pth.tar']
-    assert {Path(path).name for path in args.left_out} == {
+    kept, copies = Hashes().distinct(args.checkpoint, args.in_folders)
+    assert [Path(path).name for path in kept] == ['checkpoint-8.pth.tar', 'checkpoint-9.pth.tar']
+    assert {Path(path).name for path in [*args.left_out, *copies]} == {
         'tmp.pth.tar', 'recovery-1-5.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
-    assert len(parse(f'{suites} {folder} {tmp_path}/copy.pth').checkpoint) == 3  # what is named is wanted
+    args = parse(f'{suites} {folder} {tmp_path}/copy.pth')
+    assert len(Hashes().distinct(args.checkpoint, args.in_folders)[0]) == 3  # what is named is wanted
     assert len(parse(f'--model test_resnet --checkpoint {folder}').checkpoint) == 6  # as in timm's script
     assert parse(f'--model test_resnet --checkpoint {folder}').left_out == []
 
@@ -278,6 +288,5 @@ def test_runs_may_differ_in_other_options_and_in_what_the_command_line_says(pars
 def test_folder_after_the_checkpoint_is_the_data_as_in_timms_script(parse, run, tmp_path):
     path, data = run(**OF_A_RUN), tmp_path / 'images'
     data.mkdir()
-    parser = validate.build_parser()
-    args = parse_validate_args(parser, ['--device', 'cpu', '--checkpoint', str(path), str(data)])
+    args = parsed(['--device', 'cpu', '--checkpoint', str(path), str(data)])
     assert (args.checkpoint, args.data_dir, args.suites) == ([str(path)], str(data), False)

@@ -2,11 +2,15 @@
 import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from ..cli.errors import OptionError
+from .ranks import Ranks
+
+_logger = logging.getLogger(__name__)
 
 
 def key_of(**protocol: Any) -> str:
@@ -21,16 +25,39 @@ class Journal:
     Args:
         path: Of the results, without extension; the files are ``<path>.journal.<rank>.jsonl``. Empty: nothing is kept.
         rank: Of this process.
+        origin: The flag that the path is from, which errors name.
+        going_on: The flag that asks for going on, likewise.
     """
 
-    def __init__(self, path: str, rank: int) -> None:
-        self.path = path
+    def __init__(self, path: str, rank: int, origin: str = "--results-file",
+                 going_on: str = "--skip-existing") -> None:
+        self.path, self.origin, self.going_on = path, origin, going_on
         self.done: dict[str, Any] = {}
         self._file = f"{path}.journal.{rank}.jsonl" if path else ""
 
     def files(self) -> list[str]:
         """The journal's files, of all ranks of all attempts."""
         return sorted(glob.glob(f"{glob.escape(self.path)}.journal.*.jsonl")) if self.path else []
+
+    def begin(self, ranks: Ranks, keep: bool) -> None:
+        """Takes over what is done, or forgets it, on all ranks together.
+
+        Args:
+            ranks: Who shares the work: all of them call this.
+            keep: Whether to go on with what is done.
+
+        Raises:
+            OptionError: A file cannot be read.
+        """
+        ranks.gather(None)  # no rank removes or writes before all have looked
+        if ranks.primary:
+            if keep:
+                self.load()
+            else:
+                self.remove()
+        self.done = ranks.gather(self.done)[0]
+        if self.done and ranks.primary:
+            _logger.info(f"{len(self.done)} finished parts of an earlier evaluation are at hand")
 
     def load(self) -> None:
         """Reads what is finished. A line that was being written when a process was killed is left out.
@@ -44,7 +71,7 @@ class Journal:
                     lines = f.read().split("\n")
             except (OSError, UnicodeDecodeError) as e:
                 raise OptionError(
-                    f"--skip-existing: {file} cannot be read ({e}); remove it, or use --overwrite") from None
+                    f"{self.going_on}: {file} cannot be read ({e}); remove it, or use --overwrite") from None
             for line in lines[:-1]:  # what follows the last line break is a torn line, or nothing
                 try:
                     entry = json.loads(line)
@@ -73,7 +100,7 @@ class Journal:
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
-            raise OptionError(f"--results-file: {self._file} cannot be written ({e.strerror}); make room, or name "
+            raise OptionError(f"{self.origin}: {self._file} cannot be written ({e.strerror}); make room, or name "
                               f"another file") from None
 
 

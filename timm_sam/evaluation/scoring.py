@@ -9,11 +9,12 @@ import torch
 from timm import utils
 from torch import Tensor, nn
 
+from ..cli.device import to_device
 from ..multi_tensor import widest
 from .sets.label_spaces import LabelSpace
 from .subject import Subject
 
-_logger = logging.getLogger("validate")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,7 +104,7 @@ def score(
         for index, (input, target) in enumerate(loader):
             if not prefetcher:
                 target = target.to(device=subject.device)
-                input = _to_device(input, subject)
+                input = to_device(input, subject.device, subject.dtype)
             if channels_last and isinstance(input, Tensor):
                 input = input.contiguous(memory_format=torch.channels_last)
             with subject.autocast():
@@ -129,14 +130,6 @@ def score(
     return batches
 
 
-def _to_device(input: Any, subject: Subject) -> Any:
-    if isinstance(input, dict):
-        return {name: _to_device(value, subject) for name, value in input.items()}
-    if not isinstance(input, Tensor):  # NaFlex batches name their sequence length
-        return input
-    return input.to(device=subject.device, dtype=subject.dtype if input.is_floating_point() else None)
-
-
 def _log(title: str, batches: list[Batch], count: int, meter: utils.AverageMeter) -> None:
     now = mean_of(batches)
     left = max(0, count - len(batches)) * meter.avg * batches[0].size
@@ -146,13 +139,15 @@ def _log(title: str, batches: list[Batch], count: int, meter: utils.AverageMeter
 
 def mean_of(batches: Sequence[Batch]) -> Scores:
     """The scores of a whole data set from those of its batches, in order: the same floats however they were shared."""
-    averages = {}
-    for name in ("loss", "top1", "top5"):
-        meter = averages[name] = utils.AverageMeter()
+    def average(name: str) -> float:
+        meter = utils.AverageMeter()
         for batch in batches:
             meter.update(getattr(batch, name), batch.size)
-    right = [sum(round(getattr(batch, name) * batch.size / 100) for batch in batches) for name in ("top1", "top5")]
+        return meter.avg
+
+    right1, right5 = (sum(round(getattr(batch, name) * batch.size / 100) for batch in batches)
+                      for name in ("top1", "top5"))
     plain = [batch.right1_all for batch in batches if batch.right1_all is not None]
-    images = sum(batch.size for batch in batches)
-    return Scores(images, *(averages[name].avg for name in ("loss", "top1", "top5")), *right,
-                  sum(plain) if plain else right[0])
+    return Scores(
+        images=sum(batch.size for batch in batches), loss=average("loss"), top1=average("top1"), top5=average("top5"),
+        right1=right1, right5=right5, right1_all=sum(plain) if plain else right1)

@@ -14,18 +14,24 @@ from timm.data import RealLabelsImagenet
 from torch import Tensor
 
 from ..cli.errors import OptionError
-from .ranks import Ranks
 from .scoring import Batch, mean_of, score
+from .session import Session
 from .sets.label_spaces import LabelSpace
 from .sets.loaders import Loaded, read_valid_labels, single_dataset, single_loader
 from .subject import build_subject
 
-_logger = logging.getLogger("validate")
+_logger = logging.getLogger(__name__)
 
 
-def evaluate_single(args: argparse.Namespace, device: torch.device, ranks: Ranks, model: str,
-                    checkpoint: str | None) -> "OrderedDict[str, Any]":
+def evaluate_single(session: Session, model: str, checkpoint: str | None,
+                    batch_size: int) -> "OrderedDict[str, Any]":
     """Evaluates one model on the data set that timm's flags name.
+
+    Args:
+        session: The options, and what is open.
+        model: Its name.
+        checkpoint: File of the weights; None: timm's.
+        batch_size: Images per batch.
 
     Returns:
         The entries of timm's script, accuracies in percent rounded to four digits.
@@ -33,7 +39,8 @@ def evaluate_single(args: argparse.Namespace, device: torch.device, ranks: Ranks
     Raises:
         OptionError: The model, its weights or the data set are not what the options say.
     """
-    parts = ranks.run(lambda: _share(args, device, ranks, model, checkpoint))
+    args, ranks = session.args, session.ranks
+    parts = ranks.run(lambda: _share(session, model, checkpoint, batch_size))
     batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch.index)
     if not batches:
         raise OptionError(
@@ -58,32 +65,34 @@ def evaluate_single(args: argparse.Namespace, device: torch.device, ranks: Ranks
     return results
 
 
-def with_smaller_batches(args: argparse.Namespace, evaluate: Callable[[], "OrderedDict[str, Any]"],
-                         model: str) -> "OrderedDict[str, Any]":
+def with_smaller_batches(evaluate: Callable[[int], "OrderedDict[str, Any]"], model: str, batch_size: int,
+                         num_gpu: int, device: torch.device) -> "OrderedDict[str, Any]":
     """Evaluates with smaller and smaller batches as long as memory is short.
+
+    Args:
+        evaluate: Images per batch -> the results.
+        model: Its name.
+        batch_size: The first one, per device.
+        num_gpu: Devices that share each batch.
+        device: Whose memory it is.
 
     Returns:
         The results, or the entries ``model`` and ``error``.
     """
-    first: int = args.batch_size
-    batch_size: int | None = first
+    left: int | None = batch_size
     error = "unknown"
-    try:
-        while batch_size:
-            args.batch_size = batch_size * args.num_gpu
-            with contextlib.suppress(AttributeError, RuntimeError):
-                torch.get_device_module(args.device).empty_cache()
-            try:
-                return evaluate()
-            except RuntimeError as e:
-                error = " ".join(str(e).split())
-                if not utils.check_batch_size_retry(error):
-                    break
-            batch_size = utils.decay_batch_step(batch_size)
-            if batch_size:
-                _logger.warning(f"{model}: {error[:200]}; trying --batch-size {batch_size}")
-    finally:
-        args.batch_size = first
+    while left:
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch.get_device_module(device).empty_cache()
+        try:
+            return evaluate(left * num_gpu)
+        except RuntimeError as e:
+            error = " ".join(str(e).split())
+            if not utils.check_batch_size_retry(error):
+                break
+        left = utils.decay_batch_step(left)
+        if left:
+            _logger.warning(f"{model}: {error[:200]}; trying --batch-size {left}")
     _logger.error(f"{model} failed: {error}")
     return OrderedDict(model=model, error=error)
 
@@ -106,14 +115,15 @@ class _Share:
     targets: list[np.ndarray] = field(default_factory=list)
 
 
-def _share(args: argparse.Namespace, device: torch.device, ranks: Ranks, model: str, checkpoint: str | None) -> _Share:
+def _share(session: Session, model: str, checkpoint: str | None, batch_size: int) -> _Share:
     """Does this rank's part of an evaluation."""
-    subject = build_subject(args, checkpoint, device, model, verbose=ranks.primary)
+    args = session.args
+    subject = build_subject(args, checkpoint, session.device, model, verbose=session.primary)
     dataset = single_dataset(args, subject)
     space = LabelSpace("training")
     if args.valid_labels:
         space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))
-    loaded = single_loader(args, subject, dataset, ranks)
+    loaded = single_loader(args, subject, dataset, batch_size, session.ranks)
     real = _real_labels(args, dataset, loaded)
     share = _Share(OrderedDict(
         param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],

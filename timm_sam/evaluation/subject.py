@@ -1,32 +1,26 @@
 """Options -> the model under evaluation, with its weights, preprocessing and precision."""
 import argparse
-import hashlib
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm import utils
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.layers import apply_test_time_pool, set_fast_norm
-from timm.models import create_model, load_checkpoint
+from timm.layers import apply_test_time_pool
+from timm.models import create_model
 from timm.models.naflexvit import NaFlexVit
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import Tensor, nn
 
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name
-from ..cli.processes import rendezvous_url
-from ..runs.checkpoints import why_unreadable
+from ..cli.models import channels, check_model_name
+from .weights import AVERAGED, Hashes, load_weights, weights_sha256
 
-_logger = logging.getLogger("validate")
-
-_AVERAGED = ("state_dict_ema", "model_ema")  # keys of averaged weights, as timm looks for them
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,46 +56,8 @@ class Subject:
     weights: str = ""
 
 
-def prepare_device(args: argparse.Namespace) -> torch.device:
-    """Device and process group of this rank, and the settings that timm's script makes for the process."""
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    args.dist_url = rendezvous_url()
-    device = utils.init_distributed_device(args)
-    if args.fuser:
-        utils.set_jit_fuser(args.fuser)
-    if args.fast_norm:
-        set_fast_norm()
-    return device
-
-
-def file_sha256(path: str) -> str:
-    """SHA-256 of a checkpoint's content.
-
-    Raises:
-        OptionError: It cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
-    except OSError as e:
-        raise OptionError(f"--checkpoint {path} cannot be read ({e.strerror}); check its permissions") from None
-    return digest.hexdigest()
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torch.device, name: str | None = None,
-                  verbose: bool = True) -> Subject:
+                  verbose: bool = True, hashes: Hashes | None = None, must_be_averaged: bool = False) -> Subject:
     """Builds the model, loads the weights and brings it to the device.
 
     Args:
@@ -110,6 +66,8 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
         device: Where the model goes.
         name: The model, if not ``args.model``.
         verbose: Whether to log.
+        hashes: Of the files, to know the weights by; None: they need not be known.
+        must_be_averaged: Whether it is an error if --use-ema finds no averaged weights.
 
     Raises:
         OptionError: The name is unknown, its arguments do not fit, the weights cannot be loaded into it, or it takes
@@ -117,15 +75,17 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     """
     name = name or args.model
     utils.random_seed(args.seed)
-    model = _create(args, name, pretrained=args.pretrained or checkpoint is None)
+    model = create(args, name, pretrained=args.pretrained or checkpoint is None)
     weights = "timm's"
     if checkpoint is not None:
-        weights = _load(args, model, name, checkpoint)
-        if args.use_ema and weights not in _AVERAGED and verbose:
+        weights = load_weights(model, name, checkpoint, args.use_ema, must_be_averaged)
+        if args.use_ema and weights not in AVERAGED and verbose:
             _logger.warning(f"--use-ema: {checkpoint} has no averaged weights; the plain ones are evaluated")
+        if verbose:
+            _logger.info(f"Loaded {weights or 'the weights'} of {checkpoint}")
     sha256 = None
-    if args.suites:
-        sha256 = _weights_sha256(model) if checkpoint is None else file_sha256(checkpoint)
+    if hashes is not None:
+        sha256 = weights_sha256(model) if checkpoint is None else hashes.of_file(checkpoint)
     if args.reparam:
         model = utils.reparameterize_model(model)
     param_count = sum(p.numel() for p in model.parameters())
@@ -134,7 +94,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=verbose)
     for key in ("mean", "std"):  # as timm's loader would: the attack normalizes by the same numbers
         data_config[key] = tuple(adapt_to_chs(data_config[key], data_config["input_size"][0]))
-    num_classes, crop_pct = model.num_classes, data_config["crop_pct"]
+    num_classes, crop_pct = cast(int, model.num_classes), data_config["crop_pct"]
     if args.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
         crop_pct = 1.0 if pooled else crop_pct
@@ -158,12 +118,16 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
         dtype=dtype, autocast=autocast, weights=weights)
 
 
-def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
+def create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
+    """The model by its name and the options, on the CPU.
+
+    Raises:
+        OptionError: The name is unknown, its arguments do not fit, or timm's weights cannot be had.
+    """
     check_model_name("--model", name)
-    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
     try:
         return create_model(
-            name, pretrained=pretrained, num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp,
+            name, pretrained=pretrained, num_classes=args.num_classes, in_chans=channels(args), global_pool=args.gp,
             scriptable=args.torchscript, **args.model_kwargs)
     except Exception as e:  # the name, its arguments and its files: all of it comes from the options
         if pretrained and not isinstance(e, TypeError):
@@ -172,36 +136,6 @@ def _create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
                 f"--checkpoint") from e
         raise OptionError(
             f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
-
-
-def _load(args: argparse.Namespace, model: nn.Module, name: str, path: str) -> str:
-    """Loads a file's weights; returns their key in it."""
-    if not os.path.isfile(path):
-        raise OptionError(f"--checkpoint {path} is not a file: give the path of a checkpoint")
-    try:
-        load_checkpoint(model, path, args.use_ema)
-        weights = _key_of_weights(path, args.use_ema)
-    except Exception as e:  # unpickling a torn or foreign file raises almost anything
-        raise OptionError(
-            f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: {why_unreadable(e)}; "
-            f"give a checkpoint of this model, or mend --model and --num-classes") from e
-    if args.use_ema and args.suites and weights not in _AVERAGED:
-        raise OptionError(f"--use-ema: {path} has no averaged weights; leave it out, or give checkpoints with them")
-    return weights
-
-
-def _key_of_weights(path: str, use_ema: bool) -> str:
-    """Where in a file timm takes the weights from; empty: the file is nothing but weights."""
-    if os.path.splitext(path)[1].lower() in (".safetensors", ".npz", ".npy"):
-        return ""
-    try:
-        content = load_checkpoint_metadata(path)
-    except RuntimeError:  # torch 1.5 and older wrote files that cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        return ""
-    averaged = [key for key in _AVERAGED if use_ema and content.get(key) is not None]
-    return next((key for key in (*averaged, "state_dict", "model") if key in content), "")
 
 
 def _try(model: nn.Module, name: str, images: Tensor) -> None:
@@ -235,14 +169,3 @@ def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     return model
-
-
-def check_weights(args: argparse.Namespace, checkpoints: Sequence[str]) -> None:
-    """Loads each file into a model once, to see that it can be done.
-
-    Raises:
-        OptionError: One of them cannot.
-    """
-    model = _create(args, args.model, pretrained=False)
-    for path in checkpoints:
-        _load(args, model, args.model, path)

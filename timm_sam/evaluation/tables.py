@@ -1,16 +1,16 @@
 """Results of suites as a table: on the terminal, as Markdown, CSV and JSON."""
-import csv
-import io
 import json
 import os
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cli.errors import OptionError
+from ..cli.text import csv_text, markdown, sample_std, spread
 
+FORMATS = ("csv", "json", "md")
 GROUPS = ("ID", "OOD", "adversarial")  # the order of Table 4 of the SAM-ON paper
+_TEXT = 3  # columns before the numbers
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Measure:
     @property
     def std(self) -> float | None:
         """Standard deviation of the sample (n - 1); None for a single value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return sample_std(self.values)
 
 
 def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
@@ -62,7 +62,7 @@ def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]
         row = [m.group if m.group != group else "", m.dataset + flags, m.name, f"{m.images:,}",
                *(f"{value:.2f}" for value in m.values)]
         if many:
-            row.append(f"{m.mean:.2f} ± {m.std:.2f}")
+            row.append(spread(m.mean, m.std))
         rows.append(row)
         group = m.group
     return rows
@@ -74,7 +74,7 @@ def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        lines.append("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
+        lines.append("  ".join(cell.ljust(width) if i < _TEXT else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
@@ -82,24 +82,16 @@ def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
 
 def as_markdown(measures: Sequence[Measure], names: Sequence[str]) -> str:
     """The table in Markdown; accuracies in percent."""
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rows = _cells(measures, names)
-    rule = "|" + "|".join("---:" if i >= 3 else "---" for i in range(len(rows[0]))) + "|"
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
+    header, *rows = _cells(measures, names)
+    return markdown(header, rows, left=_TEXT) + "\n"
 
 
 def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
     """The table as CSV: numbers in percent with four digits, mean and standard deviation in columns of their own."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", "dataset", "measure", "images", *names, "mean", "std", "flags"])
-    for m in measures:
-        std = "" if m.std is None else f"{m.std:.4f}"
-        writer.writerow([m.group, m.dataset, m.name, m.images, *(f"{value:.4f}" for value in m.values),
-                         f"{m.mean:.4f}", std, "; ".join(m.flags)])
-    return out.getvalue()
+    return csv_text(
+        ["group", "dataset", "measure", "images", *names, "mean", "std", "flags"],
+        [[m.group, m.dataset, m.name, m.images, *(f"{value:.4f}" for value in m.values), f"{m.mean:.4f}",
+          "" if m.std is None else f"{m.std:.4f}", "; ".join(m.flags)] for m in measures])
 
 
 def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any]) -> str:
@@ -109,82 +101,15 @@ def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping
     return json.dumps(dict(checkpoints=list(names), results=results, protocol=protocol), indent=2, default=str) + "\n"
 
 
-def result_files(results_file: str, results_format: str | None) -> dict[str, str]:
-    """Format -> file: by the extension, all three without one, or the format that was asked for."""
-    if not results_file:
-        return {}
-    extension = os.path.splitext(results_file)[1][1:]
-    if results_format is not None:
-        return {results_format: results_file}
-    if extension:
-        return {extension: results_file}
-    return {kind: f"{results_file}.{kind}" for kind in ("md", "csv", "json")}
-
-
-def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collection[str | None],
-               rows: Collection[tuple[str, str]]) -> None:
-    """Looks whether a new table holds what an existing one does: its JSON, else its CSV; Markdown is not read.
-
-    Args:
-        files: Format -> file.
-        paths: Of the new table's checkpoints; a CSV file's columns are named by parts of them.
-        sha256s: Of the same files.
-        rows: Its pairs (data set, measure).
-
-    Raises:
-        OptionError: It lacks something, or the existing table cannot be read.
-    """
-    kind = next((kind for kind in ("json", "csv") if os.path.exists(files.get(kind, ""))), None)
-    if kind is None:
-        return
-    try:
-        with open(files[kind], encoding="utf-8", newline="") as f:
-            if kind == "json":
-                content = json.load(f)
-                old = [(row["dataset"], row["measure"]) for row in content["results"]]
-                lost = [f"{c['path']} (SHA-256 {str(c['sha256'])[:12]})" for c in content["protocol"]["checkpoints"]
-                        if c["sha256"] not in sha256s]
-            else:
-                head, *lines = csv.reader(f)
-                old = [(line[1], line[2]) for line in lines]
-                wholes = [f"/{os.path.normpath(path)}/" for path in paths]
-                lost = [name for name in head[4:-3]
-                        if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise OptionError(
-            f"--skip-existing: {files[kind]} is no table of validate.py; name another --results-file, or use "
-            f"--overwrite") from None
-    lost += [f"{measure} of {dataset}" for dataset, measure in old if (dataset, measure) not in rows]
-    if lost:
-        raise OptionError(
-            f"--skip-existing: {files[kind]} holds {lost[0]}{', ...' if len(lost) > 1 else ''}, which is not "
-            f"evaluated now and would be lost; ask for it too, name another --results-file, or use --overwrite")
-
-
-def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence[str],
-          protocol: Mapping[str, Any]) -> None:
-    """Writes the table, each file in one piece.
-
-    Raises:
-        OptionError: A file cannot be written.
-    """
-    texts = {"md": lambda: as_markdown(measures, names), "csv": lambda: as_csv(measures, names),
-             "json": lambda: as_json(measures, names, protocol)}
-    for kind, path in files.items():
-        write_text(path, texts[kind]())
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file of results in one piece.
-
-    Raises:
-        OptionError: It cannot be written.
-    """
-    temporary = f"{path}.part"
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise OptionError(
-            f"--results-file: {path} cannot be written ({e.strerror}); make room, or name another file") from None
+def short_names(checkpoints: Sequence[str | None], model: str) -> list[str]:
+    """Names for the columns: what tells the paths apart, or the model's name without a file."""
+    paths = [checkpoint or model for checkpoint in checkpoints]
+    normal = [os.path.normpath(path) for path in paths]
+    if len(paths) == 1 or len(set(normal)) < len(paths):
+        return paths
+    parts = [path.split(os.sep) for path in normal]
+    shared = len(os.path.commonprefix(parts))
+    ending = len(os.path.commonprefix([part[shared:][::-1] for part in parts]))
+    names = ["/".join(part[shared:len(part) - ending]) for part in parts]
+    # where a/x and a/b/x end alike, nothing is left of the first
+    return names if all(names) else ["/".join(part[shared:]) for part in parts]

@@ -16,6 +16,8 @@ from ..precision import full_precision
 from .apgd import Points, apgd
 from .ball import NORMS, Ball, noise, vector_length
 
+STEPS, TARGETS = 100, 9  # of each attack, and target classes of APGD-T, as in AutoAttack
+
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -142,8 +144,8 @@ def attack(
         norm: str,
         radius: float,
         *,
-        steps: int = 100,
-        n_targets: int = 9,
+        steps: int = STEPS,
+        n_targets: int = TARGETS,
         seed: int = 0,
 ) -> Attacked:
     """Attacks one batch with APGD-CE and then APGD-T.

@@ -1,5 +1,6 @@
 """The set that an attack searches: a ball around each clean image, cut to [0, 1], and where in it a search starts."""
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,8 +11,26 @@ from .apgd import Points
 NORMS = ("linf", "l2")
 
 
+@dataclass(frozen=True)
+class Radius:
+    """The size of a ball around an image, and how it was written.
+
+    Attributes:
+        norm: One of ``NORMS``.
+        value: In units of [0, 1], > 0.
+        text: As on the command line, e.g. ``0.25/255``.
+    """
+
+    norm: str
+    value: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.text}"
+
+
 class Ball:
-    """Images within ``radius`` of ``center`` and in [0, 1]: the :class:`~timm_sam.evaluation.apgd.Space` of attacks.
+    """Images within ``radius`` of ``center`` and in [0, 1]: the ``Space`` of attacks.
 
     Attributes:
         center: The clean images in [0, 1], first dimension the samples.

@@ -3,7 +3,7 @@ import argparse
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from timm import utils
 
 from ...cli.errors import OptionError
 from ..journal import Journal, key_of
-from ..options import Radius
 from ..ranks import Ranks, batches_of
 from ..sets.images import class_balanced_subset
 from ..sets.loaders import suite_loader
@@ -20,8 +19,9 @@ from ..sets.suites import Suite
 from ..subject import Subject
 from ..tables import Measure
 from .attack import Attacked, Normalized, attack
+from .ball import Radius
 
-_logger = logging.getLogger("validate")
+_logger = logging.getLogger(__name__)
 
 MOST = 5000  # images that are attacked unless --attack-num-samples says otherwise
 
@@ -32,6 +32,34 @@ class AttackedSet:
 
     suite: Suite
     indices: list[int]
+
+    @classmethod
+    def of_options(cls, args: argparse.Namespace, suites: Sequence[Suite], outputs: int) -> "AttackedSet | None":
+        """What ``--attack`` and its further flags ask for, of the suites that are evaluated; None: no attack.
+
+        Args:
+            args: All options.
+            suites: The data sets.
+            outputs: Of the model.
+
+        Raises:
+            OptionError: There is no such set, or it has too few classes or images.
+        """
+        if not args.attack:
+            return None
+        names = [suite.name for suite in suites]
+        if args.attack_set is not None and args.attack_set not in names:
+            raise OptionError(f"--attack-set {args.attack_set} is not evaluated: use one of {', '.join(names)}")
+        name = args.attack_set or next((suite.name for suite in suites if suite.kind == "id"), None)
+        if name is None:
+            raise OptionError(
+                f"--attack: none of {', '.join(names)} is in distribution; choose one by --attack-set NAME")
+        suite = suites[names.index(name)]
+        classes = suite.space.num_classes(outputs)
+        if classes < 4:
+            raise OptionError(
+                f"--attack: {name} has {classes} classes, targeted DLR needs 4 or more; leave --attack out")
+        return cls.choose(suite, args)
 
     @classmethod
     def choose(cls, suite: Suite, args: argparse.Namespace) -> "AttackedSet":

@@ -19,7 +19,7 @@ from ..subject import Subject
 from .images import SuiteDataset, UnreadableImage, open_image
 from .suites import Suite
 
-_logger = logging.getLogger("validate")
+_logger = logging.getLogger(__name__)
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
 
@@ -105,7 +105,6 @@ def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
     Raises:
         OptionError: It is missing, or has more classes than the model.
     """
-    channels = subject.data_config["input_size"][0]
     try:
         dataset = create_dataset(
             root=args.data_dir,
@@ -116,7 +115,7 @@ def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
             class_map=args.class_map,
             num_samples=args.num_samples,
             input_key=args.input_key,
-            input_img_mode=args.input_img_mode or ("RGB" if channels == 3 else "L"),
+            input_img_mode=_img_mode(args, subject),
             target_key=args.target_key,
             trust_remote_code=args.dataset_trust_remote_code,
             seed=args.seed,
@@ -161,8 +160,15 @@ def read_valid_labels(args: argparse.Namespace, num_classes: int) -> list[int]:
     return labels
 
 
-def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, ranks: Ranks) -> Loaded:
+def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, batch_size: int, ranks: Ranks) -> Loaded:
     """This rank's batches of the data set that timm's flags name.
+
+    Args:
+        args: All options.
+        subject: The model, whose preprocessing is used.
+        dataset: Of :func:`single_dataset`.
+        batch_size: Images per batch; not the options', where memory is short.
+        ranks: Who shares the work.
 
     Raises:
         OptionError: The data set is a stream, and there are several ranks.
@@ -171,15 +177,15 @@ def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, rank
         if ranks.count > 1:
             raise OptionError(
                 f"--dataset {args.dataset} is a stream, which processes cannot share exactly: run one process")
-        loader = _loader(args, subject, dataset)
+        loader = _loader(args, subject, dataset, batch_size)
         return Loaded(loader, list(range(len(loader))), None)
-    batches = batches_of(range(len(dataset)), args.batch_size)
+    batches = batches_of(range(len(dataset)), batch_size)
     places = ranks.share(range(len(batches)))
     indices = [i for place in places for i in batches[place]]
     strict = Strict(dataset, indices, f"--data-dir {args.data_dir}")
     if strict.decodes or ranks.count > 1:
         dataset = strict
-    return Loaded(_loader(args, subject, dataset), places, indices)
+    return Loaded(_loader(args, subject, dataset, batch_size), places, indices)
 
 
 def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batches: Sequence[Sequence[int]],
@@ -190,23 +196,32 @@ def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batch
         args: All options.
         subject: The model, whose preprocessing is used.
         suite: The data set.
-        batches: All batches, as positions in ``suite.samples``.
+        batches: All batches, as positions in ``suite.samples``; all of one size, but for the last.
         places: Which of them are wanted.
         raw: Leave images in [0, 1] instead of normalizing them.
     """
     indices = [i for place in places for i in batches[place]]
-    channels = subject.data_config["input_size"][0]
-    dataset = SuiteDataset(suite, args.input_img_mode or ("RGB" if channels == 3 else "L"), indices)
-    border = suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
-    return Loaded(_loader(args, subject, dataset, border, raw), list(places), indices)
+    dataset = SuiteDataset(suite, _img_mode(args, subject), indices)
+    loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw)
+    return Loaded(loader, list(places), indices)
 
 
-def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, border: int | None = None,
+def crop_border(args: argparse.Namespace, suite: Suite) -> int:
+    """Pixels to cut from each side of a suite's images: what the options say, else what the suite needs."""
+    return suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
+
+
+def _img_mode(args: argparse.Namespace, subject: Subject) -> str:
+    """PIL mode of the images."""
+    return args.input_img_mode or ("RGB" if subject.data_config["input_size"][0] == 3 else "L")
+
+
+def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, batch_size: int, border: int | None = None,
             raw: bool = False) -> Any:
     config = subject.data_config
     channels = config["input_size"][0]
     kwargs: dict[str, Any] = dict(
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         use_prefetcher=not args.no_prefetcher,
         interpolation=config["interpolation"],
         mean=(0.0,) * channels if raw else config["mean"],

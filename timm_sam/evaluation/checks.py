@@ -1,0 +1,111 @@
+"""Checks of an evaluation's options against each other and the machine, before anything is built or written."""
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..cli import rules
+from ..cli.rules import LOWER_PRECISIONS, Rules, flag
+from .tables import FORMATS
+
+Default = Callable[[str], Any]  # dest -> the flag's default
+
+
+def files(args: argparse.Namespace, suites: bool) -> Rules:
+    """Files and folders that options name are there."""
+    for path in args.checkpoint:
+        yield not os.path.isfile(path), f"--checkpoint {path} is not a file: give the path of a checkpoint"
+    for dest in ("real_labels", "valid_labels"):
+        path = getattr(args, dest)
+        yield bool(path) and not os.path.isfile(path), f"{flag(dest)} {path} is not a file: give its path"
+    folder = rules.reads_files(args)
+    yield (folder and not args.data_dir and not suites,
+           "--data-dir is missing: give the folder of the data set, or data sets by --eval NAME=DIR")
+    yield (folder and bool(args.data_dir) and not os.path.exists(args.data_dir or ""),
+           f"--data-dir {args.data_dir} does not exist: give the folder of the data set")
+    yield from rules.class_map_is_there(args)
+
+
+def values(args: argparse.Namespace) -> Rules:
+    """Each option for itself, and the device."""
+    yield from rules.at_least_one(args, (
+        "batch_size", "log_freq", "num_gpu", "num_samples", "num_classes", "img_size", "in_chans",
+        "attack_num_samples", "attack_steps", "attack_targets", "naflex_max_seq_len"))
+    size = args.input_size
+    yield size is not None and min(size) < 1, f"--input-size {size}: channels, height and width must be >= 1"
+    yield (args.crop_pct is not None and not 0 < args.crop_pct < math.inf,
+           f"--crop-pct {args.crop_pct} must be > 0: 1 keeps the whole image, 0.875 cuts its border")
+    border = args.crop_border_pixels
+    yield border is not None and border < 0, f"--crop-border-pixels {border} must be >= 0"
+    yield args.workers < 0, f"--workers {args.workers} must be >= 0"
+    yield not 0 <= args.seed < 2 ** 63, f"--seed {args.seed} must be >= 0 and < 2^63"
+    yield from rules.known(args, {
+        **rules.KNOWN,
+        "amp_dtype": LOWER_PRECISIONS,
+        "crop_mode": (None, "squash", "border", "center"),
+        "results_format": FORMATS,
+    })
+    yield from rules.per_channel(args)
+    for dest in ("mean", "std"):
+        value = getattr(args, dest)
+        yield (value is not None and not all(math.isfinite(v) and (v > 0 or dest == "mean") for v in value),
+               f"--{dest} {value} must be finite{'' if dest == 'mean' else ' and > 0'}")
+    yield from rules.device_is_there(args)
+
+
+def conflicts(args: argparse.Namespace, suites: bool) -> Rules:
+    """Options that exclude each other, what is not installed, and results that would be replaced."""
+    yield (args.metrics_avg is not None and importlib.util.find_spec("sklearn") is None,
+           f"--metrics-avg {args.metrics_avg} needs scikit-learn: pip install scikit-learn, or leave it out")
+    yield from rules.amp_takes_float32(args)
+    yield args.num_gpu > 1 and "WORLD_SIZE" in os.environ, \
+        f"--num-gpu {args.num_gpu} and torchrun are two ways to share the work: leave --num-gpu out"
+    exists = not suites and bool(args.results_file) and os.path.exists(args.results_file)
+    yield (exists and not args.overwrite,
+           f"--results-file {args.results_file} exists: add --overwrite to replace it, or name another file")
+    folder = os.path.dirname(os.path.abspath(args.results_file))
+    yield (bool(args.results_file) and not os.path.isdir(folder),
+           f"--results-file {args.results_file}: there is no folder {folder}; make it, or name another file")
+    yield os.path.isdir(args.results_file), f"--results-file {args.results_file} is a folder: name a file in it"
+
+
+def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
+    """What belongs to suites only is not asked for."""
+    for dest in ("allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
+        yield (getattr(args, dest) != default(dest),
+               f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
+    yield args.results_format == "md", "--results-format md is for suites: use csv or json, or add --eval NAME=DIR"
+
+
+def of_suites(args: argparse.Namespace, default: Default, format_given: bool) -> Rules:
+    """What suites need, and what they do not have."""
+    yield (not (args.eval or args.eval_root or args.data_dir),
+           "no data set: give --eval NAME=DIR, --eval-root DIR or --data-dir DIR")
+    names = [name for name, _ in args.eval]
+    twice = {name for name in names if names.count(name) > 1}
+    yield bool(twice), f"--eval names {', '.join(sorted(twice))} twice: give each data set a name of its own"
+    yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
+           f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
+    for dest in ("dataset", "dataset_download", "dataset_trust_remote_code", "num_samples", "input_key", "target_key",
+                 "real_labels", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
+        yield (bool(getattr(args, dest)),
+               f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
+    yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"
+    yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
+    extension = os.path.splitext(args.results_file)[1][1:]
+    yield (bool(extension) and not format_given and extension not in FORMATS,
+           f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "
+           f"three, or add --results-format")
+    if not args.attack:
+        for dest in ("attack_set", "attack_num_samples", "attack_steps", "attack_targets"):
+            yield (getattr(args, dest) != default(dest),
+                   f"{flag(dest)} has no effect without --attack: add --attack l2=0.5, or leave it out")
+        return
+    yield args.naflex_loader, "--attack needs images of one size: leave out --naflex-loader"
+    yield (args.amp or args.model_dtype in LOWER_PRECISIONS,
+           "--attack works in float32 only: leave out --amp and --model-dtype")
+    yield (args.torchscript or args.aot_autograd,
+           "--attack differentiates by the images, which scripted and fused models may not allow: leave out "
+           "--torchscript and --aot-autograd")

@@ -1,0 +1,81 @@
+"""What a run's ``args.yaml`` says of the model and its images, for what the command line leaves open."""
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..cli.errors import OptionError
+from ..cli.parser import yaml_value
+from ..cli.rules import flag
+from ..runs import files
+
+# what a run's options say of the model and its images, and an evaluation has as flags too
+OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct",
+            "gp", "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len")
+
+
+@dataclass(frozen=True)
+class FromRun:
+    """What is taken from the runs that wrote the checkpoints.
+
+    Attributes:
+        path: The ``args.yaml``; None: there is none, and nothing is taken.
+        values: Option -> value, of ``OF_A_RUN``; what the command line says is left out.
+        bn_eps: Of the run's normalization layers: a flag of train.py only, but part of what the model computes.
+    """
+
+    path: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    bn_eps: float | None = None
+
+
+def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given: argparse.Namespace) -> FromRun:
+    """Reads what the runs that wrote the checkpoints were started with.
+
+    Args:
+        parser: Of the evaluation's flags.
+        checkpoints: Their files.
+        given: The options as the command line gives them, None where it gives none.
+
+    Raises:
+        OptionError: An ``args.yaml`` cannot be read, or two of them differ in what the command line does not say.
+    """
+    paths = [os.path.join(os.path.dirname(checkpoint), files.ARGS) for checkpoint in checkpoints]
+    paths = [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
+    if not paths:
+        return FromRun()
+    actions = {action.dest: action for action in parser._actions}
+    path, *others = paths
+    values = _read(actions, path)
+    for other in others:
+        theirs = _read(actions, other)
+        for key in (*OF_A_RUN, "bn_eps"):
+            default = actions[key].default if key in actions else None
+            mine, its = values.get(key, default), theirs.get(key, default)
+            if mine != its and getattr(given, key, None) is None:
+                remedy = f"evaluate them one by one, or give {flag(key)}" if key in actions else (
+                    "evaluate them one by one")
+                raise OptionError(f"--checkpoint: {key} is {mine!r} in {path}, and {its!r} in {other}; {remedy}")
+    if given.img_size is not None and "input_size" in values:
+        # timm would prefer it to the size that the command line asks for
+        values.setdefault("in_chans", values.pop("input_size")[0])
+    bn_eps = values.pop("bn_eps", None)
+    return FromRun(path, {key: value for key, value in values.items() if getattr(given, key) is None}, bn_eps)
+
+
+def _read(actions: Mapping[str, argparse.Action], path: str) -> dict[str, Any]:
+    """What an ``args.yaml`` says of the model and its images, and ``bn_eps``."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            run = yaml.safe_load(f)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        run = None
+    if not isinstance(run, dict):
+        raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")
+    values = {key: yaml_value(path, actions[key], run[key]) for key in OF_A_RUN if run.get(key) is not None}
+    if isinstance(run.get("bn_eps"), float):
+        values["bn_eps"] = run["bn_eps"]
+    return values

@@ -1,0 +1,163 @@
+"""What every evaluation opens: processes and device, checkpoints, models, data sets, and what is finished already."""
+import argparse
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from timm.data import create_dataset
+from timm.data.readers.class_map import load_class_map
+
+from ..cli.device import Place, set_up
+from ..cli.errors import OptionError, one_line
+from ..cli.processes import leave_process_group
+from .options import Resolved
+from .ranks import Ranks
+from .sets.folders import find_suites
+from .sets.suites import Suite, open_suites
+from .subject import Subject, build_subject, create
+from .weights import Hashes, check_weights
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """One evaluation by one process, or by a group of them.
+
+    Attributes:
+        args: All options; nothing writes into them.
+        resolved: What comes of them.
+        place: Device of this process, and where it stands.
+        ranks: Who shares the work.
+        hashes: Of the files of weights.
+    """
+
+    args: argparse.Namespace
+    resolved: Resolved
+    place: Place
+    ranks: Ranks
+    hashes: Hashes = field(default_factory=Hashes)
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, resolved: Resolved) -> "Session":
+        """Sets up this process, and says what the options come to."""
+        place = set_up(args.device, args.fuser, args.fast_norm)
+        session = cls(args, resolved, place, Ranks())
+        if not session.primary:
+            logging.getLogger().setLevel(logging.WARNING)
+        if resolved.taken_from is not None:
+            _logger.info(f"Model and preprocessing as in {resolved.taken_from}: {args.model}")
+        return session
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    @property
+    def primary(self) -> bool:
+        return self.ranks.primary
+
+    def close(self) -> None:
+        """Leaves the group of processes."""
+        self.ranks.close()
+        leave_process_group()
+
+    def checkpoints(self) -> list[str | None]:
+        """The files to evaluate, copies left out; ``[None]`` without any: timm's weights.
+
+        Hours may lie between the first and the last of several: one that does not fit the model is found here.
+
+        Raises:
+            OptionError: A file cannot be read, is given twice, or does not fit.
+        """
+        args = self.args
+        files, copies = self.ranks.each(lambda: self.hashes.distinct(args.checkpoint, self.resolved.in_folders))
+        if (left_out := [*self.resolved.left_out, *copies]) and self.primary:
+            _logger.info(f"Unfinished or the same as another checkpoint: {', '.join(left_out)}")
+        if len(files) > 1:
+            self.ranks.each(lambda: check_weights(
+                create(args, args.model, pretrained=False), args.model, files, args.use_ema, must_be_averaged=True))
+        return [*files] or [None]
+
+    def subject(self, checkpoint: str | None) -> Subject:
+        """The model with the weights of a file, on the device; all ranks together.
+
+        Raises:
+            OptionError: As :func:`~timm_sam.evaluation.subject.build_subject`.
+        """
+        return self.ranks.each(lambda: build_subject(
+            self.args, checkpoint, self.device, verbose=self.primary, hashes=self.hashes, must_be_averaged=True))
+
+    def suites(self, outputs: int) -> list[Suite]:
+        """The data sets that are asked for, the same ones for all ranks.
+
+        Args:
+            outputs: Of the model.
+
+        Raises:
+            OptionError: One is not what it is said to be, or not the same for all ranks.
+        """
+        suites = self.ranks.each(lambda: _open(self.args, outputs, self.primary))
+        check_same(suites, self.ranks)
+        return suites
+
+
+def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
+    folders: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    if args.data_dir:
+        origin = f"--data-dir {args.data_dir} --split {args.split}"
+        try:
+            folders[args.split] = create_dataset("", root=args.data_dir, split=args.split).reader.root
+        except (RuntimeError, AssertionError, OSError) as e:
+            raise OptionError(f"{origin}: {one_line(e)}; check the folder") from None
+        origins[args.split] = origin
+    for name, folder in args.eval:
+        if name in folders:
+            raise OptionError(
+                f"--eval {name}={folder}: --data-dir --split {args.split} has this name already; give another")
+        folders[name] = folder
+    if args.eval_root:
+        found, missing = find_suites(args.eval_root)
+        if verbose:
+            _logger.info(f"--eval-root {args.eval_root}: found {', '.join(found) or 'nothing'}; not there: "
+                         f"{', '.join(missing) or 'none'}")
+        if not found and not folders:
+            raise OptionError(
+                f"--eval-root {args.eval_root} holds none of {', '.join(missing)} under its published name: check the "
+                f"folder, or name the sets by --eval NAME=DIR")
+        for name, folder in found.items():
+            if name not in folders:
+                folders[name], origins[name] = folder, f"--eval-root {args.eval_root} ({name})"
+    suites = open_suites(folders, outputs, _class_map(args), args.allow_partial, origins)
+    for suite in suites if verbose else ():
+        remarks = "".join(f"; {remark}" for remark in (*suite.flags, *suite.notes))
+        _logger.info(f"{suite.name}: {len(suite.samples):,} images in {suite.root}, {suite.space.name}{remarks}")
+    return suites
+
+
+def _class_map(args: argparse.Namespace) -> Mapping[str, int] | None:
+    if not args.class_map:
+        return None
+    try:
+        return load_class_map(args.class_map, args.data_dir or "")
+    except (AssertionError, ValueError, OSError, EOFError, pickle.UnpicklingError) as e:
+        raise OptionError(
+            f"--class-map {args.class_map}: {one_line(e)}; give a text file with a class per line") from None
+
+
+def check_same(suites: Sequence[Suite], ranks: Ranks) -> None:
+    """Compares what the ranks see, which may run on different machines.
+
+    Raises:
+        OptionError: A data set is not the same for all of them.
+    """
+    first, *others = ranks.run(lambda: {suite.name: suite.samples_sha256 for suite in suites})
+    for rank, theirs in enumerate(others, 1):
+        different = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        if different:
+            origins = {suite.name: suite.origin for suite in suites}
+            raise OptionError(f"{origins.get(different[0]) or f'--eval {different[0]}'}: rank {rank} does not see the "
+                              f"files that rank 0 sees; give all machines the same data")
