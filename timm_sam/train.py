@@ -20,25 +20,31 @@ from typing import Any
 import torch
 from timm import utils
 from timm.data import resolve_data_config
-from timm.layers import set_fast_norm
 from timm.models import safe_model_name
 
+from .cli.device import Process, set_up
 from .cli.errors import OptionError, report
 from .cli.parser import OptionParser, dump_args
-from .cli.processes import end_failed_rank, leave_process_group, rendezvous_url
-from .runs import timing
-from .training import checkpoint, factory, sam_options, states, workers
+from .cli.processes import end_failed_rank, leave_process_group
+from .runs import files, timing
+from .training import checkpoint, factory, states, workers
+from .training.compiling import compile_task
 from .training.data import create_data
-from .training.engine import Run, evaluate, train_one_epoch
+from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
 from .training.options import build_train_parser, parse_args
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
+from .training.progress import Progress
+from .training.resolved import Resolved
+from .training.sam_options import create_update
+from .training.schedule import create_schedule, resume_schedule
+from .training.validation import evaluate
 
 try:
     import wandb
 except ImportError:
     wandb = None
 
-_logger = logging.getLogger("train")
+_logger = logging.getLogger(__name__)
 
 
 def build_parser() -> OptionParser:
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     try:
         checkpoint.check_output(args)
-        train(args, dump_args(args))
+        train(args)
     except OptionError as e:
         report(parser.prog, e)
         end_failed_rank(2)
@@ -69,114 +75,115 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(args: argparse.Namespace, args_text: str) -> None:
+def train(args: argparse.Namespace) -> None:
     """Builds everything that ``args`` asks for and trains.
 
     Args:
-        args: The checked options; resolved values (learning rate, classes, ranks) are written back into it.
-        args_text: The options as they were given, for ``args.yaml``.
+        args: The checked options.
 
     Raises:
         OptionError: Something that only shows when it is built does not fit.
         Preempted: SIGTERM came, and a checkpoint is written.
     """
-    device = prepare_process(args)
-    checkpoint.resolve_auto(args)
-    primary = utils.is_primary(args)
-    model_dtype, autocast, scaler = factory.precision(args, device)
+    process = prepare_process(args)
+    primary = process.primary
+    resume = checkpoint.resolve_resume(args, process)
+    model_dtype, autocast, scaler = factory.precision(args, process.device)
 
     # model
-    model = factory.build_model(args)
+    model = factory.build_model(args, process)
+    num_classes = factory.num_outputs(args, model)
     data_config = resolve_data_config(vars(args), model=model, verbose=primary)
-    patch_size = model.get_patch_size() if args.naflex_loader and hasattr(model, "get_patch_size") else None
-    model = factory.place_model(args, model, device, model_dtype)
+    patch_size = factory.patch_size(model) if args.naflex_loader else None
+    model = factory.place_model(args, process, model, model_dtype)
 
     # data
-    data = create_data(args, data_config, patch_size, device, model_dtype)
+    data = create_data(args, process, data_config, num_classes, patch_size, model_dtype)
     workers.shield(data.train)
     workers.shield(data.eval)
     data.train, tracked = workers.track(data.train)
-    factory.resolve_lr(args, data)
+    updates_per_epoch = data.updates_per_epoch(args.grad_accum_steps)
+    resolved = Resolved(process, resume, num_classes, factory.learning_rate(args, process, data))
 
     # task and optimizer; the order of resume, EMA, compile and DDP matters: each sees the module of the one before
-    task = factory.create_task(args, model, factory.create_loss(args), device, model_dtype)
-    optimizer = factory.create_optimizer(args, task.get_trainable_module())
+    task = factory.create_task(args, process, model, factory.create_loss(args), model_dtype)
+    optimizer = factory.create_optimizer(args, process, factory.trained(task), resolved.lr)
     start_epoch = None
-    if args.resume:
+    if resume:
         keep_optimizer = not args.no_resume_opt
         start_epoch = checkpoint.resume(
-            args.resume, task, optimizer if keep_optimizer else None, scaler if keep_optimizer else None, primary)
+            resume, task, optimizer if keep_optimizer else None, scaler if keep_optimizer else None, primary)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
-                       device="cpu" if args.model_ema_force_cpu else None)
-        if args.resume:
-            checkpoint.resume_ema(args.resume, task)
+                       device=torch.device("cpu") if args.model_ema_force_cpu else None)
+        if resume:
+            checkpoint.resume_ema(resume, task)
     if args.torchcompile:
-        factory.compile_task(args, task)
-    eval_model = task.get_eval_model()
-    if args.distributed:
-        task.prepare_distributed(device_ids=None if device.type == "cpu" else [device],
+        compile_task(args, process, task)
+    eval_model = factory.evaluated(task)
+    if process.distributed:
+        task.prepare_distributed(device_ids=None if process.device.type == "cpu" else [process.device],
                                  broadcast_buffers=not args.no_ddp_bb)
 
-    # SAM, schedule
-    sam = sam_options.create_sam(args, optimizer, task.get_trainable_module())
-    run = Run(args=args, task=task, data=data, optimizer=optimizer, sam=sam, scaler=scaler, autocast=autocast,
-              device=device, model_dtype=model_dtype, tracked=tracked)
-    eval_metric = args.eval_metric if data.eval is not None else "loss"
-    decreasing = eval_metric == "loss"
-    saved = checkpoint.metadata(args.resume)
-    run.position = saved.get("position")
+    # schedule, SAM
+    saved = checkpoint.metadata(resume)
+    place = saved.get("position")
     if args.start_epoch is not None:
-        start_epoch, run.position = args.start_epoch, None
-    elif run.position is not None:
-        start_epoch = run.position["epoch"]
+        start_epoch, place = args.start_epoch, None
+    elif place is not None:
+        start_epoch = place["epoch"]
     start_epoch = start_epoch or 0
-    run.scheduler, num_epochs = factory.create_schedule(args, optimizer, run.updates_per_epoch, decreasing)
-    run.first_update = run.position["update"] if run.position else start_epoch * run.updates_per_epoch
-    checkpoint.resume_schedule(saved, run.scheduler, start_epoch, run.first_update, args.sched_on_updates)
-    run.total_updates = num_epochs * run.updates_per_epoch
+    eval_metric = args.eval_metric if data.eval is not None else "loss"
+    scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, eval_metric == "loss")
+    first_update = place["update"] if place else start_epoch * updates_per_epoch
+    resume_schedule(saved, scheduler, start_epoch, first_update, args.sched_on_updates)
+    total_updates = num_epochs * updates_per_epoch
+    update = create_update(args, process, optimizer, factory.trained(task), resolved.lr, total_updates)
+    if resume:
+        checkpoint.resume_methods(saved, update, primary)
 
+    output_dir, saver = None, None
     if primary:
-        run.output_dir, run.saver = checkpoint.create_output(
-            args, default_name(args, data_config), task, optimizer, scaler, lambda: run.scheduler,
-            lambda: run.extras, decreasing, start_epoch, args_text)
-        start_wandb(args, os.path.basename(run.output_dir))
-        stepped = "epoch" if run.scheduler is None or run.scheduler.t_in_epochs else "update"
+        output_dir, saver = checkpoint.create_output(
+            args, default_name(args, data_config), resume, start_epoch,
+            lambda folder: checkpoint.Saver(
+                resolved.namespace(args), task, optimizer, scaler, folder, eval_metric == "loss"), dump_args(args))
+        start_wandb(args, resolved, os.path.basename(output_dir))
+        stepped = "epoch" if scheduler is None or scheduler.t_in_epochs else "update"
         _logger.info(
-            f"Training for {num_epochs} epochs of {run.updates_per_epoch} updates, from epoch {start_epoch}; learning "
-            f"rate set every {stepped}. Writing to {run.output_dir}")
-    if args.resume:
-        states = run.position["started_from"] if run.position else saved.get("random_state")
-        states.restore(args, states, run.tracked, [data.train, data.eval])
-        states.restore_buffers(args, saved.get("buffers"), run.modules)
-    try:
-        fit(run, eval_model, eval_metric, start_epoch, num_epochs)
-    finally:
-        workers.dismiss([data.train, data.eval])
+            f"Training for {num_epochs} epochs of {updates_per_epoch} updates, from epoch {start_epoch}; learning "
+            f"rate set every {stepped}. Writing to {output_dir}")
+    with Preemption(process) as preemption:
+        perturbed = args.sam_variant is not None
+        run = Run(
+            args=args, process=process, task=task, data=data, optimizer=optimizer, update=update,
+            measures=SAM_MEASURES if perturbed else (), counts=SAM_COUNTS if perturbed else (), scaler=scaler,
+            autocast=autocast, model_dtype=model_dtype, scheduler=scheduler, preemption=preemption,
+            progress=Progress(process, updates_per_epoch, first_update, total_updates), tracked=tracked,
+            output_dir=output_dir, saver=saver)
+        if resume:
+            random_states = place["started_from"] if place else saved.get("random_state")
+            states.restore(process, random_states, tracked, [data.train, data.eval])
+            states.restore_buffers(process, saved.get("buffers"), run.modules)
+        try:
+            fit(run, eval_model, eval_metric, start_epoch, num_epochs, place)
+        finally:
+            workers.dismiss([data.train, data.eval])
 
 
-def prepare_process(args: argparse.Namespace) -> torch.device:
+def prepare_process(args: argparse.Namespace) -> Process:
     """Sets up device, process group and seeds of this rank."""
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as e:
             raise OptionError(f"--device-modules {module} cannot be imported: {e}; install it") from e
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    args.prefetcher = not args.no_prefetcher
-    args.dist_url = rendezvous_url()
-    device = utils.init_distributed_device(args)
-    if utils.is_primary(args):
-        _logger.info(f"{args.world_size} process(es), one device each, this one on {args.device}; weights in "
+    process = set_up(args.device, fuser=args.fuser, fast_norm=args.fast_norm)
+    if process.primary:
+        _logger.info(f"{process.world_size} process(es), one device each, this one on {process.device}; weights in "
                      f"{args.model_dtype or 'float32'}{f', autocast to {args.amp_dtype}' if args.amp else ''}.")
-    utils.random_seed(args.seed, args.rank)
-    if args.fuser:
-        utils.set_jit_fuser(args.fuser)
-    if args.fast_norm:
-        set_fast_norm()
-    return device
+    utils.random_seed(args.seed, process.rank)
+    return process
 
 
 def default_name(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -185,34 +192,44 @@ def default_name(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
     return f"{now}-{safe_model_name(args.model)}-{data_config['input_size'][-1]}"
 
 
-def start_wandb(args: argparse.Namespace, name: str) -> None:
+def start_wandb(args: argparse.Namespace, resolved: Resolved, name: str) -> None:
     """Starts or resumes the wandb run, if it is asked for."""
     if not args.log_wandb:
         return
     if wandb is None:
         _logger.warning("--log-wandb: wandb is not installed, nothing is logged there; pip install wandb")
         return
-    wandb.init(project=args.wandb_project, name=name, config=vars(args), tags=args.wandb_tags,
+    wandb.init(project=args.wandb_project, name=name, config=vars(resolved.namespace(args)), tags=args.wandb_tags,
                resume="must" if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
 
 
-def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: int, num_epochs: int) -> None:
-    """The epochs: train, evaluate, summarise, save; then the results on stdout, as timm prints them."""
-    args, task = run.args, run.task
-    primary = utils.is_primary(args)
-    share_bn = args.distributed and args.dist_bn in ("broadcast", "reduce")
+def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: int, num_epochs: int,
+        place: dict[str, Any] | None = None) -> None:
+    """The epochs: train, evaluate, summarise, save; then the results on stdout, as timm prints them.
+
+    Args:
+        run: The run.
+        eval_model: Images (or NaFlex batches) -> logits.
+        eval_metric: What ranks checkpoints.
+        start_epoch: The first epoch.
+        num_epochs: The number of epochs in all.
+        place: Where inside the first epoch it goes on.
+    """
+    args, task, process = run.args, run.task, run.process
+    primary = process.primary
+    share_bn = process.distributed and not args.sync_bn and args.dist_bn in ("broadcast", "reduce")
     best_metric, best_epoch = None, None
-    results = []
-    preemption = run.preemption = Preemption(args, run.device)
+    results: list[dict[str, Any]] = []
     try:
         for epoch in range(start_epoch, num_epochs):
-            whole_epoch, began = run.position is None, time.perf_counter()
-            train_metrics = train_one_epoch(run, epoch)
+            began = time.perf_counter()
+            train_metrics = train_one_epoch(run, epoch, place)
             if run.output_dir:  # of the primary rank only
-                seconds = time.perf_counter() - began if whole_epoch else float("nan")
-                timing.record(run.output_dir, epoch, seconds, args.world_size, run.device)
+                seconds = time.perf_counter() - began if place is None else float("nan")
+                timing.record(run.output_dir, epoch, seconds, process.world_size, process.device)
+            place = None
             if share_bn:
-                utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == "reduce")
+                utils.distribute_bn(task.get_trainable_module(), process.world_size, args.dist_bn == "reduce")
             if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:
                 if run.scheduler is not None:
                     run.scheduler.step(epoch + 1, metric=None)
@@ -224,38 +241,35 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                 ema = task.get_trainable_module(ema=True)
                 if ema is not None and not args.model_ema_force_cpu:
                     if share_bn:
-                        utils.distribute_bn(ema, args.world_size, args.dist_bn == "reduce")
-                    eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
+                        utils.distribute_bn(ema, process.world_size, args.dist_bn == "reduce")
+                    eval_metrics = evaluate(run, factory.evaluated(task, ema=True), " (EMA)")
             metric = (eval_metrics or train_metrics)[eval_metric]
 
-            run.extras = dict(
-                random_state=states.of_all_ranks(args, states.local_states(run.device, run.tracked)),
-                buffers=states.buffers_of_all_ranks(args, run.modules))
-            if primary:
+            extras = checkpoint_extras(
+                run, random_state=states.of_all_ranks(process, states.local_states(process.device, run.tracked)))
+            if run.saver is not None:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 utils.update_summary(
-                    epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", "summary.csv"),
+                    epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
                     lr=sum(rates) / len(rates), log_wandb=args.log_wandb and wandb is not None)
-                best_metric, best_epoch = run.saver.save_checkpoint(epoch, metric=metric)
+                best_metric, best_epoch = run.saver.save(epoch, metric, extras)
                 results.append({"epoch": epoch, "train": train_metrics})
                 if eval_metrics is not None:
                     results[-1]["validation"] = eval_metrics
             if run.scheduler is not None:
                 run.scheduler.step(epoch + 1, metric)
-            if epoch + 1 < num_epochs and preemption.should_stop((epoch + 1) * run.updates_per_epoch):
-                preemption.together()
+            if epoch + 1 < num_epochs and run.preemption.should_stop((epoch + 1) * run.updates_per_epoch):
+                run.preemption.together()
                 raise Preempted
     except KeyboardInterrupt:
         _logger.warning("Interrupted.")
-    finally:
-        preemption.close()
 
     if primary:
         worst_first = sorted(results, key=lambda r: r.get("validation", r["train"]).get(eval_metric, 0),
                              reverse=eval_metric == "loss")
         print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}", flush=True)
     if primary and best_metric is not None:
-        for name in ("args.yaml", "summary.csv", timing.FILE, "last.pth.tar", "model_best.pth.tar"):
+        for name in (files.ARGS, files.SUMMARY, timing.FILE, files.LAST, files.BEST):
             _logger.info(f"Wrote {os.path.join(run.output_dir or '', name)}")
         _logger.info(f"*** Best metric: {eval_metric} {best_metric} (epoch {best_epoch})")
 

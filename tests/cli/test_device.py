@@ -4,7 +4,7 @@ import timm.layers
 import torch
 from support.processes import LAUNCHER
 
-from timm_sam.cli.device import Place, set_up, to_device
+from timm_sam.cli.device import Process, set_up, to_device
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +15,8 @@ def alone(monkeypatch):
 
 def test_one_process_is_the_only_one():
     place = set_up('cpu')
-    assert place == Place(torch.device('cpu'), rank=0, local_rank=0, world_size=1, distributed=False)
-    assert place.primary and not Place(torch.device('cpu'), rank=1, world_size=2, distributed=True).primary
+    assert place == Process(torch.device('cpu'), rank=0, local_rank=0, world_size=1, distributed=False)
+    assert place.primary and not Process(torch.device('cpu'), rank=1, world_size=2, distributed=True).primary
 
 
 def test_fast_norm_is_for_the_process():

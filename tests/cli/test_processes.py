@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.processes import run, torchrun
 
-from timm_sam.cli.processes import Process
+from timm_sam.cli.device import Process
 from timm_sam.training.preemption import Preemption
 
 FAILING = '''

@@ -6,11 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.models import BatchLoss, TinyNet, batch, sam_on
+from support.models import BatchLoss, TinyNet, batch, flops, sam_on
 from support.places import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, compile_split
 from timm_sam.split import WHOLE_GRAPHS_WORK
@@ -37,12 +36,6 @@ def measured(request) -> tuple[str, nn.Module, int]:
 def loss_of(model: nn.Module, samples: int = 4) -> Tensor:
     x = torch.ones(samples, 3, 224, 224) + torch.arange(samples)[:, None, None, None]
     return F.cross_entropy(model(x), torch.arange(samples))
-
-
-def flops(update) -> int:
-    with FlopCounterMode(display=False) as counter:
-        update()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize('form, bounds', [

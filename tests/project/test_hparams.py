@@ -19,7 +19,7 @@ from support.running import in_process, quiet_about_timm, working_directory
 from timm.data import create_transform
 
 from timm_sam import SAM, train
-from timm_sam.cli.processes import Process
+from timm_sam.cli.device import Process
 from timm_sam.training.data import augmentation
 from timm_sam.training.factory import build_model, create_optimizer
 from timm_sam.training.options import parse_args

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from timm_sam import SAM
-from timm_sam.cli.processes import Process
+from timm_sam.cli.device import Process
 from timm_sam.training.engine import SAM_COUNTS, SAM_MEASURES, Run
 from timm_sam.training.plain import Plain
 from timm_sam.training.progress import Progress

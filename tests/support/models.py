@@ -2,6 +2,7 @@
 
 One thread: more only wait for each other on tensors this small.
 """
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from reference import plain_step
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM
 
@@ -161,3 +163,38 @@ def sam_on(model: nn.Module, optimizer: str = 'sgd', rho: float = 0.5, **options
 def one_plain_step(model: nn.Module, seed: int = 0) -> None:
     torch.manual_seed(seed)
     plain_step(model, OPTIMIZERS['sgd'](model), BatchLoss(model, batch(seed, dtype=model.head.weight.dtype)))
+
+
+def flops(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+class KeptForBackward:
+    """As a context manager: what autograd keeps of the forwards inside."""
+
+    class Box:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+    def __init__(self):
+        self.boxes = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box.tensor)
+
+    def pack(self, tensor: Tensor) -> 'KeptForBackward.Box':
+        box = self.Box(tensor)
+        self.boxes.append(weakref.ref(box))
+        return box
+
+    @property
+    def alive(self) -> int:
+        """How many tensors a graph still holds; those of `len(boxes)` in all."""
+        return sum(box() is not None for box in self.boxes)
+
+    def __enter__(self) -> 'KeptForBackward':
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.hooks.__exit__(*exception)

@@ -31,7 +31,7 @@ from support.models import OPTIMIZERS, TinyNet, batch, buffers, weights
 from support.sync_batchnorm import synchronized_on_cpu
 from timm_sam import SAM, compile_split
 from timm_sam import train as train_script
-from timm_sam.cli.processes import Process
+from timm_sam.cli.device import Process
 from timm_sam.training import engine
 from timm_sam.training.batches import Weigher
 from timm_sam.training.data import Data

@@ -9,6 +9,7 @@ from torch import nn
 from timm_sam import train
 from timm_sam.cli.errors import OptionError
 from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
+from timm_sam.training import compiling
 from timm_sam.training.compiling import compile_task
 from timm_sam.training.options import parse_args
 
@@ -38,7 +39,7 @@ def test_backend_that_is_cuda_graphs_alone_is_refused_where_they_are_not_allowed
 
 
 def test_whole_graphs_that_would_be_wrong_are_not_made(compile_with, monkeypatch):
-    monkeypatch.setattr(factory, 'WHOLE_GRAPHS_WORK', False)
+    monkeypatch.setattr(compiling, 'WHOLE_GRAPHS_WORK', False)
     assert compile_with(f'--torchcompile {SAM_ON}') == 'two parts'
     assert compile_with('--torchcompile') is None
 

@@ -34,6 +34,10 @@ SAM = [
     {'flags': ['--sam-every'], 'dest': 'sam_every', 'action': 'StoreAction', 'default': 1},
     {'flags': ['--sam-start-epoch'], 'dest': 'sam_start_epoch', 'action': 'StoreAction', 'default': 0},
     {'flags': ['--sam-end-epoch'], 'dest': 'sam_end_epoch', 'action': 'StoreAction', 'default': None},
+    {'flags': ['--sam-method'], 'dest': 'sam_method', 'action': 'StoreAction', 'default': None, 'nargs': '+',
+     'choices': ['gsam']},
+    {'flags': ['--sam-gsam-alpha'], 'dest': 'sam_gsam_alpha', 'action': 'StoreAction', 'default': None},
+    {'flags': ['--sam-gsam-rho-min'], 'dest': 'sam_gsam_rho_min', 'action': 'StoreAction', 'default': None},
 ]
 
 

@@ -170,7 +170,7 @@ def test_first_update_perturbs_nothing_that_batch_norm_remembers(run_train):
     ('--sam-every 4', [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]),
     ('--sam-every 99', [1] + [0] * 14),
     ('--sam-start-epoch 1', [0] * 5 + [1] * 10),
-    ('--sam-start-epoch 3', [0] * 15),
+    ('--sam-start-epoch 2', [0] * 10 + [1] * 5),
     ('--sam-end-epoch 1', [1] * 5 + [0] * 10),
     ('--sam-start-epoch 1 --sam-end-epoch 2', [0] * 5 + [1] * 5 + [0] * 5),
     ('--sam-start-epoch 1 --sam-every 2', [0] * 5 + [0, 1, 0, 1, 0] + [1, 0, 1, 0, 1]),
@@ -185,6 +185,24 @@ def test_sam_perturbs_the_updates_it_is_asked_to(run_train, updates, options, ex
         norm = float(row['train_sam_eps_norm'])
         assert norm == pytest.approx(0.05, rel=1e-5) if any(share) else math.isnan(norm)
         assert math.isfinite(float(row['train_loss']))
+
+
+@pytest.mark.parametrize('options', [
+    '--sam-start-epoch 3', '--sam-start-epoch 99', '--sam-start-epoch 5 --cooldown-epochs 2',
+    '--sam-start-epoch 3 --warmup-epochs 1'])
+def test_start_that_no_epoch_reaches_is_an_error_and_writes_nothing(run_train, options):
+    done = run_train(f'--epochs 3 {SAM_ON} {options}')
+    start = options.split()[1]
+    assert done.code == 2 and done.last_line.startswith(
+        f'train.py: error: --sam-start-epoch {start} is not before the end of training, which has ')
+    assert not done.folder().exists()
+
+
+@pytest.mark.parametrize('options', ['--sam-start-epoch 4 --cooldown-epochs 2', '--sam-start-epoch 3 --warmup-epochs 1 '
+                                     '--warmup-prefix'])
+def test_start_in_epochs_that_schedules_add_perturbs(run_train, updates, options):
+    assert run_train(f'--epochs 3 {SAM_ON} {options}').code == 0
+    assert sum(perturbed for perturbed, _ in updates) == 5
 
 
 def test_sam_every_counts_on_from_a_checkpoint(run_train, updates):

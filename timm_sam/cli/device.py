@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from timm.layers import set_fast_norm
-from timm.utils import set_jit_fuser
+from timm.utils import reduce_tensor, set_jit_fuser
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
@@ -12,8 +12,8 @@ from .processes import rendezvous_url
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process computes, and which of how many it is.
+class Process:
+    """This process among those that were started together, and where it computes.
 
     Attributes:
         device: Of this process, with its index where it is one of several.
@@ -34,8 +34,30 @@ class Place:
         """Whether this is the one process that writes and logs."""
         return self.rank == 0
 
+    def gather(self, mine: Any) -> list[Any]:
+        """What all ranks have, by rank. Every rank has to call it."""
+        ranks: list[Any] = [mine]
+        if self.distributed:
+            ranks = [None] * self.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        return ranks
 
-def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Place:
+    def from_primary(self, mine: Any) -> Any:
+        """What the first rank has. Every rank has to call it."""
+        found = [mine]
+        if self.distributed:
+            torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def mean(self, value: float) -> float:
+        """The mean over all ranks, in float32. Every rank has to call it."""
+        if not self.distributed:
+            return value
+        tensor = torch.tensor([value], device=self.device, dtype=torch.float32)
+        return reduce_tensor(tensor, self.world_size).item()
+
+
+def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Process:
     """Device and process group of this process, and the settings that timm's scripts make for the process.
 
     These are TF32 and cuDNN's search for the fastest algorithms where there is CUDA, the fuser of torchscript, and
@@ -55,7 +77,7 @@ def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Place:
         set_jit_fuser(fuser)
     if fast_norm:
         set_fast_norm()
-    return Place(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"],
+    return Process(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"],
                  found["distributed"])
 
 

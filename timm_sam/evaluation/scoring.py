@@ -75,7 +75,7 @@ def score(
     Args:
         subject: The model.
         loader: Batches of images (B, C, H, W) or NaFlex dictionaries, with targets (B,) in the label space.
-        places: Place of each batch in the data set; how many there are in all is the length (streams may have fewer).
+        places: Process of each batch in the data set; how many there are in all is the length (streams may have fewer).
         space: What counts as right.
         title: Of the log lines.
         prefetcher: Whether the loader has brought the batches to the device.

@@ -9,7 +9,7 @@ import torch
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 
-from ..cli.device import Place, set_up
+from ..cli.device import Process, set_up
 from ..cli.errors import OptionError, one_line
 from ..cli.processes import leave_process_group
 from .options import Resolved
@@ -36,7 +36,7 @@ class Session:
 
     args: argparse.Namespace
     resolved: Resolved
-    place: Place
+    place: Process
     ranks: Ranks
     hashes: Hashes = field(default_factory=Hashes)
 

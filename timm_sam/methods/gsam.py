@@ -37,11 +37,11 @@ class RadiusOfRate:
 
     def bind(self, rho: float, groups: Groups) -> None:
         if self.rho_min > rho:
-            raise ValueError(f"rho_min={self.rho_min:g} is above rho={rho:g}: lower it, or raise rho")
+            raise ValueError(f"gsam: rho_min={self.rho_min:g} is above rho={rho:g}: lower it, or raise rho")
         if self.lr_max is None:
             self.lr_max = _rate(groups, "initial_lr" if "initial_lr" in groups[0] else "lr")
         if self.lr_min > self.lr_max:
-            raise ValueError(f"lr_min={self.lr_min:g} is above lr_max={self.lr_max:g}: lower it")
+            raise ValueError(f"gsam: lr_min={self.lr_min:g} is above lr_max={self.lr_max:g}: lower it")
 
     def __call__(self, at: At, rho: float, groups: Groups) -> float:
         assert self.lr_max is not None

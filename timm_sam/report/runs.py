@@ -7,21 +7,19 @@ import io
 import math
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import yaml
 
 from ..cli.errors import OptionError, one_line
 from ..perturbation import VARIANTS
 from ..runs import timing
+from ..runs.files import ARGS_BEFORE
 from ..selection import SELECTIONS
-from ..training.checkpoint import ARGS_BEFORE
-from ..training.factory import create_schedule
 from ..training.options import build_train_parser
+from ..training.schedule import planned_epochs
 
 FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
     "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")
@@ -154,12 +152,8 @@ def _read_args(path: str) -> dict[str, Any]:
 
 def _planned_epochs(args: dict[str, Any]) -> int:
     """Epochs in all, by timm's own rules for warm-up, cool-down and cycles."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the schedule's deprecation, say: nothing is trained with it here
-            # the number of updates per epoch only matters to schedules that move with them; it cancels out
-            return int(create_schedule(argparse.Namespace(**args), optimizer, 1000, False)[1])
+        return planned_epochs(argparse.Namespace(**args))
     except (OptionError, TypeError, KeyError, AttributeError) as e:
         raise _Unusable(UNREADABLE, f"args.yaml gives no schedule: {one_line(e, 150)}") from None
 

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 import yaml
 from timm import utils
-from timm.scheduler import PlateauLRScheduler
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.summary import trim_summary
 
+from ..cli.device import Process
 from ..cli.errors import OptionError
 from ..cli.parser import dump_args
+from ..runs import files
 from ..runs.checkpoints import newest_checkpoint, why_unreadable
 from ..runs.sameness import changed_options
+from .plain import Update
 
-_logger = logging.getLogger("train")
-
-ARGS_BEFORE = "args-before-epoch-{}.yaml"  # options of a run up to where it went on with others
+_logger = logging.getLogger(__name__)
 
 
 def resume(
@@ -68,23 +68,28 @@ def resume_ema(path: str, task: TrainingTask) -> None:
                           f"--model-ema, or give a whole checkpoint") from e
 
 
-def resolve_auto(args: argparse.Namespace) -> None:
-    """Replaces ``--resume auto`` by the newest whole checkpoint of the experiment's folder, or by none.
+def resolve_resume(args: argparse.Namespace, process: Process) -> str:
+    """The checkpoint to go on with: ``--resume auto`` is the newest whole one of the experiment's folder, or none.
 
     Raises:
-        OptionError: There is no ``--experiment``, hence no folder that would be the same after a restart.
+        OptionError: ``auto`` without ``--experiment``, hence no folder that would be the same after a restart.
     """
-    args.resume_auto = args.resume == "auto"
-    if not args.resume_auto:
-        return
+    if args.resume != "auto":
+        return args.resume
     if not args.experiment:
         raise OptionError("--resume auto needs --experiment NAME: the folder whose newest checkpoint is resumed")
-    found = [newest_checkpoint(_folder(args)) if utils.is_primary(args) else None]
-    if args.distributed:
-        torch.distributed.broadcast_object_list(found, src=0)
-    args.resume = found[0] or ""
-    if utils.is_primary(args):
-        _logger.info(f"--resume auto: {args.resume or 'no checkpoint yet, starting anew'}")
+    path = process.from_primary(newest_checkpoint(_folder(args)) if process.primary else None) or ""
+    if process.primary:
+        _logger.info(f"--resume auto: {path or 'no checkpoint yet, starting anew'}")
+    return path
+
+
+def resume_methods(saved: dict[str, Any], update: Update, verbose: bool) -> None:
+    """Gives SAM's methods what they kept."""
+    if "sam_methods" in saved:
+        update.load_method_state_dict(saved["sam_methods"])
+    elif update.method_state_dict() and verbose:
+        _logger.info("What SAM's method keeps from update to update starts as new: the checkpoint has none of it.")
 
 
 def metadata(path: str) -> dict[str, Any]:
@@ -92,52 +97,51 @@ def metadata(path: str) -> dict[str, Any]:
     return load_checkpoint_metadata(path) if path else {}
 
 
-def resume_schedule(saved: dict[str, Any], scheduler: Any, start_epoch: int, updates: int, on_updates: bool) -> None:
-    """Brings a new scheduler to where an uninterrupted run has it.
-
-    Args:
-        saved: The checkpoint's entries.
-        scheduler: timm's, or None.
-        start_epoch: The epoch with which the run goes on.
-        updates: Updates until there.
-        on_updates: Whether the rate is set every update.
-    """
-    if scheduler is None or updates == 0:
-        return
-    state, metric = saved.get("schedule"), saved.get("metric")
-    if isinstance(scheduler, PlateauLRScheduler):
-        # the others are functions of the epoch; this one has a history, and cannot step without a metric
-        if state is not None:
-            scheduler.lr_scheduler.load_state_dict(state["plateau"])
-            scheduler.restore_lr = state["restore_lr"]
-            for group, lr in zip(scheduler.optimizer.param_groups, state["lr"]):
-                group["lr"] = lr
-            scheduler.step(start_epoch, metric)
-    elif on_updates:
-        scheduler.step_update(updates)
-    else:
-        scheduler.step(start_epoch)
-
-
 class _Source:
-    """What the saver asks for a checkpoint's entries: those of the task, the schedule's history, and the extras."""
+    """What timm's saver asks for a checkpoint's entries: those of the task, and ``extras``."""
 
-    def __init__(self, task: TrainingTask, schedule: Callable[[], Any], extras: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, task: TrainingTask) -> None:
         self.task = task
-        self.schedule = schedule
-        self.extras = extras
+        self.extras: dict[str, Any] = {}
 
     def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
         state = self.task.get_checkpoint_state(ema=ema, **kwargs)
-        if ema:
-            return state
-        state.update(self.extras())
-        scheduler = self.schedule()
-        if isinstance(scheduler, PlateauLRScheduler):
-            state["schedule"] = dict(
-                plateau=scheduler.lr_scheduler.state_dict(), restore_lr=scheduler.restore_lr,
-                lr=[group["lr"] for group in scheduler.optimizer.param_groups])
-        return state
+        return state if ema else {**state, **self.extras}
+
+
+class Saver:
+    """timm's saver, with entries of ours in its checkpoints.
+
+    Args:
+        args: What checkpoints hold as the options.
+        task: Whose weights are saved.
+        optimizer: The base optimizer.
+        scaler: The loss scaler, or None.
+        folder: Where.
+        decreasing: Whether a lower metric is better.
+    """
+
+    def __init__(self, args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, scaler: Any,
+                 folder: str, decreasing: bool) -> None:
+        self._source = _Source(task)
+        self._saver = CheckpointSaver(
+            model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler,
+            checkpoint_dir=folder, recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,
+            task=self._source)
+
+    def go_on(self, path: str) -> None:
+        """Takes over the list of checkpoints that an earlier start of the run kept."""
+        self._saver.load_state_dict_from_checkpoint(path)
+
+    def save(self, epoch: int, metric: float, extras: dict[str, Any]) -> tuple[float | None, int | None]:
+        """Writes the checkpoint of an epoch; returns the best metric so far and its epoch."""
+        self._source.extras = extras
+        return self._saver.save_checkpoint(epoch, metric=metric)
+
+    def save_recovery(self, epoch: int, update: int, extras: dict[str, Any]) -> None:
+        """Writes a checkpoint inside an epoch."""
+        self._source.extras = extras
+        self._saver.save_recovery(epoch, batch_idx=update)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -152,22 +156,22 @@ def check_output(args: argparse.Namespace) -> None:
     if args.resume == "auto":
         # more epochs are a reason to go on; anything else is another run under the name of this one
         changed = [name for name in _changed(folder, dump_args(args)) if name != "epochs"]
-        if changed and any(name.endswith(".pth.tar") for name in os.listdir(folder)):
+        if changed and any(name.endswith(files.ENDING) for name in os.listdir(folder)):
             flag = "--" + changed[0].replace("_", "-")
             raise OptionError(
                 f"--resume auto: the run in {folder} had another {flag} than {getattr(args, changed[0])}; choose "
-                f"another --experiment, or go on with other options by --resume {os.path.join(folder, 'last.pth.tar')}")
+                f"another --experiment, or go on with other options by --resume {os.path.join(folder, files.LAST)}")
         return
-    if any(name == "summary.csv" or name.endswith(".pth.tar") for name in os.listdir(folder)):
+    if any(name == files.SUMMARY or name.endswith(files.ENDING) for name in os.listdir(folder)):
         raise OptionError(
             f"--experiment {args.experiment}: {folder} holds another run; choose another name, or go on with "
-            f"--resume {os.path.join(folder, 'last.pth.tar')}")
+            f"--resume {os.path.join(folder, files.LAST)}")
 
 
 def _changed(folder: str, args_text: str) -> list[str]:
     """The options that make this run another one than that in the folder; none if that one's are unknown."""
     try:
-        with open(os.path.join(folder, "args.yaml"), encoding="utf-8") as f:
+        with open(os.path.join(folder, files.ARGS), encoding="utf-8") as f:
             before = yaml.safe_load(f)
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return []
@@ -182,30 +186,16 @@ def _inside(path: str, folder: str) -> bool:
     return bool(path) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(folder)
 
 
-def create_output(
-        args: argparse.Namespace,
-        name: str,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: Any,
-        schedule: Callable[[], Any],
-        extras: Callable[[], dict[str, Any]],
-        decreasing: bool,
-        start_epoch: int,
-        args_text: str,
-) -> tuple[str, CheckpointSaver]:
-    """Makes the run's folder with ``args.yaml``, and timm's saver in it.
+def create_output(args: argparse.Namespace, name: str, resume: str, start_epoch: int, saver: Callable[[str], Saver],
+                  args_text: str) -> tuple[str, Saver]:
+    """Makes the run's folder with ``args.yaml``, and the saver in it.
 
     Args:
         args: All options.
         name: The folder's name if ``--experiment`` gives none.
-        task: Whose weights are saved.
-        optimizer: The base optimizer.
-        scaler: The loss scaler, or None.
-        schedule: Returns the scheduler.
-        extras: Returns further entries for the next checkpoint.
-        decreasing: Whether a lower metric is better.
+        resume: The checkpoint that is resumed, or empty.
         start_epoch: Rows of an earlier ``summary.csv`` from this epoch on are dropped.
+        saver: Makes the saver of a folder.
         args_text: The options as they were given (:func:`dump_args`).
 
     Raises:
@@ -221,22 +211,17 @@ def create_output(
     except OSError as e:
         raise OptionError(f"--output {args.output or './output/train'}: {folder} cannot be written ({e.strerror}); "
                           f"choose another folder") from e
-    saver = CheckpointSaver(
-        model=task.get_trainable_module(), optimizer=optimizer, args=args, amp_scaler=scaler, checkpoint_dir=folder,
-        recovery_dir=folder, decreasing=decreasing, max_history=args.checkpoint_hist,
-        task=_Source(task, schedule, extras))
-    if _inside(args.resume, folder):
-        saver.load_state_dict_from_checkpoint(args.resume)
-    if _inside(args.resume, folder) or args.resume_auto:
-        trim_summary(os.path.join(folder, "summary.csv"), start_epoch)
-    path = os.path.join(folder, "args.yaml")
+    made = saver(folder)
+    if _inside(resume, folder):
+        made.go_on(resume)
+    if _inside(resume, folder) or args.resume == "auto":
+        trim_summary(os.path.join(folder, files.SUMMARY), start_epoch)
+    path = os.path.join(folder, files.ARGS)
     changed = _changed(folder, args_text)
     if changed:
         _logger.warning(f"Going on with other options than before: {', '.join(changed)}. The earlier ones are kept in "
-                        f"{ARGS_BEFORE.format(start_epoch)}.")
-        os.replace(path, os.path.join(folder, ARGS_BEFORE.format(start_epoch)))
+                        f"{files.ARGS_BEFORE.format(start_epoch)}.")
+        os.replace(path, os.path.join(folder, files.ARGS_BEFORE.format(start_epoch)))
     with open(path, "w", encoding="utf-8") as f:
         f.write(args_text)
-    return folder, saver
-
-
+    return folder, made

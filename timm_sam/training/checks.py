@@ -3,11 +3,25 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Collection
+from typing import Any
 
-import torch
-from PIL import Image
-
-from ..cli.rules import INTERPOLATIONS, Rules, apply, flag, is_device
+from ..cli.models import channels
+from ..cli.rules import (
+    INTERPOLATIONS,
+    KNOWN,
+    LOWER_PRECISIONS,
+    Rules,
+    amp_takes_float32,
+    apply,
+    at_least_one,
+    class_map_is_there,
+    device_is_there,
+    flag,
+    known,
+    per_channel,
+    reads_files,
+)
 
 METRICS = ("loss", "top1", "top5")
 
@@ -25,39 +39,27 @@ def check_train(args: argparse.Namespace) -> None:
 
 
 def _choices(args: argparse.Namespace) -> Rules:
-    names = {
-        "model_dtype": (None, "float32", "float16", "bfloat16"),
+    names: dict[str, Collection[Any]] = {
+        **KNOWN,
         "clip_mode": ("norm", "value", "agc"),
         "dist_bn": ("", "broadcast", "reduce"),
         "mixup_mode": ("batch", "pair", "elem"),
         "remode": ("const", "rand", "pixel"),
         "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
-        "interpolation": ("", *INTERPOLATIONS),
         "train_interpolation": ("", "random", *INTERPOLATIONS),
-        "input_img_mode": (None, *Image.MODES),
-        "fuser": ("", "te", "old", "nvfuser"),
         "lr_base_scale": ("", "linear", "sqrt"),
         "worker_seeding": ("all", "part"),
         "eval_metric": METRICS,
     }
     if args.amp:
-        names["amp_dtype"] = ("float16", "bfloat16")
-    if args.torchcompile is not None:
-        names["torchcompile"] = tuple(torch.compiler.list_backends(exclude_tags=()))
-    if args.torchcompile == "inductor":
-        names["torchcompile_mode"] = (None, *torch._inductor.list_mode_options())
-    for dest, allowed in names.items():
-        value = getattr(args, dest)
-        shown = ", ".join(str(a) for a in allowed if a)
-        yield value not in allowed, f"{flag(dest)} {value} is unknown: use one of {shown}"
+        names["amp_dtype"] = LOWER_PRECISIONS
+    yield from known(args, names)
 
 
 def _ranges(args: argparse.Namespace) -> Rules:
-    at_least_one = ("batch_size", "validation_batch_size", "train_batches_per_epoch", "epochs", "log_interval",
-                    "val_interval", "checkpoint_hist", "num_classes", "img_size", "in_chans")
-    for dest in at_least_one:
-        value = getattr(args, dest)
-        yield value is not None and value < 1, f"{flag(dest)} {value} must be >= 1"
+    yield from at_least_one(args, (
+        "batch_size", "validation_batch_size", "train_batches_per_epoch", "epochs", "log_interval", "val_interval",
+        "checkpoint_hist", "num_classes", "img_size", "in_chans"))
     for dest in ("workers", "start_epoch", "warmup_epochs", "cooldown_epochs", "recovery_interval"):
         value = getattr(args, dest)
         yield value is not None and value < 0, f"{flag(dest)} {value} must be >= 0"
@@ -75,13 +77,10 @@ def _lengths(args: argparse.Namespace) -> Rules:
     for dest in ("scale", "ratio", "cutmix_minmax"):
         value = getattr(args, dest)
         yield value is not None and len(value) != 2, f"{flag(dest)} {value} must be two numbers, lower and upper"
-    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
-    for dest in ("mean", "std"):
-        value = getattr(args, dest)
-        yield (value is not None and len(value) not in (1, channels),
-               f"{flag(dest)} {value} must be one number, or {channels} for {channels} channels")
-    yield (channels not in (1, 3) and args.input_img_mode is None,
-           f"--in-chans {channels}: images are read as RGB or L; name what gives {channels} channels by "
+    yield from per_channel(args)
+    count = channels(args)
+    yield (count not in (1, 3) and args.input_img_mode is None,
+           f"--in-chans {count}: images are read as RGB or L; name what gives {count} channels by "
            f"--input-img-mode, e.g. RGBA for 4")
     probs, sizes = args.naflex_patch_size_probs or (), args.naflex_patch_sizes or ()
     yield (bool(probs) and len(probs) != len(sizes),
@@ -91,8 +90,7 @@ def _lengths(args: argparse.Namespace) -> Rules:
 def _conflicts(args: argparse.Namespace) -> Rules:
     mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     splits = args.aug_splits
-    yield (args.amp and args.model_dtype in ("float16", "bfloat16"),
-           f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out")
+    yield from amp_takes_float32(args)
     yield splits == 1 or splits < 0, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
     yield (args.jsd_loss and splits < 2,
            f"--jsd-loss compares augmentation splits, got --aug-splits {splits}: add --aug-splits 3")
@@ -120,16 +118,12 @@ def _conflicts(args: argparse.Namespace) -> Rules:
 
 def _surroundings(args: argparse.Namespace) -> Rules:
     """What the machine and its files have to offer."""
-    yield not is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
-    yield (args.device.split(":")[0] == "cuda" and not torch.cuda.is_available() and not args.device_modules,
-           f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
-    if not args.dataset or args.dataset.split("/")[0].lower() in ("folder", "tar"):
+    yield from device_is_there(args, args.device_modules)
+    if reads_files(args):
         yield not args.data_dir, "--data-dir is missing: give the folder that holds the train and val folders"
         yield (not os.path.exists(args.data_dir or ""),
                f"--data-dir {args.data_dir} does not exist: give the folder that holds the train and val folders")
-        found = [os.path.exists(path) for path in (args.class_map, os.path.join(args.data_dir or "", args.class_map))]
-        yield (bool(args.class_map) and not any(found),
-               f"--class-map {args.class_map} does not exist: give a text file, relative to --data-dir or absolute")
+        yield from class_map_is_there(args)
     for dest in ("resume", "initial_checkpoint", "pretrained_path"):
         path = getattr(args, dest)
         remote = bool(path) and re.match(r"[a-z][a-z0-9+.-]*:", path) is not None  # hf-hub:..., https://...

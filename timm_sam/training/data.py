@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm import utils
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
@@ -18,9 +17,10 @@ from timm.data import (
     create_naflex_loader,
 )
 
+from ..cli.device import Process
 from ..cli.errors import OptionError
 
-_logger = logging.getLogger("train")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Data:
     Attributes:
         train: Training loader.
         eval: Validation loader, or None without a validation split.
-        mixup: Applied to each batch by the loop; None when the loader mixes, or nothing does.
+        mixup: timm's, applied to each batch by the loop; None when the loader mixes, or nothing does.
         reference_batch_size: Batch size that learning rate and loss scaling refer to: --batch-size, or the average of
             a size schedule.
         loss_scale: How losses of batches of other sizes are weighed: ``none``, ``sqrt`` or ``linear``.
@@ -39,10 +39,14 @@ class Data:
 
     train: Any
     eval: Any
-    mixup: Callable | None
+    mixup: Any
     reference_batch_size: float
     loss_scale: str
     naflex: bool
+
+    def updates_per_epoch(self, accum_steps: int) -> int:
+        """Updates of an epoch, the last of which may have fewer batches."""
+        return (len(self.train) + accum_steps - 1) // accum_steps
 
     def set_epoch(self, epoch: int, args: argparse.Namespace) -> None:
         """Tells samplers and iterable data sets the epoch; turns mixup off when its time is over."""
@@ -52,7 +56,7 @@ class Data:
                 if holder is not self.train.dataset:
                     break
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-            if args.prefetcher and getattr(self.train, "mixup_enabled", False):
+            if not args.no_prefetcher and getattr(self.train, "mixup_enabled", False):
                 self.train.mixup_enabled = False
             elif self.mixup is not None:
                 self.mixup.mixup_enabled = False
@@ -64,52 +68,54 @@ def mixup_active(args: argparse.Namespace) -> bool:
 
 def create_data(
         args: argparse.Namespace,
+        process: Process,
         data_config: Mapping[str, Any],
+        num_classes: int,
         patch_size: tuple[int, int] | None,
-        device: torch.device,
         model_dtype: torch.dtype | None,
 ) -> Data:
     """Builds the data sets and loaders of both splits.
 
     Args:
-        args: All options; ``num_classes`` is resolved.
+        args: All options.
+        process: This one; its device is where batches go.
         data_config: Of ``timm.data.resolve_data_config``.
+        num_classes: Number of the model's outputs.
         patch_size: The model's patch size (height, width), where it has one; for --naflex-loader.
-        device: Where batches go.
         model_dtype: Type of the images, float32 if None.
 
     Raises:
         OptionError: A data set is missing or empty, or does not fit the number of classes.
     """
-    train_set, eval_set = _datasets(args, data_config)
+    train_set, eval_set = _datasets(args, process, data_config, num_classes)
     common = dict(
         mean=data_config["mean"],
         std=data_config["std"],
         pin_memory=args.pin_mem,
         img_dtype=model_dtype or torch.float32,
-        device=device,
-        distributed=args.distributed,
-        use_prefetcher=args.prefetcher,
+        device=process.device,
+        distributed=process.distributed,
+        use_prefetcher=not args.no_prefetcher,
     )
-    mixup_options = _mixup_options(args) if mixup_active(args) else None
+    mixup_options = _mixup_options(args, num_classes) if mixup_active(args) else None
     mixup = None
     if args.naflex_loader:
         patch_size = patch_size or (16, 16)
-        train = _naflex_train_loader(args, train_set, data_config, patch_size, mixup_options, common)
+        train = _naflex_train_loader(args, process, train_set, data_config, patch_size, mixup_options, common)
         reference, loss_scale = float(args.batch_size), args.naflex_loss_scale
     else:
         collate = None
-        if mixup_options is not None and args.prefetcher:
+        if mixup_options is not None and not args.no_prefetcher:
             collate = FastCollateMixup(**mixup_options)
         elif mixup_options is not None:
             mixup = Mixup(**mixup_options)
-        train = _train_loader(args, train_set, data_config, collate, common)
+        train = _train_loader(args, process, train_set, data_config, collate, common)
         reference, loss_scale = float(args.batch_size), "none"
         if args.train_img_sizes is not None:
             reference, loss_scale = train.batch_sampler.average_batch_size, args.variable_batch_loss_scale
     return Data(
         train=train,
-        eval=None if eval_set is None else _eval_loader(args, eval_set, data_config, patch_size, common),
+        eval=None if eval_set is None else _eval_loader(args, process, eval_set, data_config, patch_size, common),
         mixup=mixup,
         reference_batch_size=reference,
         loss_scale=loss_scale,
@@ -117,7 +123,8 @@ def create_data(
     )
 
 
-def _datasets(args: argparse.Namespace, data_config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[str, Any],
+              num_classes: int) -> tuple[Any, Any]:
     img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
     common = dict(
         root=args.data_dir,
@@ -145,7 +152,7 @@ def _datasets(args: argparse.Namespace, data_config: Mapping[str, Any]) -> tuple
     if args.val_split:
         eval_set = create("--val-split", args.val_split, is_training=False, num_samples=args.val_num_samples)
     _check_roots(args, train_set, eval_set)
-    _check_classes(args, train_set, eval_set)
+    _check_classes(args, process, num_classes, train_set, eval_set)
     return train_set, eval_set
 
 
@@ -172,18 +179,19 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
     return None
 
 
-def _check_classes(args: argparse.Namespace, train_set: Any, eval_set: Any) -> None:
+def _check_classes(args: argparse.Namespace, process: Process, num_classes: int, train_set: Any,
+                   eval_set: Any) -> None:
     train_classes = _class_to_idx(train_set)
     if train_classes is None:
         return
     needed = max(train_classes.values()) + 1
-    if needed > args.num_classes:
+    if needed > num_classes:
         raise OptionError(
-            f"--num-classes {args.num_classes}: the training split below --data-dir {args.data_dir} has {needed} "
+            f"--num-classes {num_classes}: the training split below --data-dir {args.data_dir} has {needed} "
             f"classes; use --num-classes {needed}")
-    if needed < args.num_classes and utils.is_primary(args):
+    if needed < num_classes and process.primary:
         _logger.warning(
-            f"The training split has {needed} classes, the model {args.num_classes} outputs; --num-classes {needed} "
+            f"The training split has {needed} classes, the model {num_classes} outputs; --num-classes {needed} "
             f"makes them equal.")
     eval_classes = _class_to_idx(eval_set)
     for name, index in (eval_classes or {}).items():
@@ -199,7 +207,7 @@ def _check_classes(args: argparse.Namespace, train_set: Any, eval_set: Any) -> N
                 f"{' (missing: ' + ', '.join(missing) + ')' if missing else ''}; add them, or give --class-map FILE")
 
 
-def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
+def _mixup_options(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
     return dict(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
@@ -208,11 +216,12 @@ def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
+        num_classes=num_classes,
     )
 
 
-def _augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+def augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training images undergo, as arguments of timm's loaders."""
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config["interpolation"]
@@ -242,7 +251,7 @@ def _augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> d
     )
 
 
-def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+def _train_loader(args: argparse.Namespace, process: Process, dataset: Any, data_config: Mapping[str, Any],
                   collate: Callable | None, common: Mapping[str, Any]) -> Any:
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
@@ -263,15 +272,15 @@ def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[s
             collate_fn=collate,
             use_multi_epochs_loader=args.use_multi_epochs_loader,
             **common,
-            **_augmentation(args, data_config),
+            **augmentation(args, data_config),
         )
     except (ValueError, AssertionError) as e:
         raise OptionError(f"the training loader refuses its options: {e}; see the flags it names in --help") from e
     if hasattr(dataset, "__len__") and len(dataset) and len(loader) == 0:
         raise OptionError(
-            f"--batch-size {args.batch_size}: the training split has {len(dataset)} images for {args.world_size} "
+            f"--batch-size {args.batch_size}: the training split has {len(dataset)} images for {process.world_size} "
             f"process(es), not one full batch; use a smaller one")
-    if args.train_img_sizes is not None and utils.is_primary(args):
+    if args.train_img_sizes is not None and process.primary:
         sampler = loader.batch_sampler
         _logger.info(
             f"Scheduled image sizes {args.train_img_sizes} ({args.train_size_schedule}) with batch sizes "
@@ -279,7 +288,7 @@ def _train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[s
     return loader
 
 
-def _naflex_train_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+def _naflex_train_loader(args: argparse.Namespace, process: Process, dataset: Any, data_config: Mapping[str, Any],
                          patch_size: tuple[int, int], mixup_options: dict[str, Any] | None,
                          common: Mapping[str, Any]) -> Any:
     mixup = None
@@ -291,26 +300,26 @@ def _naflex_train_loader(args: argparse.Namespace, dataset: Any, data_config: Ma
         patches = dict(patch_size_choices=args.naflex_patch_sizes)
         if args.naflex_patch_size_probs:
             patches["patch_size_choice_probs"] = args.naflex_patch_size_probs
-    if utils.is_primary(args):
+    if process.primary:
         _logger.info(f"NaFlex loader, patch sizes {args.naflex_patch_sizes or patch_size}, sequence lengths "
                      f"{args.naflex_train_seq_lens}.")
     return create_naflex_loader(
         dataset=dataset,
         train_seq_lens=args.naflex_train_seq_lens,
         mixup_fn=mixup,
-        rank=args.rank,
-        world_size=args.world_size,
+        rank=process.rank,
+        world_size=process.world_size,
         patchify_channels_last=not args.naflex_patchify_channels_first,
         **patches,
         **common,
-        **_augmentation(args, data_config),
+        **augmentation(args, data_config),
     )
 
 
-def _eval_loader(args: argparse.Namespace, dataset: Any, data_config: Mapping[str, Any],
+def _eval_loader(args: argparse.Namespace, process: Process, dataset: Any, data_config: Mapping[str, Any],
                  patch_size: tuple[int, int] | None, common: Mapping[str, Any]) -> Any:
     workers = args.workers
-    if args.distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
+    if process.distributed and any(kind in args.dataset for kind in ("tfds", "wds")):
         workers = min(2, workers)  # every worker pads its last batch; few workers keep the padding small
     kwargs: dict[str, Any] = dict(
         batch_size=args.validation_batch_size or args.batch_size,

@@ -1,18 +1,16 @@
-"""One epoch of training, plain or with SAM, and evaluation.
+"""One epoch of training, plain or with SAM.
 
 Nothing here reads the device between two log lines: losses and norms stay tensors until they are printed.
 """
 import argparse
-import datetime
 import functools
-import logging
 import math
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,45 +19,66 @@ from timm import utils
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from ..cli.device import Process, to_device
 from ..cli.processes import settle
-from ..sam import SAM
-from . import states, workers
-from .batches import Weigher, samples_of, to_device
+from . import states
+from .batches import Weigher, chunks, samples_of
+from .checkpoint import Saver
 from .data import Data
+from .factory import trained
 from .meters import Meters
+from .plain import Update
+from .position import Fetching, Resumed, position
 from .preemption import Preempted, Preemption
+from .progress import Progress
+from .schedule import schedule_state
+from .workers import TrackedLoader
 
-_logger = logging.getLogger("train")
+# what SAM measures beside the loss, in the order of Stats, and what it counts: columns of the summary
+SAM_MEASURES = ("sam_loss", "sam_grad_norm", "sam_eps_norm")
+SAM_COUNTS = ("sam_nonfinite",)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """What stays the same from epoch to epoch.
 
-    ``position`` is where in its first epoch the run goes on, if its checkpoint was written inside one; ``extras`` is
-    what the next checkpoint holds beside timm's entries.
+    Attributes:
+        args: All options, as they were given.
+        process: This one, with its device.
+        task: What is trained, with its loss.
+        data: The loaders.
+        optimizer: The base optimizer.
+        update: What makes its gradients: SAM, or the plain backward pass.
+        measures: Names of what ``update`` measures beside the loss, in the order of its ``stats``.
+        counts: Name of the number of batches whose gradient was not finite, if ``update`` counts them.
+        scaler: Loss scaler of float16, or None.
+        autocast: Context of a forward pass.
+        model_dtype: Of weights and images; None: float32.
+        scheduler: timm's, or None.
+        preemption: Knows whether the run is to stop.
+        progress: Writes the log.
+        tracked: The training loader whose workers' states are known, or None.
+        output_dir, saver: Where results go; None on all ranks but the first.
     """
 
     args: argparse.Namespace
+    process: Process
     task: TrainingTask
     data: Data
     optimizer: torch.optim.Optimizer
-    sam: SAM | None
+    update: Update
+    measures: tuple[str, ...]
+    counts: tuple[str, ...]
     scaler: torch.amp.GradScaler | None
     autocast: Callable[[], AbstractContextManager]
-    device: torch.device
     model_dtype: torch.dtype | None
-    scheduler: Any = None
-    saver: Any = None
+    scheduler: Any
+    preemption: Preemption
+    progress: Progress
+    tracked: TrackedLoader | None = None
     output_dir: str | None = None
-    tracked: workers.TrackedLoader | None = None
-    preemption: Preemption | None = None
-    position: dict[str, Any] | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
-    first_update: int = 0
-    total_updates: int = 0
-    sharing_logged: bool = False
-    started: float = field(default_factory=time.time)
+    saver: Saver | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module | None]:
@@ -68,33 +87,16 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        steps = self.args.grad_accum_steps
-        return (len(self.data.train) + steps - 1) // steps
-
-    def time_left(self, updates: int) -> datetime.timedelta:
-        """Expected time to the end of training, evaluation included, after ``updates`` of all updates."""
-        per_update = (time.time() - self.started) / max(1, updates - self.first_update)
-        return datetime.timedelta(seconds=round(per_update * (self.total_updates - updates)))
-
-    def uses_sam(self, epoch: int, update: int) -> bool:
-        """Whether the ``update``-th update of all (from 0) is perturbed."""
-        args = self.args
-        return (
-            self.sam is not None
-            and epoch >= args.sam_start_epoch
-            and (args.sam_end_epoch is None or epoch < args.sam_end_epoch)
-            and update % args.sam_every == 0)
+        return self.data.updates_per_epoch(self.args.grad_accum_steps)
 
 
-def _mean_over_ranks(value: float, device: torch.device, args: argparse.Namespace) -> float:
-    if not args.distributed:
-        return value
-    tensor = torch.tensor([value], device=device, dtype=torch.float32)
-    return utils.reduce_tensor(tensor, args.world_size).item()
+def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None = None) -> "OrderedDict[str, float]":
+    """Trains for one epoch, or for the rest of it.
 
-
-def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
-    """Trains for one epoch, or for the rest of the one in which the run's checkpoint was written.
+    Args:
+        run: The run.
+        epoch: From 0.
+        saved_position: Where in this epoch a checkpoint was written from which it goes on.
 
     Raises:
         Preempted: SIGTERM came; the update was finished, and a recovery checkpoint written.
@@ -104,38 +106,30 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         ``sam_grad_norm``, ``sam_eps_norm`` (averages over the perturbed batches) and ``sam_nonfinite`` (batches whose
         gradient was not finite, of all ranks).
     """
-    args, task, data, optimizer, device = run.args, run.task, run.data, run.optimizer, run.device
+    args, process, data, optimizer = run.args, run.process, run.data, run.optimizer
     data.set_epoch(epoch, args)
-    module = task.get_trainable_module()
-    assert module is not None
-    module.train()
+    trained(run.task).train()
 
-    meters = Meters("loss", "sam_loss", "sam_grad_norm", "sam_eps_norm")
+    resumed = Resumed(process, saved_position)
+    meters = Meters("loss", *run.measures)
+    meters.load_state_dict(resumed.meters)
     update_time, data_time = utils.AverageMeter(), utils.AverageMeter()
     batches, accum_steps = len(data.train), args.grad_accum_steps
     last_accum_steps = batches % accum_steps
-    num_updates = epoch * run.updates_per_epoch
-    nonfinite_before = None if run.sam is None else run.sam.nonfinite
+    num_updates = resumed.update(epoch * run.updates_per_epoch)
+    nonfinite_before = run.update.nonfinite
     samples: Any = 0
-    position, run.position = run.position, None
-    started_from = states.local_states(device, run.tracked)
+    begins = True  # an update, with the next batch
+    started_from = states.local_states(process.device, run.tracked)
     optimizer.zero_grad()
     settle()
     data_start = update_start = time.time()
 
-    fetching = states.Fetching(data.train, device)
-    for batch_idx, (input, target) in enumerate(fetching):
-        if position is not None and batch_idx < position["batch"]:
-            # the workers make these batches all the same, and with them the random numbers of those that follow
-            if batch_idx == position["batch"] - 2:
-                states.restore_process(args, position["fetched_from"])
-            if batch_idx == position["batch"] - 1:
-                if run.sam is not None:
-                    run.sam.nonfinite = run.sam.nonfinite + states.of_this_rank(args, position["nonfinite"])
-                meters.load_state_dict(states.of_this_rank(args, position["meters"]))
-                num_updates = position["update"]
-                states.restore_process(args, position["random_state"])
-            continue
+    def nonfinite() -> int:
+        return resumed.nonfinite + int(run.update.nonfinite - nonfinite_before)
+
+    fetching = Fetching(data.train, process.device)
+    for batch_idx, (input, target) in resumed.rest(fetching):
         last_batch = batch_idx == batches - 1
         # with accum_steps as the batch before left it, as in timm's script: a short last group may step in between
         need_update = last_batch or (batch_idx + 1) % accum_steps == 0
@@ -143,17 +137,18 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         if batch_idx >= batches - last_accum_steps:
             accum_steps = last_accum_steps
 
-        if not args.prefetcher:
-            input, target = to_device(input, device, run.model_dtype), target.to(device=device)
-            if data.mixup is not None:
-                input, target = data.mixup(input, target)
+        input, target = prepared(run, input, target)
+        if args.no_prefetcher and data.mixup is not None:
+            input, target = data.mixup(input, target)
         if args.channels_last and not data.naflex:
             input = input.contiguous(memory_format=torch.channels_last)
         data_time.update(accum_steps * (time.time() - data_start))
-        batch_size = input["patches"].shape[0] if data.naflex else input.shape[0]
-        weigh = Weigher(args, data, device, batch_size, accum_steps)
+        weigh = Weigher(data, process, input["patches"].shape[0] if data.naflex else input.shape[0], accum_steps)
 
-        _accumulate(run, (input, target), weigh, need_update, run.uses_sam(epoch, num_updates), meters)
+        if begins:
+            run.update.begin(epoch, num_updates)
+        begins = need_update
+        accumulate(run, (input, target), weigh, need_update, meters)
         samples = samples + weigh.global_batch_size
         if not need_update:
             data_start = time.time()
@@ -162,33 +157,34 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
         _step(run)
         num_updates += 1
         optimizer.zero_grad()
-        task.update_ema(step=num_updates)
-        if args.synchronize_step and device.type != "cpu":
-            torch.get_device_module(device).synchronize()
+        run.task.update_ema(step=num_updates)
+        if args.synchronize_step and process.device.type != "cpu":
+            torch.get_device_module(process.device).synchronize()
         now = time.time()
         update_time.update(now - update_start)
         update_start = now
 
         if update_idx % args.log_interval == 0 or last_batch:
             meters.flush()
-            _log_update(run, epoch, update_idx, num_updates, meters, update_time, data_time, float(samples))
+            run.progress.log_update(
+                epoch, update_idx, num_updates, meters, nonfinite() if run.counts else 0, optimizer, update_time,
+                data_time, float(samples))
             if args.save_images and run.output_dir and not data.naflex:
                 torchvision.utils.save_image(
                     input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
-        # asked after each update, though at the end of an epoch it is train.py that stops
-        stop = run.preemption is not None and run.preemption.should_stop(num_updates) and not last_batch
+        # asked after each update, though at the end of an epoch it is the run that stops
+        stop = run.preemption.should_stop(num_updates) and not last_batch
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
-            new = 0 if run.sam is None else int(run.sam.nonfinite - nonfinite_before)
-            _save_recovery(run, epoch, update_idx, meters, dict(
-                epoch=epoch, batch=batch_idx + 1, update=num_updates,
-                nonfinite=states.of_all_ranks(args, new),
-                started_from=states.of_all_ranks(args, started_from),
-                fetched_from=states.of_all_ranks(args, fetching.state() or started_from),
-                random_state=states.of_all_ranks(args, states.local_states(device, None))))
+            place = position(
+                process, epoch=epoch, batch=batch_idx + 1, update=num_updates, nonfinite=nonfinite(),
+                meters=meters.state_dict(), started_from=started_from, fetched_from=fetching.state() or started_from,
+                now=states.local_states(process.device, None))
+            extras = checkpoint_extras(run, position=place)
+            if run.saver is not None:
+                run.saver.save_recovery(epoch, update_idx, extras)
         if stop:
-            assert run.preemption is not None
             run.preemption.together()
             raise Preempted
         samples = 0
@@ -197,68 +193,68 @@ def train_one_epoch(run: Run, epoch: int) -> "OrderedDict[str, float]":
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
     meters.flush()
-    metrics = OrderedDict(loss=_mean_over_ranks(meters["loss"].avg, device, args))
-    if run.sam is not None:
-        for name in ("sam_loss", "sam_grad_norm", "sam_eps_norm"):
-            average = meters[name].avg if meters[name].count else float("nan")
-            metrics[name] = _mean_over_ranks(average, device, args)
-        new = float(run.sam.nonfinite - nonfinite_before)
-        metrics["sam_nonfinite"] = round(_mean_over_ranks(new, device, args) * args.world_size)
+    metrics = OrderedDict(loss=process.mean(meters["loss"].avg))
+    for name in run.measures:
+        metrics[name] = process.mean(meters[name].avg if meters[name].count else math.nan)
+    for name in run.counts:
+        metrics[name] = round(process.mean(float(nonfinite())) * process.world_size)
     return metrics
 
 
-def _accumulate(run: Run, batch: tuple[Any, Tensor], weigh: Weigher, need_update: bool, perturb: bool,
-                meters: Meters) -> None:
-    """Adds the gradient of one (micro-)batch; with --sam-m in chunks, each with its own eps and batch statistics."""
-    args, sam = run.args, run.sam
+def prepared(run: Run, input: Any, target: Tensor) -> tuple[Any, Tensor]:
+    """A batch on the device; a prefetching loader has brought it there."""
+    if not run.args.no_prefetcher:
+        return input, target
+    return to_device(input, run.process.device, run.model_dtype), target.to(device=run.process.device)
+
+
+def accumulate(run: Run, batch: tuple[Any, Tensor], weigh: Weigher, last: bool, meters: Meters) -> None:
+    """Adds the gradient of one (micro-)batch; with --sam-m in chunks, each with its own eps and batch statistics.
+
+    Args:
+        run: The run.
+        batch: Inputs and targets, on the device.
+        weigh: What its losses weigh in the update.
+        last: Whether it is the last one of the update.
+        meters: Get losses and norms.
+    """
+    args = run.args
     splits = max(1, args.aug_splits)
     size = weigh.batch_size // splits
-    chunk = min(size, args.sam_m or size)
+    done = 0
 
     def forward(input: Any, target: Tensor) -> Tensor:
         with run.autocast():
             return run.task(input, target)["loss"]
 
-    for start in range(0, size, chunk):
-        stop = min(start + chunk, size)
-        part = batch if chunk == size else samples_of(batch, start, stop, splits)
-        count = (stop - start) * splits
-
-        def share(loss: Tensor, count: int = count) -> Tensor:
-            return weigh(loss) if count == weigh.batch_size else weigh(loss) * (count / weigh.batch_size)
-
-        with nullcontext() if need_update and stop == size else run.task.no_sync():
-            if sam is not None and perturb:
-                ascent = None
-                if args.sam_ascent_fraction < 1:
-                    first = math.ceil(args.sam_ascent_fraction * (stop - start))
-                    ascent = functools.partial(forward, *samples_of(part, 0, first, splits))
-                loss = sam.backward(functools.partial(forward, *part), ascent_fn=ascent, weigh=share, scaler=run.scaler)
-                assert sam.stats is not None
-                for name, value in zip(("sam_loss", "sam_grad_norm", "sam_eps_norm"), sam.stats[1:]):
-                    meters.update(name, value, count)
-                if not run.sharing_logged and sam.sharing and utils.is_primary(args):
-                    _logger.info(f"SAM forward: {sam.sharing}")
-                    run.sharing_logged = True
-            else:
-                loss = forward(*part)
-                weighed = share(loss)
-                second_order = getattr(run.optimizer, "is_second_order", False)
-                (weighed if run.scaler is None else run.scaler.scale(weighed)).backward(create_graph=second_order)
-                loss = loss.detach()
+    for part, per_split in chunks(batch, size, args.sam_m, splits):
+        done += per_split
+        count = per_split * splits
+        ascent = None
+        if args.sam_ascent_fraction < 1:
+            first = math.ceil(args.sam_ascent_fraction * per_split)
+            ascent = functools.partial(forward, *samples_of(part, 0, first, splits))
+        loss = run.update.backward(
+            functools.partial(forward, *part), ascent_fn=ascent, weigh=functools.partial(weigh, count=count),
+            scaler=run.scaler, last=last and done == size)
+        stats = run.update.stats
+        for name, value in zip(run.measures, stats[1:] if stats is not None else ()):
+            if value is not None:  # the update is perturbed
+                meters.update(name, value, count)
+        run.progress.log_sharing(run.update.sharing)
         # dividing before reading is what timm does: the digits of the average depend on it
-        accum_steps = weigh.accum_steps
-        meters.update("loss", loss / accum_steps if accum_steps > 1 else loss, count, accum_steps)
+        steps = weigh.accum_steps
+        meters.update("loss", loss / steps if steps > 1 else loss, count, steps)
 
 
-def _save_recovery(run: Run, epoch: int, update_idx: int, meters: Meters, position: dict[str, Any]) -> None:
-    """Writes a checkpoint from which the epoch goes on at ``position``. All ranks take part."""
-    earlier = run.extras
-    position["meters"] = states.of_all_ranks(run.args, meters.state_dict())
-    run.extras = dict(buffers=states.buffers_of_all_ranks(run.args, run.modules), position=position)
-    if run.saver is not None:
-        run.saver.save_recovery(epoch, batch_idx=update_idx)
-    run.extras = earlier
+def checkpoint_extras(run: Run, **more: Any) -> dict[str, Any]:
+    """What a checkpoint holds beside timm's entries. Every rank has to call it."""
+    extras = dict(more, buffers=states.buffers_of_all_ranks(run.process, run.modules))
+    if (schedule := schedule_state(run.scheduler)) is not None:
+        extras["schedule"] = schedule
+    if methods := run.update.method_state_dict():
+        extras["sam_methods"] = methods
+    return extras
 
 
 def _step(run: Run) -> None:
@@ -275,88 +271,3 @@ def _step(run: Run) -> None:
     else:
         run.scaler.step(run.optimizer)
         run.scaler.update()
-
-
-def _log_update(run: Run, epoch: int, update_idx: int, num_updates: int, meters: Meters,
-                update_time: utils.AverageMeter, data_time: utils.AverageMeter, samples: float) -> None:
-    args = run.args
-    now = {name: _mean_over_ranks(meter.val, run.device, args) for name, meter in meters.meters.items()}
-    loss_avg = _mean_over_ranks(meters["loss"].avg, run.device, args)
-    nonfinite = 0
-    if run.sam is not None:
-        nonfinite = round(_mean_over_ranks(float(run.sam.nonfinite), run.device, args) * args.world_size)
-    if not utils.is_primary(args):
-        return
-    rates = [group["lr"] for group in run.optimizer.param_groups]
-    sam = ""
-    if meters["sam_loss"].count:
-        sam = (f"SAM loss: {now['sam_loss']:#.3g} ({meters['sam_loss'].avg:#.3g})  "
-               f"|g|: {now['sam_grad_norm']:#.3g}  |eps|: {now['sam_eps_norm']:#.3g}  ")
-        if nonfinite:
-            sam += f"non-finite: {nonfinite}  "
-    updates = run.updates_per_epoch
-    _logger.info(
-        f"Train: {epoch} [{update_idx:>4d}/{updates} ({100. * (update_idx + 1) / updates:>3.0f}%)]  "
-        f"Loss: {now['loss']:#.3g} ({loss_avg:#.3g})  {sam}"
-        f"Time: {update_time.val:.3f}s, {samples / update_time.val:>7.2f}/s  "
-        f"({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  "
-        f"LR: {sum(rates) / len(rates):.3e}  "
-        f"Data: {data_time.val:.3f} ({data_time.avg:.3f})  "
-        f"Left: {run.time_left(num_updates)}")
-
-
-def evaluate(run: Run, model: nn.Module, suffix: str = "") -> "OrderedDict[str, float]":
-    """Evaluates a model on the validation loader.
-
-    Args:
-        run: Its validation loader, precision and device.
-        model: Images (or NaFlex batches) -> logits.
-        suffix: Marks the log lines.
-
-    Returns:
-        ``loss`` (cross entropy), ``top1`` and ``top5`` in percent, averages over samples.
-    """
-    args, device = run.args, run.device
-    loss_fn = nn.CrossEntropyLoss().to(device)
-    meters = Meters("loss", "top1", "top5")
-    batch_time = utils.AverageMeter()
-    model.eval()
-    settle()
-    last_idx = len(run.data.eval) - 1
-    end = time.time()
-    with torch.inference_mode():
-        for batch_idx, (input, target) in enumerate(run.data.eval):
-            if not args.prefetcher:
-                input, target = to_device(input, device, run.model_dtype), target.to(device=device)
-            if args.channels_last and not run.data.naflex:
-                input = input.contiguous(memory_format=torch.channels_last)
-            with run.autocast():
-                output = model(input)
-                if isinstance(output, (tuple, list)):
-                    output = output[0]
-                if args.tta > 1:  # consecutive rows are views of one image
-                    output = output.unfold(0, args.tta, args.tta).mean(dim=2)
-                    target = target[0:target.size(0):args.tta]
-                loss = loss_fn(output, target)
-            values = [loss, *utils.accuracy(output, target, topk=(1, 5))]
-            if args.distributed:
-                values = [utils.reduce_tensor(value.detach(), args.world_size) for value in values]
-            for name, value in zip(("loss", "top1", "top5"), values):
-                meters.update(name, value, output.shape[0])
-
-            if batch_idx == last_idx or batch_idx % args.log_interval == 0:
-                meters.flush()
-                batch_time.update(time.time() - end)
-                if utils.is_primary(args):
-                    loss_m, top1, top5 = meters["loss"], meters["top1"], meters["top5"]
-                    _logger.info(
-                        f"Test{suffix}: [{batch_idx:>4d}/{last_idx}]  "
-                        f"Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
-                        f"Loss: {loss_m.val:>7.3f} ({loss_m.avg:>6.3f})  "
-                        f"Acc@1: {top1.val:>7.3f} ({top1.avg:>7.3f})  "
-                        f"Acc@5: {top5.val:>7.3f} ({top5.avg:>7.3f})")
-            else:
-                batch_time.update(time.time() - end)
-            end = time.time()
-    meters.flush()
-    return OrderedDict((name, meters[name].avg) for name in ("loss", "top1", "top5"))

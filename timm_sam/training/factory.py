@@ -8,12 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm import utils
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -23,16 +21,13 @@ from timm.task import (
 )
 from torch import nn
 
+from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name
+from ..cli.models import channels, check_model_name
 from ..runs.checkpoints import why_unreadable
-from ..split import WHOLE_GRAPHS_WORK, compile_split
 from .data import Data, mixup_active
 
-_logger = logging.getLogger("train")
-
-
-_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+_logger = logging.getLogger(__name__)
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -57,18 +52,13 @@ def precision(args: argparse.Namespace, device: torch.device) -> tuple[
     return model_dtype, partial(torch.autocast, device_type=device.type, dtype=amp_dtype), scaler
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """timm's model on the CPU, with ``args.num_classes`` resolved to its number of outputs.
+def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
+    """timm's model on the CPU.
 
     Raises:
         OptionError: The name is unknown, a keyword does not fit, or a checkpoint cannot be read.
     """
-    in_chans = 3
-    if args.in_chans is not None:
-        in_chans = args.in_chans
-    elif args.input_size is not None:
-        in_chans = args.input_size[0]
-    overlay = {}
+    overlay: dict[str, Any] = {}
     if args.pretrained_path:
         # num_classes -1 makes timm fit the classifier of the file to ours
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))
@@ -77,7 +67,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         model = create_model(
             args.model,
             pretrained=args.pretrained,
-            in_chans=in_chans,
+            in_chans=channels(args),
             num_classes=args.num_classes,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
@@ -101,17 +91,16 @@ def build_model(args: argparse.Namespace) -> nn.Module:
                               f"network, or give a file by --pretrained-path") from e
         raise OptionError(
             f"--model {args.model} cannot be built: {one_line(e)}; check --model-kwargs{_set_model_flags(args)}") from e
+    built: Any = model
     if args.head_init_scale is not None:
         with torch.no_grad():
-            model.get_classifier().weight.mul_(args.head_init_scale)
-            model.get_classifier().bias.mul_(args.head_init_scale)
+            built.get_classifier().weight.mul_(args.head_init_scale)
+            built.get_classifier().bias.mul_(args.head_init_scale)
     if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
-    if args.num_classes is None:
-        args.num_classes = model.num_classes
+        nn.init.constant_(built.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
-    if utils.is_primary(args):
+        built.set_grad_checkpointing(enable=True)
+    if process.primary:
         count = sum(p.numel() for p in model.parameters())
         _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters")
     return model
@@ -124,8 +113,7 @@ def _set_model_flags(args: argparse.Namespace) -> str:
     return "".join(f", {flag} {value}" for flag, value in given.items() if value is not None)
 
 
-def place_model(args: argparse.Namespace, model: nn.Module, device: torch.device,
-                dtype: torch.dtype | None) -> nn.Module:
+def place_model(args: argparse.Namespace, process: Process, model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Splits, moves, synchronises and scripts the model, as the options say.
 
     Raises:
@@ -133,20 +121,45 @@ def place_model(args: argparse.Namespace, model: nn.Module, device: torch.device
     """
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model.to(device=device, dtype=dtype)
+    model.to(device=process.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if args.distributed and args.sync_bn:
-        if device.type == "cpu":
+    if process.distributed and args.sync_bn:
+        if process.device.type == "cpu":
             raise OptionError("--sync-bn: torch synchronizes batch normalization on accelerators only; leave it out "
                               "with --device cpu")
-        args.dist_bn = ""  # statistics are the same on all ranks already
         model = convert_sync_batchnorm(model)
-        if utils.is_primary(args):
+        if process.primary:
             _logger.info("Batch normalization is synchronized over all ranks.")
     if args.torchscript:
         model = torch.jit.script(model)
     return model
+
+
+def trained(task: TrainingTask) -> nn.Module:
+    """The module that a task trains, in its wrappers."""
+    module = task.get_trainable_module()
+    assert module is not None
+    return module
+
+
+def evaluated(task: TrainingTask, ema: bool = False) -> nn.Module:
+    """What a task evaluates: its model, or the model's average."""
+    model = task.get_eval_model(ema=ema)
+    assert model is not None
+    return model
+
+
+def num_outputs(args: argparse.Namespace, model: nn.Module) -> int:
+    """--num-classes, or the model's own number of outputs."""
+    own: Any = model.num_classes
+    return int(own) if args.num_classes is None else args.num_classes
+
+
+def patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """A model's patch size (height, width), where it has one."""
+    get: Any = getattr(model, "get_patch_size", None)
+    return None if get is None else get()
 
 
 def create_loss(args: argparse.Namespace) -> nn.Module:
@@ -163,14 +176,14 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
     return nn.CrossEntropyLoss()
 
 
-def create_task(args: argparse.Namespace, model: nn.Module, loss: nn.Module, device: torch.device,
+def create_task(args: argparse.Namespace, process: Process, model: nn.Module, loss: nn.Module,
                 dtype: torch.dtype | None) -> TrainingTask:
     """The classification task, or one of timm's distillation tasks.
 
     Raises:
         OptionError: The teacher is unknown, or does not fit the student.
     """
-    common: dict[str, Any] = dict(criterion=loss, device=device, dtype=dtype, verbose=utils.is_primary(args))
+    common: dict[str, Any] = dict(criterion=loss, device=process.device, dtype=dtype, verbose=process.primary)
     if args.kd_model_name is None:
         return ClassificationTask(model=model, **common)
     check_model_name("--kd-model-name", args.kd_model_name)
@@ -188,87 +201,35 @@ def create_task(args: argparse.Namespace, model: nn.Module, loss: nn.Module, dev
                           f"{one_line(e)}; choose another teacher, student or type") from e
 
 
-def resolve_lr(args: argparse.Namespace, data: Data) -> None:
-    """Sets ``args.lr`` from --lr-base and the global batch size, where --lr is not given."""
+def learning_rate(args: argparse.Namespace, process: Process, data: Data) -> float:
+    """--lr, or without it --lr-base scaled to the global batch size."""
     if args.lr:
-        return
-    global_batch_size = data.reference_batch_size * args.world_size * args.grad_accum_steps
+        return args.lr
+    global_batch_size = data.reference_batch_size * process.world_size * args.grad_accum_steps
     ratio = global_batch_size / args.lr_base_size
-    if not args.lr_base_scale:
-        adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
-        args.lr_base_scale = "sqrt" if adaptive else "linear"
-    if args.lr_base_scale == "sqrt":
-        ratio = ratio ** 0.5
-    args.lr = args.lr_base * ratio
-    if utils.is_primary(args):
-        _logger.info(f"Learning rate {args.lr} from base {args.lr_base}, global batch size {global_batch_size:g}, "
-                     f"{args.lr_base_scale} scaling.")
+    adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
+    rule = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    lr = args.lr_base * (ratio ** 0.5 if rule == "sqrt" else ratio)
+    if process.primary:
+        _logger.info(f"Learning rate {lr} from base {args.lr_base}, global batch size {global_batch_size:g}, {rule} "
+                     f"scaling.")
+    return lr
 
 
-def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(args: argparse.Namespace, process: Process, module: nn.Module,
+                     lr: float) -> torch.optim.Optimizer:
     """The base optimizer, of timm's factory.
 
     Raises:
         OptionError: The factory does not know the name or refuses an option.
     """
     try:
-        optimizer = create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), "lr": lr}, **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
         raise OptionError(f"--opt {args.opt}: {one_line(e)}; see timm.optim.list_optimizers() for the names, and check "
                           f"--opt-kwargs") from e
-    if utils.is_primary(args):
+    if process.primary:
         defaults = dict(copy.deepcopy(optimizer.defaults), weight_decay=args.weight_decay)
         values = ", ".join(f"{k}: {v}" for k, v in defaults.items())
         _logger.info(f"Optimizer {type(optimizer).__name__} ({args.opt}): {values}")
     return optimizer
-
-
-def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
-    """Compiles the task's model: as a whole, or in two parts where the passes of SAM have something to share.
-
-    Raises:
-        OptionError: The backend cannot do it.
-    """
-    mode, sam = args.torchcompile_mode, args.sam_variant is not None
-    accumulates = args.sam_m or args.grad_accum_steps > 1
-    if sam and args.torchcompile == "cudagraphs" and (accumulates or not WHOLE_GRAPHS_WORK):
-        raise OptionError("--torchcompile cudagraphs: with --sam-m, --grad-accum-steps or torch before 2.12, SAM "
-                          "cannot use CUDA graphs; use --torchcompile inductor")
-    if sam and accumulates and mode in _WITHOUT_CUDA_GRAPHS:
-        # the gradients that one chunk leaves lie in memory of its graph, which the next chunk's writes over
-        mode = _WITHOUT_CUDA_GRAPHS[mode]
-        if utils.is_primary(args):
-            _logger.info(f"--torchcompile-mode {args.torchcompile_mode}: gradients are accumulated under SAM, which "
-                         f"CUDA graphs do not allow; compiling with mode {mode}")
-    options = dict(backend=args.torchcompile, mode=mode)
-    # without a filter the first normalization layer is perturbed, and there is next to nothing below it
-    shares = (sam and args.sam_filter is not None and not args.sam_no_shared_forward
-              and args.sam_bn_stats == "clean" and args.sam_ascent_fraction == 1 and args.torchcompile != "cudagraphs")
-    if shares or sam and not WHOLE_GRAPHS_WORK:
-        compile_split(task.get_trainable_module(), **options)
-        if (teacher := getattr(task, "teacher", None)) is not None:
-            features = isinstance(task, FeatureDistillationTask)
-            teacher.compile(**options, compile_model=not features, compile_features=features)
-    else:
-        task.compile(**options)
-    if task.has_ema():
-        task.compile_ema(**options)
-    if utils.is_primary(args):
-        parts = "the model in parts" if shares else "the model"
-        _logger.info(f"Compiling {parts} with {args.torchcompile}, mode {mode}")
-
-
-def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int,
-                    decreasing_metric: bool) -> tuple[Any, int]:
-    """timm's learning-rate scheduler (or None) and the number of epochs in all.
-
-    Raises:
-        OptionError: The schedule is unknown or its lengths contradict each other.
-    """
-    try:
-        return create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing_metric),
-            updates_per_epoch=updates_per_epoch)
-    except (ValueError, AssertionError) as e:
-        raise OptionError(f"--sched {args.sched}: {one_line(e) or 'refuses its options'}; check --epochs, "
-                          f"--warmup-epochs and --decay-epochs") from e

@@ -38,4 +38,5 @@ class Meters:
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         for name, values in state.items():
-            vars(self.meters[name]).update(values)
+            if name in self.meters:  # checkpoints of plain runs once had those of SAM, too
+                vars(self.meters[name]).update(values)

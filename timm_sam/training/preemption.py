@@ -1,12 +1,12 @@
 """Stopping on SIGTERM, all ranks after the same update."""
-import argparse
 import signal
 import threading
 from collections import deque
 from typing import Any
 
 import torch
-from timm import utils
+
+from ..cli.device import Process
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by SIGTERM with a checkpoint written, resume it
 
@@ -25,22 +25,21 @@ class Preemption:
     the host runs ahead of the device, and without that wait also of the first rank.)
 
     Args:
-        args: All options.
-        device: That of the model.
+        process: This one.
     """
 
     _WANTED, _AFTER = "timm_sam/stop", "timm_sam/stop_after"
     _AHEAD = 2  # updates that the host may be ahead of the device
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, process: Process) -> None:
         self.noticed = False
         self.stop_after: int | None = None
         self.store: Any = None
-        if args.distributed:
+        if process.distributed:
             from torch.distributed.distributed_c10d import _get_default_store
             self.store = _get_default_store()
-        self.primary = utils.is_primary(args)
-        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+        self.primary = process.primary
+        self.accelerator = None if process.device.type == "cpu" else torch.get_device_module(process.device)
         self.updates_under_way: deque[Any] = deque()
         self.handles = threading.current_thread() is threading.main_thread()  # Python lets no other set a handler
         self.earlier = signal.signal(signal.SIGTERM, self._notice) if self.handles else None
@@ -48,7 +47,14 @@ class Preemption:
     def _notice(self, number: int, frame: Any) -> None:
         self.noticed = True
 
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
     def close(self) -> None:
+        """SIGTERM does again what it did before."""
         if self.handles:
             signal.signal(signal.SIGTERM, self.earlier)
 

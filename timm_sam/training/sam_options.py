@@ -1,22 +1,75 @@
-"""``--sam-*``: the flags, their checks, and SAM built from them."""
+"""``--sam-*``: the flags, their checks, and SAM built from them.
+
+Methods bring their flags along: each argument of a constructor in ``timm_sam.methods`` is one, but for those that the
+run itself knows.
+"""
 import argparse
+import inspect
 import logging
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm import utils
 from torch import nn
 
+from ..cli.device import Process
 from ..cli.errors import OptionError
 from ..cli.parser import epoch, fraction, non_negative, positive_int
 from ..cli.rules import flag
+from ..methods import METHODS, Method
 from ..passes import BN_STATS
 from ..perturbation import VARIANTS
 from ..sam import SAM
 from ..selection import SELECTIONS
+from ..sharing import ruled_out
+from .plain import Plain, Update
+from .schedule import planned_epochs
 
-_logger = logging.getLogger("train")
+_logger = logging.getLogger(__name__)
+
+# what a method's constructor may ask for that is no flag: train.py knows it
+_OF_THE_RUN = ("lr_max", "lr_min", "total_updates")
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """An argument of a method as a flag."""
+
+    method: str
+    name: str
+    convert: Callable[[str], Any]
+    default: Any
+    required: bool
+    help: str
+
+    @property
+    def dest(self) -> str:
+        return f"sam_{self.method}_{self.name}"
+
+    @property
+    def flag(self) -> str:
+        return flag(self.dest)
+
+
+def _parameters(method: str, constructor: Callable[..., Method]) -> dict[str, _Parameter]:
+    """The arguments of a method that are flags; their help is what the constructor's docstring says of them."""
+    documented = dict(re.findall(r"^    +(\w+): (.+(?:\n {12,}.+)*)", inspect.getdoc(constructor) or "", re.MULTILINE))
+    found = {}
+    for name, argument in inspect.signature(constructor).parameters.items():
+        if name not in _OF_THE_RUN:
+            kinds = [kind for kind in typing.get_args(argument.annotation) or (argument.annotation,)
+                     if kind is not type(None)]
+            required = argument.default is inspect.Parameter.empty
+            found[name] = _Parameter(method, name, kinds[0] if len(kinds) == 1 else str,
+                                     None if required else argument.default, required,
+                                     " ".join(documented[name].split()))
+    return found
+
+
+_PARAMETERS = {name: _parameters(name, constructor) for name, constructor in METHODS.items()}
 
 
 def add_sam_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +99,19 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
         help="perturb every K-th update, starting with the first; the others are plain")
     add("--sam-start-epoch", type=epoch, default=0, metavar="N", help="first epoch with SAM")
     add("--sam-end-epoch", type=epoch, default=None, metavar="N", help="first epoch without SAM again; none: never")
+    add("--sam-method", nargs="+", choices=tuple(METHODS), default=None, metavar="NAME",
+        help=f"methods that change how an update is made: {', '.join(METHODS)}; none: SAM itself")
+    for name, parameters in _PARAMETERS.items():
+        for parameter in parameters.values():
+            add(parameter.flag, type=parameter.convert, default=None, metavar="X",
+                help=f"{parameter.help.rstrip('.')} (--sam-method {name}; none: "
+                     f"{'it must be given' if parameter.required else parameter.default})")
+
+
+def _defaults() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_sam_flags(parser)
+    return {action.dest: action.default for action in parser._actions}
 
 
 def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
@@ -59,10 +125,9 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
         OptionError: Options that contradict each other.
     """
     if args.sam_variant is None:
-        neutral = {"sam_params": "onlynorm", "sam_bn_stats": "clean", "sam_ascent_fraction": 1.0,
-                   "sam_no_shared_forward": False, "sam_sync": False, "sam_every": 1, "sam_start_epoch": 0}
-        for dest, value in vars(args).items():
-            if dest.startswith("sam_") and (dest in given or value != neutral.get(dest)):
+        for dest, default in _defaults().items():
+            value = getattr(args, dest)
+            if dest in given or value != default:
                 raise OptionError(
                     f"{flag(dest)} {value} has no effect without --sam-variant: add --sam-variant sam, or leave "
                     f"{flag(dest)} out")
@@ -83,22 +148,95 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
         raise OptionError(
             f"--sam-end-epoch {args.sam_end_epoch} is not after --sam-start-epoch {args.sam_start_epoch}: raise it, or "
             f"leave it out")
+    if args.sam_start_epoch and args.sam_start_epoch >= (epochs := planned_epochs(args)):
+        raise OptionError(f"--sam-start-epoch {args.sam_start_epoch} is not before the end of training, which has "
+                          f"{epochs} epochs: no update would be perturbed; lower it, or raise --epochs")
+    _check_methods(args)
 
 
-def create_sam(args: argparse.Namespace, optimizer: torch.optim.Optimizer, module: nn.Module) -> SAM | None:
-    """SAM around the optimizer, or None without --sam-variant.
+def _check_methods(args: argparse.Namespace) -> None:
+    names = args.sam_method or []
+    for method, parameters in _PARAMETERS.items():
+        for parameter in parameters.values():
+            value = getattr(args, parameter.dest)
+            if method not in names and value is not None:
+                raise OptionError(f"{parameter.flag} {value} has no effect without --sam-method {method}: add it, or "
+                                  f"leave {parameter.flag} out")
+            if method in names and value is None and parameter.required:
+                raise OptionError(f"--sam-method {method} needs {parameter.flag}: add {parameter.flag} X, "
+                                  f"{parameter.help[:1].lower()}{parameter.help[1:].rstrip('.')}")
+    if len(set(names)) < len(names):
+        raise OptionError(f"--sam-method {' '.join(names)} names a method twice: leave one out")
+    methods = _in_flags(lambda: _methods(args, {}))
+    if any(method.full_ascent or method.rows is not None for method in methods) and args.sam_ascent_fraction < 1:
+        raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} needs the "
+                          f"gradient of the whole batch; leave one of the two out")
+
+
+def _methods(args: argparse.Namespace, of_the_run: dict[str, Any]) -> list[Method]:
+    methods = []
+    for name in args.sam_method or ():
+        given = {p.name: getattr(args, p.dest) for p in _PARAMETERS[name].values()}
+        known = {key: value for key, value in of_the_run.items()
+                 if key in inspect.signature(METHODS[name]).parameters}
+        methods.append(METHODS[name](**{key: value for key, value in given.items() if value is not None}, **known))
+    return methods
+
+
+def shares_forward(args: argparse.Namespace) -> bool:
+    """Whether the passes of SAM, if it is on, share the forward below the first perturbed layer."""
+    whole = any(method.full_ascent or method.rows is not None for method in _methods(args, {}))
+    return args.sam_variant is not None and ruled_out(
+        share_forward=not args.sam_no_shared_forward, bn_stats=args.sam_bn_stats, full_ascent=whole,
+        whole_batch=args.sam_ascent_fraction == 1) is None
+
+
+def create_update(args: argparse.Namespace, process: Process, optimizer: torch.optim.Optimizer, module: nn.Module,
+                  lr: float, total_updates: int) -> Update:
+    """SAM around the optimizer, or the plain update without --sam-variant.
+
+    Args:
+        args: All options.
+        process: This one.
+        optimizer: The base optimizer.
+        module: What is trained, inside of DDP where there is one.
+        lr: The highest learning rate of the schedule.
+        total_updates: Length of the run.
 
     Raises:
         OptionError: Nothing is selected, or the optimizer cannot be wrapped.
     """
     if args.sam_variant is None:
-        return None
-    try:
-        sam = SAM(optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho,
-                  eta=args.sam_eta, filter=args.sam_filter, bn_stats=args.sam_bn_stats,
-                  share_forward=not args.sam_no_shared_forward, sync=args.sam_sync)
-    except ValueError as e:
-        raise OptionError(str(e)) from e
-    if utils.is_primary(args):
+        return Plain(optimizer, module)
+    of_the_run = dict(lr_max=lr, lr_min=args.min_lr, total_updates=total_updates)
+    sam = _in_flags(lambda: SAM(
+        optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho, eta=args.sam_eta,
+        filter=args.sam_filter, bn_stats=args.sam_bn_stats, share_forward=not args.sam_no_shared_forward,
+        sync=args.sam_sync, method=_methods(args, of_the_run), every=args.sam_every, start=args.sam_start_epoch,
+        end=args.sam_end_epoch, seed=args.seed))
+    if process.primary:
         _logger.info(f"SAM {sam.describe()}")
     return sam
+
+
+def _in_flags(build: Callable[[], Any]) -> Any:
+    """Does it, with the flags where an error names arguments.
+
+    Raises:
+        OptionError: An argument is out of range.
+    """
+    try:
+        return build()
+    except ValueError as e:
+        method, found, rest = str(e).partition(": ")
+        own = method if found and method in METHODS else ""
+
+        def as_flag(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if own and name in _PARAMETERS[own]:
+                return f"{_PARAMETERS[own][name].flag} "
+            dest = {"start": "sam_start_epoch", "end": "sam_end_epoch", "lr_max": "lr", "lr_min": "min_lr"}.get(
+                name, f"sam_{name}")
+            return f"{flag(dest)} "
+
+        raise OptionError(re.sub(r"\b([a-z_]+)=", as_flag, rest if own else str(e))) from e

@@ -1,46 +1,23 @@
-"""Going on where a run stopped, bit for bit: random states, the loader's workers, signals, and which file to take.
+"""Going on where a run stopped, bit for bit: random states, buffers, of all ranks and of the loader's workers.
 
 A run that was killed and resumed is to be the run that was not. Beside weights, optimizer and schedule this takes the
 state of every random generator on every rank at the end of the last epoch, those of the loader's worker processes
 included: they live on from epoch to epoch (persistent workers), and augment the next epoch from where they are.
 """
-import argparse
 import logging
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm import utils
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..cli.device import Process
 from ..random_state import RandomState
 from .workers import Restoring, TrackedLoader, data_loader
 
-_logger = logging.getLogger("train")
-
-
-class Fetching:
-    """Iterates over a loader, and knows this process's random state as it was before the last batch was fetched.
-
-    timm's prefetcher is one batch ahead, and draws random numbers for it in this process (random erasing; without
-    workers all of its augmentation), in between those that the model draws.
-    """
-
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        self.loader = loader
-        self.device = device
-        self.before: RandomState | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            yield batch
-            self.before = RandomState({self.device})
-
-    def state(self) -> dict[str, Any] | None:
-        """As :func:`local_states`; None in front of the second batch."""
-        return None if self.before is None else dict(process=self.before.to_dict(), workers={})
+_logger = logging.getLogger(__name__)
 
 
 def local_states(device: torch.device, tracked: TrackedLoader | None) -> dict[str, Any]:
@@ -49,88 +26,81 @@ def local_states(device: torch.device, tracked: TrackedLoader | None) -> dict[st
     return dict(process=RandomState({device}).to_dict(), workers=workers)
 
 
-def of_all_ranks(args: argparse.Namespace, mine: dict[str, Any]) -> dict[str, Any]:
-    """The states of all ranks, for a checkpoint. Every rank has to call it.
+def of_all_ranks(process: Process, mine: Any) -> dict[str, Any]:
+    """Something of all ranks, for a checkpoint. Every rank has to call it.
 
     Returns:
-        ``world_size`` and ``ranks``, the states of :func:`local_states` by rank.
+        ``world_size`` and ``ranks``, what each has by rank.
     """
-    ranks: list[Any] = [mine]
-    if args.distributed:
-        ranks = [None] * args.world_size
-        torch.distributed.all_gather_object(ranks, mine)
-    return dict(world_size=args.world_size, ranks=ranks)
+    return dict(world_size=process.world_size, ranks=process.gather(mine))
 
 
-def of_this_rank(args: argparse.Namespace, saved: dict[str, Any]) -> Any:
+def of_this_rank(process: Process, saved: dict[str, Any]) -> Any:
     """This rank's part of :func:`of_all_ranks`; the first rank's, if it is of another number of ranks."""
-    return saved["ranks"][args.rank if saved["world_size"] == args.world_size else 0]
+    return saved["ranks"][process.rank if saved["world_size"] == process.world_size else 0]
 
 
-def buffers_of_all_ranks(args: argparse.Namespace, modules: Mapping[str, nn.Module | None]) -> dict[str, Any] | None:
+def buffers_of_all_ranks(process: Process, modules: Mapping[str, nn.Module | None]) -> dict[str, Any] | None:
     """The buffers in which ranks differ from the first one, whose buffers a checkpoint has anyway.
 
     BatchNorm's running statistics are each rank's own until they are next shared (DDP, --dist-bn), and in averages of
     the model for the whole epoch. Every rank has to call it.
 
     Args:
-        args: All options.
+        process: This one.
         modules: Name -> module, or None where there is none.
 
     Returns:
         As :func:`of_all_ranks`, per rank ``{module's name: {buffer's name: value}}``; None for a single rank.
     """
-    if not args.distributed:
+    if not process.distributed:
         return None
     mine = {name: {key: buffer.cpu() for key, buffer in module.named_buffers()}
             for name, module in modules.items() if module is not None}
-    first = [mine]
-    torch.distributed.broadcast_object_list(first)
-    return of_all_ranks(args, {
-        name: {key: buffer for key, buffer in buffers.items() if not torch.equal(buffer, first[0][name][key])}
+    first = process.from_primary(mine)
+    return of_all_ranks(process, {
+        name: {key: buffer for key, buffer in buffers.items() if not torch.equal(buffer, first[name][key])}
         for name, buffers in mine.items()})
 
 
-def restore_buffers(args: argparse.Namespace, saved: dict[str, Any] | None,
-                    modules: Mapping[str, nn.Module | None]) -> None:
+def restore_buffers(process: Process, saved: dict[str, Any] | None, modules: Mapping[str, nn.Module | None]) -> None:
     """Gives this rank the buffers that it had, after all have been given those of the first."""
-    if saved is None or saved["world_size"] != args.world_size:
+    if saved is None or saved["world_size"] != process.world_size:
         return
-    for name, buffers in saved["ranks"][args.rank].items():
-        own = {} if modules[name] is None else dict(modules[name].named_buffers())
+    for name, buffers in saved["ranks"][process.rank].items():
+        module = modules[name]
+        own = {} if module is None else dict(module.named_buffers())
         for key in buffers.keys() & own.keys():
             own[key].copy_(buffers[key])
 
 
-def restore_process(args: argparse.Namespace, saved: dict[str, Any]) -> bool:
-    """Sets this process's random states to those of its rank; False if they are of another number of ranks."""
-    if saved["world_size"] != args.world_size:
-        return False
-    RandomState.from_dict(saved["ranks"][args.rank]["process"], torch.device(args.device)).restore()
-    return True
+def restore_process(process: Process, saved: dict[str, Any]) -> None:
+    """Sets this process's random states to those of its rank, unless they are of another number of ranks."""
+    if saved["world_size"] == process.world_size:
+        RandomState.from_dict(saved["ranks"][process.rank]["process"], process.device).restore()
 
 
-def restore(args: argparse.Namespace, saved: dict[str, Any] | None, tracked: TrackedLoader | None,
+def restore(process: Process, saved: dict[str, Any] | None, tracked: TrackedLoader | None,
             loaders: Sequence[Any]) -> None:
     """Sets the random states with which an epoch starts, of this process and of its workers to be.
 
     Args:
-        args: All options.
+        process: This one.
         saved: Of :func:`of_all_ranks`; None, or of another number of ranks or workers: the run goes on with new ones.
         tracked: The training loader.
         loaders: All loaders.
     """
-    if saved is None or saved["world_size"] != args.world_size:
-        if utils.is_primary(args):
+    if saved is None or saved["world_size"] != process.world_size:
+        if process.primary:
             ranks = None if saved is None else saved["world_size"]
-            reason = "has none" if ranks is None else f"is of {ranks} rank(s), this run has {args.world_size}"
+            reason = "has none" if ranks is None else f"is of {ranks} rank(s), this run has {process.world_size}"
             _logger.info(f"Random states start anew: the checkpoint {reason}.")
         return
     for inner in map(data_loader, loaders):
         if isinstance(inner, DataLoader) and inner.persistent_workers:
             inner.generator = torch.Generator()  # in the run that goes on, the workers were started long ago
-    workers = saved["ranks"][args.rank]["workers"]
+    workers = saved["ranks"][process.rank]["workers"]
     if tracked is not None and len(workers) == tracked.num_workers:
         tracked.loader.worker_init_fn = Restoring(tracked.loader.worker_init_fn, workers)
         tracked.states = {i: pickle.dumps(RandomState.from_dict(s)) for i, s in workers.items()}
-    restore_process(args, saved)
+    restore_process(process, saved)

@@ -30,7 +30,7 @@ class Loaded:
 
     Attributes:
         loader: Of batches, in order.
-        places: Place in the data set of each batch.
+        places: Process in the data set of each batch.
         indices: Samples of this rank, in order; None: all of a stream.
     """
 
