@@ -1,14 +1,10 @@
 """What SAM must leave alone, restore and refuse."""
-import copy
 import math
-import pickle
 import random
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from reference import plain_step
 from support.models import (
     ALL,
     ONLYNORM,
@@ -16,10 +12,12 @@ from support.models import (
     SELECTIONS,
     WAYS,
     BatchLoss,
+    KeptForBackward,
     TinyNet,
     assert_identical,
     batch,
     buffers,
+    flops,
     one_plain_step,
     one_step,
     sam_on,
@@ -27,7 +25,6 @@ from support.models import (
     weights,
 )
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, select_parameters
 
@@ -282,120 +279,6 @@ def test_python_and_numpy_draw_the_same_in_both_passes():
     assert drawn[1] != (random.random(), np.random.rand())
 
 
-# The base optimizer
-
-def test_is_an_optimizer_around_the_base():
-    model = net()
-    base = OPTIMIZERS['lion'](model)
-    sam = SAM(base, model, rho=0.5)
-    assert isinstance(sam, torch.optim.Optimizer)
-    assert sam.optimizer is base
-    assert sam.param_groups is base.param_groups
-    assert sam.state is base.state
-    assert sam.defaults is base.defaults
-
-
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
-def test_checkpoints_move_between_sam_and_the_plain_optimizer(optimizer):
-    model, plain, flat = net(torch.float32), net(torch.float32), net(torch.float32)
-    sam = sam_on(model, optimizer)
-    for seed in range(2):
-        one_step('minimize', sam, model, seed)
-
-    base, flat_sam = OPTIMIZERS[optimizer](plain), sam_on(flat, optimizer, rho=0.0)
-    for other, other_optimizer in (plain, base), (flat, flat_sam):
-        other.load_state_dict(model.state_dict())
-        other_optimizer.load_state_dict(copy.deepcopy(sam.state_dict()))
-    torch.manual_seed(7)
-    plain_step(plain, base, BatchLoss(plain, batch(7, dtype=torch.float32)))
-    one_step('minimize', flat_sam, flat, seed=7)
-    assert_identical(weights(flat), weights(plain))
-    assert_same_state(flat_sam.state_dict(), base.state_dict())
-
-    sam.load_state_dict(base.state_dict())
-    assert_same_state(sam.state_dict(), base.state_dict())
-
-
-def assert_same_state(actual, expected):
-    assert actual.keys() == expected.keys() == {'state', 'param_groups'}
-    assert actual['param_groups'] == expected['param_groups']
-    assert actual['state']
-    torch.testing.assert_close(actual['state'], expected['state'], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
-def test_state_dict_is_that_of_the_base(optimizer):
-    model = net()
-    sam = sam_on(model, optimizer)
-    one_step('minimize', sam, model)
-    assert_same_state(sam.state_dict(), sam.optimizer.state_dict())
-
-
-def test_param_groups_and_state_stay_shared_after_loading():
-    model = net()
-    sam = sam_on(model)
-    one_step('minimize', sam, model)
-    sam.load_state_dict(copy.deepcopy(sam.state_dict()))
-    assert sam.param_groups is sam.optimizer.param_groups
-    assert sam.state is sam.optimizer.state
-    sam.optimizer.load_state_dict(copy.deepcopy(sam.state_dict()))
-    assert sam.param_groups is sam.optimizer.param_groups
-    assert sam.state is sam.optimizer.state
-
-
-@pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('way', WAYS_WITH_STEP)
-@pytest.mark.parametrize('loaded', [False, True])
-def test_torch_schedulers_act_on_sam_and_base(loaded, way):
-    model = net()
-    sam = sam_on(model)
-    if loaded:
-        sam.load_state_dict(copy.deepcopy(sam.state_dict()))
-    scheduler = torch.optim.lr_scheduler.StepLR(sam, 1, gamma=0.5)
-    for step in range(1, 4):
-        one_step(way, sam, model)
-        scheduler.step()
-        assert sam.param_groups[0]['lr'] == sam.optimizer.param_groups[0]['lr'] == 0.1 * 0.5 ** step
-
-
-@pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('way', WAYS)
-def test_torch_schedulers_of_the_base_act_on_sam(way):
-    model = net()
-    sam = sam_on(model)
-    scheduler = torch.optim.lr_scheduler.StepLR(sam.optimizer, 1, gamma=0.5)
-    one_step(way, sam, model)
-    scheduler.step()
-    assert sam.param_groups[0]['lr'] == 0.05
-
-
-def test_zero_grad_clears_all_gradients():
-    model = net()
-    sam = sam_on(model)
-    sam.backward(BatchLoss(model, batch(0)))
-    assert model.head.weight.grad.any()
-    sam.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_added_group_is_the_base_optimizers():
-    model = net()
-    sam = sam_on(model)
-    extra = nn.Parameter(torch.ones(1))
-    sam.add_param_group({'params': [extra], 'lr': 0.3})
-    assert sam.optimizer.param_groups[-1]['params'] == [extra]
-    assert sam.param_groups[-1]['lr'] == 0.3
-
-
-@pytest.mark.parametrize('way', WAYS_WITH_STEP)
-def test_a_step_needs_no_enabled_gradients_around_it(way):
-    model, other = net(), net()
-    with torch.no_grad():
-        one_step(way, sam_on(model), model)
-    one_step(way, sam_on(other), other)
-    assert_identical(weights(model), weights(other))
-
-
 # Cost
 
 class Layers(nn.Sequential):
@@ -417,12 +300,6 @@ LAYERS = {
     'linear': (lambda: Layers(lambda: nn.Linear(4, 4), lambda: nn.LayerNorm(4)), (8, 4)),
     'conv': (lambda: Layers(lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.BatchNorm2d(4)), (8, 4, 5, 5)),
 }
-
-
-def flops(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize('kind', LAYERS)
@@ -459,25 +336,14 @@ class TestCost:
         assert cost(lambda: WAYS[way](sam, loss_fn)) <= ascent + plain
 
 
-class Box:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
 @pytest.mark.parametrize('way', WAYS)
 def test_graph_of_the_first_pass_is_freed_before_the_second(way):
     model = net()
-    boxes, alive = [], []
-
-    def pack(tensor):
-        box = Box(tensor)
-        boxes.append(weakref.ref(box))
-        return box
-
-    model.register_forward_pre_hook(lambda m, args: alive.append(sum(box() is not None for box in boxes)))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+    alive = []
+    with KeptForBackward() as kept:
+        model.register_forward_pre_hook(lambda m, args: alive.append(kept.alive))
         one_step(way, sam_on(model, share_forward=False), model)
-    assert boxes
+    assert kept.boxes
     assert alive == [0, 0]
 
 
@@ -543,19 +409,6 @@ def test_selection_is_that_of_select_parameters():
         assert all(p is model.get_parameter(name) for name, p in actual)
 
 
-@pytest.mark.parametrize('way', [None, *WAYS_WITH_STEP])
-def test_step_without_a_closure_or_a_backward_before_it_is_refused(way):
-    model = net()
-    sam = sam_on(model)
-    if way:
-        one_step(way, sam, model)
-    before = weights(model)
-    with pytest.raises(ValueError, match='closure') as caught:
-        sam.step()
-    assert 'backward' in str(caught.value) and '\n' not in str(caught.value)
-    assert_identical(weights(model), before)
-
-
 @pytest.mark.parametrize('way', ['backward', 'contexts'])
 def test_parameters_of_the_optimizer_alone_get_the_gradient_at_the_perturbed_point_once(way):
     """As a scale in the loss that is no part of the model."""
@@ -577,16 +430,3 @@ def test_parameters_of_the_optimizer_alone_get_the_gradient_at_the_perturbed_poi
         with sam.perturbed():
             loss_fn().backward()
     assert float(scale.grad) == losses[1] != losses[0]
-
-
-def test_copies_of_a_sam_with_a_scheduler_are_optimizers_of_their_own():
-    model = net()
-    sam = sam_on(model)
-    torch.optim.lr_scheduler.StepLR(sam, 1)
-    twin_model, twin = copy.deepcopy((model, sam))
-    assert pickle.loads(pickle.dumps(sam)).describe() == sam.describe()
-    before = weights(model)
-    torch.manual_seed(0)
-    twin.minimize(BatchLoss(twin_model, batch(0)))
-    assert_identical(weights(model), before)
-    assert not any(torch.equal(w, before[name]) for name, w in weights(twin_model).items())
