@@ -70,16 +70,29 @@ def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     return values
 
 
+def read_yaml(path: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no YAML, or no text.
+    """
+    with open(path, encoding="utf-8") as f:
+        try:
+            return yaml.safe_load(f)
+        except yaml.YAMLError as e:
+            raise ValueError(str(e)) from e
+
+
 def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     """The mapping in a file, followed by those of its bases."""
     if os.path.realpath(path) in above:
         raise OptionError(f"--config {path}: is its own base, by {' -> '.join(above)}; remove one 'base'")
     try:
-        with open(path, encoding="utf-8") as f:
-            config = yaml.safe_load(f)
+        config = read_yaml(path)
     except OSError as e:
         raise OptionError(f"--config {path}: {e.strerror or e}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise OptionError(f"--config {path}: not a YAML file: {e}") from None
     if config is None:
         config = {}

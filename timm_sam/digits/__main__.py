@@ -17,11 +17,12 @@ from ..cli.errors import OptionError, report
 from ..cli.parser import OptionParser
 from .shifts import SHIFTS
 
+SIZE = 32  # of the images in pixels, unless asked otherwise
 VALIDATION_SHARE = 0.2
 SPLIT_SEED = 0
 
 
-def export(folder: str, size: int = 32, tune: bool = False, train_size: int | None = None, label_noise: float = 0.0,
+def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | None = None, label_noise: float = 0.0,
            seed: int = 0) -> dict[str, int]:
     """Writes the images.
 
@@ -109,7 +110,7 @@ def _save(image: Any, *path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(prog="python -m timm_sam.digits", description="Writes scikit-learn's digits as PNG folders.")
     parser.add_argument("folder", metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--size", type=int, default=32, metavar="N", help="height and width of the images in pixels")
+    parser.add_argument("--size", type=int, default=SIZE, metavar="N", help="height and width of the images in pixels")
     parser.add_argument("--tune", action="store_true",
                         help="split the training part once more, to choose hyperparameters without validation images")
     parser.add_argument("--train-size", type=int, default=None, metavar="N",

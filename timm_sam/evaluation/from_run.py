@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from ..cli.errors import OptionError
-from ..cli.parser import yaml_value
+from ..cli.parser import read_yaml, yaml_value
 from ..cli.rules import flag
 from ..runs import files
 
@@ -69,9 +67,8 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
 def _read(actions: Mapping[str, argparse.Action], path: str) -> dict[str, Any]:
     """What an ``args.yaml`` says of the model and its images, and ``bn_eps``."""
     try:
-        with open(path, encoding="utf-8") as f:
-            run = yaml.safe_load(f)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        run = read_yaml(path)
+    except (OSError, ValueError):
         run = None
     if not isinstance(run, dict):
         raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")

@@ -1,7 +1,8 @@
 """Suites of data sets and attacks on one or many checkpoints, in one process or one group of ranks."""
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from . import provenance, results, tables
@@ -45,9 +46,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
             attacked = AttackedSet.of_options(args, suites, subject.num_classes)
             if args.skip_existing:
                 rows = _rows(session, suites, attacked, subject.num_classes)
-                ranks.each(lambda weights=subject.sha256, rows=rows: results.check_kept(
-                    files, [path or args.model for path in checkpoints],
-                    {weights, *map(session.hashes.of_file, filter(None, checkpoints))}, rows))
+                ranks.each(partial(_check_kept, session, files, checkpoints, subject, rows))
             journal.begin(ranks, args.skip_existing)  # the options are in order: from here on files change
         measures = []
         for suite in suites:
@@ -67,6 +66,12 @@ def _journal(session: Session) -> Journal:
     """The journal beside the results."""
     path = session.args.results_file
     return Journal(path if session.resolved.format_given else os.path.splitext(path)[0], session.ranks.rank)
+
+
+def _check_kept(session: Session, files: Mapping[str, str], checkpoints: Sequence[str | None], subject: Subject,
+                rows: set[tuple[str, str]]) -> None:
+    sha256s = {subject.sha256, *(session.hashes.of_file(path) for path in checkpoints if path is not None)}
+    results.check_kept(files, [path or session.args.model for path in checkpoints], sha256s, rows)
 
 
 def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,

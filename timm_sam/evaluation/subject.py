@@ -102,7 +102,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     model = model.to(device=device, dtype=dtype)
     if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out
     model.eval()
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if args.amp:
@@ -162,7 +162,8 @@ def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
         model = torch.jit.script(model)
     elif args.torchcompile:
         torch._dynamo.reset()
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        compiled = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        model = cast(nn.Module, compiled)  # of a module, it is one
     elif args.aot_autograd:
         from functorch.compile import memory_efficient_fusion
         model = memory_efficient_fusion(model)

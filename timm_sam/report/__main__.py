@@ -3,13 +3,14 @@ import argparse
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..cli.errors import OptionError, report
 from ..cli.parser import OptionParser
+from ..cli.text import replace_file
 from . import markdown
 from .runs import find_runs, read_run
-from .tables import build_tables
+from .tables import Table, build_tables
 
 PICTURES = ("rho", "time", "loss")
 
@@ -51,31 +52,32 @@ def make_report(args: argparse.Namespace) -> None:
     """
     folders = find_runs(args.runs)
     tables, runs = build_tables([read_run(folder, args.running_minutes) for folder in folders], args.epoch)
-    plots = None
-    note = ""
-    if not args.no_plots:
-        try:
-            from . import plots
-        except ImportError as e:
-            note = f"No pictures: {e.name} is missing; pip install 'timm_sam[report]', or give --no-plots."
+    draw, note = (None, "") if args.no_plots else _drawing()
     pictures = {f"table{i}-{kind}.png": (kind, table) for i, table in enumerate(tables, 1) for kind in PICTURES}
-    names = [*markdown.FILES, *(pictures if plots else ())]
+    names = [*markdown.FILES, *(pictures if draw else ())]
     try:
         _prepare(args.out, names, args.overwrite)
-        drawn = [] if plots is None else [
-            name for name, (kind, table) in pictures.items()
-            if plots.draw(kind, table, args.epoch, os.path.join(args.out, name))]
+        drawn = [name for name, (kind, table) in pictures.items()
+                 if draw and draw(kind, table, args.epoch, os.path.join(args.out, name))]
         text = markdown.report_text(tables, runs, args.epoch, drawn)
         contents = (text, markdown.grid_csv(tables), markdown.runs_csv(runs, args.epoch))
         for name, content in zip(markdown.FILES, contents):
-            with open(os.path.join(args.out, name), "w", newline="", encoding="utf-8") as f:
-                f.write(content)
+            replace_file(os.path.join(args.out, name), content)
     except OSError as e:
         raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
     print(text.removeprefix(markdown.MARK).strip())
     if note:
         print(note)
     print(f"Wrote {', '.join(os.path.join(args.out, name) for name in [*markdown.FILES, *drawn])}")
+
+
+def _drawing() -> tuple[Callable[[str, Table, str, str], bool] | None, str]:
+    """What draws pictures, or None and a note of why nothing does."""
+    try:
+        from .plots import draw
+    except ImportError as e:
+        return None, f"No pictures: {e.name} is missing; pip install 'timm_sam[report]', or give --no-plots."
+    return draw, ""
 
 
 def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
@@ -97,8 +99,7 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
         raise OptionError(
             f"--out {out} holds {there[0]}, which no report wrote: name another folder, or add --overwrite")
     # first of all, so that an interrupted report is taken for one
-    with open(os.path.join(out, markdown.FILES[0]), "w", encoding="utf-8") as f:
-        f.write(f"{markdown.MARK}\n")
+    replace_file(os.path.join(out, markdown.FILES[0]), f"{markdown.MARK}\n")
     if ours:
         for kind in PICTURES:
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):

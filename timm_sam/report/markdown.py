@@ -1,8 +1,7 @@
 """The report as text: Markdown for people, CSV for programs."""
-import csv
-import io
 from collections.abc import Iterable, Sequence
 
+from ..cli.text import csv_text, markdown, spread
 from .runs import FINISHED, Run
 from .tables import Cell, Row, Table
 
@@ -33,8 +32,8 @@ def report_text(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictur
                   "All radii; time is that of training, evaluation left out, over plain training:", _grid_table(table)]
     left_out = [run for run in runs if run.status != FINISHED]
     if left_out:
-        lines = [[f"`{run.path}`", run.status, _escape(run.reason)] for run in left_out]
-        parts += ["## Not averaged", _markdown(["run", "status", "why"], lines)]
+        lines = [[f"`{run.path}`", run.status, run.reason] for run in left_out]
+        parts += ["## Not averaged", markdown(["run", "status", "why"], lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -52,8 +51,8 @@ def grid_csv(tables: Sequence[Table]) -> str:
                 f"{cell.seconds:.1f}" if cell.seconds is not None else "",
                 f"{cell.relative_time:.3f}" if cell.relative_time is not None else "",
                 " ".join(map(str, cell.seeds))])
-    return _csv(["table", "title", "data", "model", "variant", "options", "selection", "rho", "n", "top1_mean",
-                 "top1_std", "diverged", "chosen", "train_seconds", "relative_time", "seeds"], lines)
+    return csv_text(["table", "title", "data", "model", "variant", "options", "selection", "rho", "n", "top1_mean",
+                     "top1_std", "diverged", "chosen", "train_seconds", "relative_time", "seeds"], lines)
 
 
 def runs_csv(runs: Iterable[Run], epoch: str) -> str:
@@ -68,13 +67,8 @@ def runs_csv(runs: Iterable[Run], epoch: str) -> str:
             f"{run.rows[-1]['epoch']:g}" if run.rows else "", run.epochs or "",
             f"{run.accuracy(epoch):.4f}" if run.status == FINISHED else "",
             f"{run.seconds:.1f}" if run.seconds is not None else ""])
-    return _csv(["path", "status", "reason", "model", "variant", "selection", "rho", "seed", "last_epoch", "epochs",
-                 "top1", "train_seconds"], lines)
-
-
-def spread(cell: Cell, digits: int = 2) -> str:
-    """``95.10 ± 0.20``, without the second part for one seed."""
-    return f"{cell.mean:.{digits}f}" + ("" if cell.std is None else f" ± {cell.std:.{digits}f}")
+    return csv_text(["path", "status", "reason", "model", "variant", "selection", "rho", "seed", "last_epoch", "epochs",
+                     "top1", "train_seconds"], lines)
 
 
 def _paper_table(table: Table) -> str:
@@ -89,7 +83,7 @@ def _paper_table(table: Table) -> str:
                           *[""] * (len(columns) - 1)])
             continue
         lines.append([row.name, *(_entry(table, row, column, best) for column in columns)])
-    return _markdown(["variant", *columns], lines)
+    return markdown(["variant", *columns], lines)
 
 
 def _entry(table: Table, row: Row, selection: str | None, best: Cell | None) -> str:
@@ -97,7 +91,7 @@ def _entry(table: Table, row: Row, selection: str | None, best: Cell | None) -> 
     cell = table.chosen(row, selection)
     if cell is None:
         return "diverged" if any(cell.diverged for cell in cells) else "" if not cells else "–"
-    text = spread(cell)
+    text = spread(cell.mean, cell.std)
     rivals = [other for other in (table.chosen(row, s) for s in ("all", "onlynorm")) if other is not None]
     if selection in ("all", "onlynorm") and len(rivals) == 2 and cell.mean == max(r.mean for r in rivals):
         text = f"**{text}**"
@@ -111,28 +105,11 @@ def _entry(table: Table, row: Row, selection: str | None, best: Cell | None) -> 
 def _grid_table(table: Table) -> str:
     lines = []
     for cell in table.cells:
-        results = [spread(cell)] if cell.runs else []
+        results = [spread(cell.mean, cell.std)] if cell.runs else []
         if cell.diverged:
             results.append(f"{len(cell.diverged)} diverged")
         text = ", ".join(results)
         time = "" if cell.relative_time is None else f"{cell.relative_time:.2f}"
         lines.append([cell.row.name, cell.selection or "", "" if cell.rho is None else f"{cell.rho:g}",
                       f"**{text}**" if cell.chosen and cell.rho is not None else text, str(len(cell.runs)), time])
-    return _markdown(["variant", "selection", "ρ", "top-1", "n", "time"], lines)
-
-
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [list(header), ["---"] * len(header), *map(list, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    return text.getvalue()
+    return markdown(["variant", "selection", "ρ", "top-1", "n", "time"], lines)

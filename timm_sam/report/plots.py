@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; markers and 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -16,12 +16,16 @@ from .runs import Run
 from .tables import Cell, Row, Table
 
 # colour, marker, dashes: of the paper's figures, all is solid, OnlyNorm dashed, no-norm dotted
-SELECTION_STYLE = {"all": ("#0072B2", "o", "-"), "onlynorm": ("#D55E00", "s", "--"), "nonorm": ("#009E73", "^", ":")}
+SELECTION_STYLE: dict[str, tuple[str, str, Literal["-", "--", ":"]]] = {
+    "all": ("#0072B2", "o", "-"), "onlynorm": ("#D55E00", "s", "--"), "nonorm": ("#009E73", "^", ":")}
+SELECTION_FILL: dict[str, Literal["full", "none", "left"]] = {"all": "full", "onlynorm": "none", "nonorm": "left"}
 PLAIN = "#555555"
 ROW_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
 ROW_MARKERS = "osD^vPX*"
-SETTINGS = {"font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
-            "axes.spines.top": False, "axes.spines.right": False}
+# Any: in matplotlib's annotations each of its settings is a type of its own
+SETTINGS: dict[Any, Any] = {
+    "font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
@@ -156,26 +160,25 @@ def _scale_radii(ax: Any, radii: Sequence[float]) -> None:
 
 def _over_time(table: Table, epoch: str) -> Figure | None:
     """Figure 3: chosen radii only, training time relative to plain training."""
-    cells = [cell for cell in table.cells if cell.chosen and cell.relative_time is not None]
-    if len(cells) < 2:
+    timed = [(cell.relative_time, cell) for cell in table.cells if cell.chosen and cell.relative_time is not None]
+    if len(timed) < 2:
         return None
-    rows = sorted({cell.row for cell in cells if cell.row.variant is not None})
+    rows = sorted({cell.row for _, cell in timed if cell.row.variant is not None})
     styles = {row: (ROW_COLORS[i % len(ROW_COLORS)], ROW_MARKERS[i % len(ROW_MARKERS)]) for i, row in enumerate(rows)}
-    fill = {"all": "full", "onlynorm": "none", "nonorm": "left"}
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     ax = figure.subplots()
-    for cell in cells:
+    for time, cell in timed:
         color, marker = styles.get(cell.row, (PLAIN, "*"))
-        ax.errorbar([cell.relative_time], [cell.mean], [cell.std or 0], color=color, marker=marker, capsize=3,
+        ax.errorbar([time], [cell.mean], [cell.std or 0], color=color, marker=marker, capsize=3,
                     markersize=11 if cell.selection is None else 8, linestyle="", markeredgewidth=1.6,
-                    elinewidth=1, fillstyle=fill.get(cell.selection or "all", "full"), markerfacecoloralt="white")
+                    elinewidth=1, fillstyle=SELECTION_FILL[cell.selection or "all"], markerfacecoloralt="white")
     ax.set_xlabel("training time / training time of plain training")
     ax.set_ylabel(_accuracy_label(epoch))
     ax.set_title(f"{table.title}, at the chosen radii ({_seeds_note(table)})", fontsize=10, wrap=True)
     handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="", label=f"plain ({table.optimizer})")]
     handles += [Line2D([], [], color=c, marker=m, linestyle="", label=row.name) for row, (c, m) in styles.items()]
-    handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=fill[s], markerfacecoloralt="white",
-                       markeredgewidth=1.6, label=s) for s in table.selections]
+    handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=SELECTION_FILL[s],
+                       markerfacecoloralt="white", markeredgewidth=1.6, label=s) for s in table.selections]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
 from ..cli.errors import OptionError, one_line
+from ..cli.parser import read_yaml
 from ..perturbation import VARIANTS
-from ..runs import timing
-from ..runs.files import ARGS_BEFORE
+from ..runs import files, timing
 from ..selection import SELECTIONS
 from ..training.options import build_train_parser
 from ..training.schedule import planned_epochs
@@ -80,13 +78,13 @@ def find_runs(paths: Sequence[str]) -> list[str]:
             raise OptionError(f"{path} is not a folder: give folders of runs, or folders that hold them")
         before = len(found)
         seen = False
-        for folder, subfolders, files in os.walk(path):
+        for folder, subfolders, names in os.walk(path):
             subfolders.sort()
-            if "args.yaml" in files or "summary.csv" in files:
+            if files.ARGS in names or files.SUMMARY in names:
                 found.setdefault(os.path.realpath(folder), folder)
                 seen = True
         if not seen and len(found) == before:
-            raise OptionError(f"{path} holds no run: no args.yaml and no summary.csv in it or below it")
+            raise OptionError(f"{path} holds no run: no {files.ARGS} and no {files.SUMMARY} in it or below it")
     return list(found.values())
 
 
@@ -102,9 +100,9 @@ def read_run(folder: str, running_minutes: float = 60) -> Run:
     """
     run = Run(folder, FINISHED)
     try:
-        args = _read_args(os.path.join(folder, "args.yaml"))
+        args = _read_args(os.path.join(folder, files.ARGS))
         run = replace(run, args=args, epochs=_planned_epochs(args))
-        run = replace(run, rows=tuple(_read_summary(os.path.join(folder, "summary.csv"))))
+        run = replace(run, rows=tuple(_read_summary(os.path.join(folder, files.SUMMARY))))
         run = _timed(run)
         _check_single(run)
     except _Unusable as e:
@@ -133,11 +131,10 @@ def default_args() -> dict[str, Any]:
 
 def _read_args(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as f:
-            given = yaml.safe_load(f)
+        given = read_yaml(path)
     except FileNotFoundError:
         raise _Unusable(UNREADABLE, "no args.yaml") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise _Unusable(UNREADABLE, f"args.yaml cannot be read: {one_line(e, 150)}") from None
     if not isinstance(given, dict) or "model" not in given:
         raise _Unusable(UNREADABLE, "args.yaml holds no options of a training (torn?)")
@@ -191,7 +188,7 @@ def _read_summary(path: str) -> list[dict[str, float]]:
 
 def _check_single(run: Run) -> None:
     """Raises for a folder whose epochs are not all those of one training."""
-    before = sorted(glob.glob(os.path.join(glob.escape(run.path), ARGS_BEFORE.format("*"))))
+    before = sorted(glob.glob(os.path.join(glob.escape(run.path), files.ARGS_BEFORE.format("*"))))
     if before:
         raise _Unusable(MIXED, f"went on with other options than before, see {os.path.basename(before[0])}")
     if run.rows and run.rows[0]["epoch"] >= run.args["val_interval"]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..cli.text import sample_std
 from ..perturbation import VARIANTS
 from ..runs.sameness import NOT_COMPARED, data_name, normal
 from .runs import DIVERGED, DUPLICATE, FINISHED, Run, default_args
@@ -61,7 +62,7 @@ class Cell:
     @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None for one seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        return sample_std(self.accuracies)
 
     @property
     def seconds(self) -> float | None:

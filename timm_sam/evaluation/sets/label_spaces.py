@@ -4,9 +4,9 @@ ImageNet-R and -A score 200 of ImageNet's 1000 outputs (https://arxiv.org/abs/20
 https://arxiv.org/abs/1907.07174); an ObjectNet class may own several outputs (https://objectnet.dev).
 """
 import functools
+import importlib.resources
 import json
 import os
-import pkgutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,6 +104,7 @@ class LabelSpace:
         """The groups one after the other, each padded to the largest one's length with its first output."""
         key = ("members", device)
         if key not in self._tables:
+            assert self.groups is not None
             width = max(len(group) for group in self.groups)
             self._keep(key, [i for group in self.groups for i in (*group, *group[:1] * (width - len(group)))], device)
         return self._tables[key]
@@ -112,6 +113,7 @@ class LabelSpace:
         """``(outputs,)``: the class of each output."""
         key = ("owners", outputs, device)
         if key not in self._tables:
+            assert self.groups is not None
             owners = [_NO_CLASS] * outputs
             for index, group in enumerate(self.groups):
                 for output in group:
@@ -133,8 +135,8 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
 @functools.cache
 def imagenet_subset(variant: str) -> tuple[int, ...]:
     """The outputs of ImageNet-1k that are the classes of ImageNet-R (``r``) or -A (``a``): timm's list, ascending."""
-    text = pkgutil.get_data("timm.data", f"_info/imagenet_{variant}_indices.txt")
-    return tuple(sorted(int(line) for line in text.decode().split()))
+    file = importlib.resources.files("timm.data") / "_info" / f"imagenet_{variant}_indices.txt"
+    return tuple(sorted(int(line) for line in file.read_text(encoding="utf-8").split()))
 
 
 def imagenet_space() -> LabelSpace:

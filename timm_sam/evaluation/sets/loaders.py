@@ -91,6 +91,7 @@ def _check_split(args: argparse.Namespace, dataset: Any) -> None:
     root = getattr(getattr(dataset, "reader", None), "root", None)
     if not isinstance(root, (str, os.PathLike)) or not os.path.isdir(root):
         return
+    root = os.fspath(root)
     if os.path.realpath(root) != os.path.realpath(args.data_dir):
         return
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
