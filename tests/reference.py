@@ -151,3 +151,45 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Call
     loss, grads = loss_and_gradients(model, loss_fn)
     base_step(model, optimizer, grads)
     return loss
+
+
+def gsam_gradients(
+        model: nn.Module,
+        loss_fn: Callable[[], Tensor],
+        selected: list[str],
+        variant: str,
+        rho: float,
+        alpha: float,
+        eta: float | None = None,
+) -> Gradients:
+    """Algorithm 1 of GSAM (https://arxiv.org/abs/2203.08065) over one batch; `descent` is the gradient of its step.
+
+    g, G and their inner product are over all parameters, whatever is perturbed.
+    """
+    random_state = torch.get_rng_state()
+    buffers_before = {name: b.clone() for name, b in model.named_buffers()}
+    _, g = loss_and_gradients(model, loss_fn)  # of all parameters
+    torch.set_rng_state(random_state)
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            b.copy_(buffers_before[name])
+
+    result = sam_gradients(model, loss_fn, selected, variant, rho, eta)
+    G = result.descent
+
+    product = sum(float((g[name] * G[name]).sum()) for name in G)
+    square = sum(float((G[name] ** 2).sum()) for name in G)
+    descent = {}
+    for name in G:
+        parallel = product / square * G[name]
+        perpendicular = g[name] - parallel
+        descent[name] = G[name] - alpha * perpendicular
+    return result._replace(descent=descent)
+
+
+def gsam_radius(rho: float, rho_min: float, lr: float, lr_max: float, lr_min: float) -> float:
+    """rho_t of GSAM, for a learning rate within or outside of its range."""
+    if lr_max == lr_min:
+        return rho
+    share = (lr - lr_min) / (lr_max - lr_min)
+    return rho_min + (rho - rho_min) * min(max(share, 0.0), 1.0)

@@ -90,7 +90,7 @@ def gsam(alpha: float, rho_min: float = 0.0, lr_max: float | None = None, lr_min
         ValueError: An argument is out of range; rho_min above rho and lr_min above lr_max when SAM is built.
     """
     for name, value in {"alpha": alpha, "rho_min": rho_min, "lr_min": lr_min}.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"gsam: {name}={value!r} must be a finite number >= 0")
     if lr_max is not None and not (math.isfinite(lr_max) and lr_max >= 0):
         raise ValueError(f"gsam: lr_max={lr_max!r} must be a finite number >= 0")
