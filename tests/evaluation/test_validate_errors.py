@@ -74,6 +74,10 @@ ROWS = [
     ('--eval x=empty', ['--eval x=empty', 'no class folders']),
     ('{sets} validation={data}/train', ['--eval', 'validation', 'twice']),
     ('--data-dir {data} {sets}', ['--eval validation=', '--split validation', 'another']),
+    # errors name the flag that a set is from
+    ('--data-dir {data}/validation --split grey0 --attack l2=1',
+     ['error: --data-dir ', '/validation --split grey0: ', 'no class folders']),
+    ('{sets} --eval-root published', ['error: --eval-root published (imagenet-a): ', '1000 outputs', 'has 6']),
     ('--eval x={data}', ['--eval x=', '2 class folders', '6 outputs']),
     ('--eval x=missing', ['--eval x=missing', '5 class folders', '--class-map']),
     ('--eval x=missing --class-map map.txt', ['1 of 6 classes', 'grey5', '--allow-partial']),
@@ -156,6 +160,7 @@ class Evil:
 def folder(tmp_path, fitted):
     """What the rows name."""
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'published' / 'imagenet-a').mkdir(parents=True)
     torch.save({'state_dict': {'fc.bias': Evil()}}, tmp_path / 'evil.pth')
     (tmp_path / 'evil.tar').write_bytes(pickle.dumps(Evil()))
     (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'grey0': Evil()}))

@@ -29,6 +29,12 @@ class FromRun:
     values: Mapping[str, Any] = field(default_factory=dict)
     bn_eps: float | None = None
 
+    def complete(self, args: argparse.Namespace) -> None:
+        """Puts it into the options, while they are being parsed."""
+        vars(args).update(self.values)
+        if self.bn_eps is not None:
+            args.model_kwargs = {"bn_eps": self.bn_eps, **args.model_kwargs}
+
 
 def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given: argparse.Namespace) -> FromRun:
     """Reads what the runs that wrote the checkpoints were started with.

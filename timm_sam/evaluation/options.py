@@ -77,9 +77,7 @@ def parse_validate_args(parser: argparse.ArgumentParser,
         taken_from = None
         if given.model is None and args.checkpoint:
             taken = from_run(parser, args.checkpoint, given)
-            vars(args).update(taken.values)
-            if taken.bn_eps is not None:
-                args.model_kwargs = {"bn_eps": taken.bn_eps, **args.model_kwargs}
+            taken.complete(args)
             taken_from = taken.path
         resolved = Resolved(suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken_from,
                             given.results_format)

@@ -33,7 +33,8 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
     """
     args, ranks = session.args, session.ranks
     journal = _journal(session)
-    results.refuse_existing(args, [*files.values(), *journal.files()])
+    if not (args.overwrite or args.skip_existing):
+        results.refuse_existing([*files.values(), *journal.files()], f"--results-file {args.results_file}")
     checkpoints = session.checkpoints()
 
     suites: list[Suite] = []

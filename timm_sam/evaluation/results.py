@@ -1,5 +1,4 @@
 """The files that the results of suites go to: their names, what stands there already, and writing them."""
-import argparse
 import csv
 import json
 import os
@@ -23,17 +22,20 @@ def result_files(results_file: str, results_format: str | None) -> dict[str, str
     return {kind: f"{results_file}.{kind}" for kind in ("md", "csv", "json")}
 
 
-def refuse_existing(args: argparse.Namespace, files: Sequence[str]) -> None:
+def refuse_existing(files: Sequence[str], origin: str) -> None:
     """Nothing is replaced or gone on with unless it is asked for.
 
+    Args:
+        files: That would be.
+        origin: The flag that their names are from, with its value.
+
     Raises:
-        OptionError: One of the files exists, and neither --skip-existing nor --overwrite is given.
+        OptionError: One of them exists.
     """
     existing = [path for path in files if os.path.exists(path)]
-    if existing and not (args.overwrite or args.skip_existing):
-        raise OptionError(
-            f"--results-file {args.results_file}: {existing[0]} exists; add --skip-existing to go on with it, "
-            f"--overwrite to start anew, or name another file")
+    if existing:
+        raise OptionError(f"{origin}: {existing[0]} exists; add --skip-existing to go on with it, --overwrite to start "
+                          f"anew, or name another file")
 
 
 def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collection[str | None],
