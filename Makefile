@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train validate digits-table test test-slow lint clean
+.PHONY: train validate digits-table test test-fast test-slow lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -33,6 +33,9 @@ test-slow: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+
+typecheck: $(INSTALLED)
+	$(BIN)/mypy
 
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

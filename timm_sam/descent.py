@@ -37,6 +37,7 @@ class Descent:
         self._averages = sync or bool(group.ddp)
         self._params: list[nn.Parameter] = []
         self._g: list[Tensor] = []
+        self._used: list[bool] = []
         self._scale: float | Tensor | None = None
         self._weight: Tensor | None = None
         self._mean: list[Tensor] = []
@@ -52,6 +53,7 @@ class Descent:
             weight: Share of the m-batch in the update, which G carries and they do not; None: 1.
         """
         self._params = list(params)
+        self._used = [grad is not None for grad in grads]
         g = at_least_float32([torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)])
         if self._sync:
             weight = torch.ones((), device=g[0].device) if weight is None else weight
@@ -85,16 +87,20 @@ class Descent:
     def _combine(self, before: Sequence[Tensor | None]) -> None:
         assert self._stages.combine is not None
         g = self._g if self._weight is None else by_factor(torch._foreach_mul, self._g, self._weight)
-        for p in self._params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        found = [p.grad for p in self._params if p.grad is not None]
+        # what neither pass used keeps having no gradient; where g was averaged, another rank may have used it
+        used = [i for i, p in enumerate(self._params) if self._sync or self._used[i] or p.grad is not None]
+        found = []
+        for i in used:
+            p = self._params[i]
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = grad
+            found.append(grad)
         G = at_least_float32(found)
         if self._sync:
             G = self._group.mean(G)
-        copy_(found, self._stages.combine(g, G))
-        pairs = [(old, new) for old, new in zip(before, found) if old is not None]
-        add_([old for old, _ in pairs], [new for _, new in pairs])
+        copy_(found, self._stages.combine([g[i] for i in used], G))
+        kept = [(old, grad) for i, grad in zip(used, found) if (old := before[i]) is not None]
+        add_([old for old, _ in kept], [grad for _, grad in kept])
         for p, old in zip(self._params, before):
             if old is not None:
                 p.grad = old

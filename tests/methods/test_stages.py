@@ -15,6 +15,7 @@ from support.models import (
     sam_on,
     weights,
 )
+from support.slots import Noting, Residual
 
 from timm_sam import SAM
 from timm_sam.methods.stages import Method, Stages, merged
@@ -87,26 +88,6 @@ def test_radius_is_asked_for_every_update_and_sees_rho_and_the_groups():
         one_step('minimize', sam, model, step)
         norms.append(float(sam.stats.eps_norm))
     assert norms == pytest.approx([0.5, 0.25, 0.125], rel=1e-5)
-
-
-class Residual:
-    """d = g - m, m the mean of the last update's g."""
-
-    def __init__(self):
-        self.m, self.usable = None, []
-
-    def __call__(self, g):
-        return g if self.m is None else [a - b for a, b in zip(g, self.m)]
-
-    def observe(self, mean, usable):
-        self.usable.append(bool(usable))
-        self.m = [t.clone() for t in mean]
-
-    def state_dict(self):
-        return {'m': self.m}
-
-    def load_state_dict(self, state):
-        self.m = state['m']
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
@@ -273,21 +254,6 @@ def test_choosing_samples_needs_their_losses(use):
     sam = sam_on(model, method=Method(name='worst', rows=Worst()))
     with pytest.raises(ValueError, match='worst'):
         use(sam, RowLoss(model, batch(0, dtype=torch.float32)))
-
-
-class Noting:
-    """Adds a part of the last perturbed update's mean g to plain updates."""
-
-    def __init__(self):
-        self.calls, self.last = [], None
-
-    def __call__(self, at, mean, grads):
-        self.calls.append((at.update, mean is not None))
-        if mean is not None:
-            self.last = [t.clone() for t in mean]
-        else:
-            for grad, t in zip(grads, self.last):
-                grad.add_(t, alpha=0.5)
 
 
 @pytest.mark.parametrize('way', ['minimize', 'closure'])
