@@ -1,4 +1,4 @@
-"""What every evaluation opens: processes and device, checkpoints, models, data sets, and what is finished already."""
+"""What every evaluation opens: processes and device, checkpoints, models, data sets."""
 import argparse
 import logging
 import pickle
@@ -29,22 +29,22 @@ class Session:
     Attributes:
         args: All options; nothing writes into them.
         resolved: What comes of them.
-        place: Device of this process, and where it stands.
+        process: Device of this process, and where it stands.
         ranks: Who shares the work.
         hashes: Of the files of weights.
     """
 
     args: argparse.Namespace
     resolved: Resolved
-    place: Process
+    process: Process
     ranks: Ranks
     hashes: Hashes = field(default_factory=Hashes)
 
     @classmethod
     def open(cls, args: argparse.Namespace, resolved: Resolved) -> "Session":
         """Sets up this process, and says what the options come to."""
-        place = set_up(args.device, args.fuser, args.fast_norm)
-        session = cls(args, resolved, place, Ranks())
+        process = set_up(args.device, args.fuser, args.fast_norm)
+        session = cls(args, resolved, process, Ranks())
         if not session.primary:
             logging.getLogger().setLevel(logging.WARNING)
         if resolved.taken_from is not None:
@@ -53,7 +53,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return self.place.device
+        return self.process.device
 
     @property
     def primary(self) -> bool:
