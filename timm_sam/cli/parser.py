@@ -14,10 +14,30 @@ from .errors import OptionError, report
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Reports an error as one line, without the usage of 180 flags around it."""
+    """Reports an error as one line, without the usage of 200 flags around it.
+
+    Flags are not abbreviated: ``--task multilabel`` would be read as ``--task-loss-weight`` by a version that does not
+    know it yet. An unknown flag is an error that names the nearest ones.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+        return found
+
+    def _nearest(self, unknown: Sequence[str]) -> str:
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        hints = []
+        for flag in (text.partition("=")[0] for text in unknown if text.startswith("-")):
+            abbreviated = sorted((f for f in flags if len(flag) > 2 and f.startswith(flag)), key=len)
+            close = abbreviated or difflib.get_close_matches(flag, flags)
+            hints.append(f"for {flag} did you mean {', '.join(close[:3])}?" if close else
+                         f"{flag} is like no flag, see --help")
+        return f"; {'; '.join(hints)}" if hints else ""
 
     def error(self, message: str) -> Any:
         report(self.prog, message)
