@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm import utils
 from timm.models import is_model, list_models
 
 from .cli.errors import OptionError, one_line, report
+from .cli.escape import setup_logging
 from .cli.parser import OptionParser
 from .cli.processes import end_failed_rank
 from .cli.text import csv_text, write_text
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs an evaluation; returns the exit code: 0, or 2 for a mistake in the options or the data."""
     parser = build_parser()
     args, resolved = parse_validate_args(parser, argv)
-    utils.setup_default_logging()
+    setup_logging()
     session = None
     try:
         session = Session.open(args, resolved)

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.cli.text import csv_text, markdown, replace_file, sample_std, spread, write_text
+from timm_sam.cli.text import csv_text, markdown, replace_file, sample_std, spread, why_not_writable, write_text
 
 
 def test_mean_and_standard_deviation():
@@ -48,6 +48,54 @@ def test_file_is_replaced_in_one_piece(tmp_path, monkeypatch):
 
 
 def test_file_that_cannot_be_written_is_named_with_its_flag(tmp_path):
-    with pytest.raises(OptionError, match='^--out: .*nowhere/r.md cannot be written .No such file or directory.; '
+    with pytest.raises(OptionError, match='^--out: .*nowhere/r.md cannot be written .there is no folder .*nowhere.; '
                                           'make room, or name another file'):
         write_text(str(tmp_path / 'nowhere' / 'r.md'), 'x', '--out')
+
+
+def test_file_is_written_through_a_link(tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    link, target = tmp_path / 'r.md', tmp_path / 'elsewhere' / 'real.md'
+    link.symlink_to(target)  # to nothing yet
+    replace_file(str(link), 'first')
+    assert link.is_symlink() and target.read_text() == 'first'
+    replace_file(str(link), 'second')
+    assert link.is_symlink() and target.read_text() == 'second'
+    assert sorted(p.name for p in tmp_path.rglob('*')) == ['elsewhere', 'r.md', 'real.md']
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    (tmp_path / 'folder').mkdir()
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'null').symlink_to('/dev/null')
+    for name, reason in [('folder', 'it is a folder'), ('pipe', 'it is no regular file'),
+                         ('null', 'it is no regular file'), ('nowhere/x', 'there is no folder ')]:
+        path = str(tmp_path / name)
+        assert why_not_writable(path).startswith(reason), name
+        with pytest.raises(OptionError, match=f'^--out: .*{name} cannot be written .{reason}'):
+            write_text(path, 'x', '--out')
+    assert why_not_writable(str(tmp_path / 'new')) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'null', 'pipe']
+    assert (tmp_path / 'pipe').is_fifo() and (tmp_path / 'null').is_symlink()
+
+
+def test_temporary_file_is_nobody_elses(tmp_path):
+    """A link under its name, as an attacker would put it there, is not followed."""
+    victim = tmp_path / 'victim'
+    victim.write_text('mine')
+    (tmp_path / 'r.md.part').symlink_to(victim)
+    replace_file(str(tmp_path / 'r.md'), 'x')
+    assert victim.read_text() == 'mine' and (tmp_path / 'r.md').read_text() == 'x'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['r.md', 'victim']
+
+
+def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / 'r.md'
+    path.write_text('before')
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OptionError, match='^--out: .*r.md cannot be written .No space left on device.; make room'):
+        write_text(str(path), 'after', '--out')
+    assert path.read_text() == 'before' and [p.name for p in tmp_path.iterdir()] == ['r.md']

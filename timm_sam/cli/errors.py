@@ -6,6 +6,7 @@ import time
 import torch
 
 from ..group import in_group
+from .escape import printable
 
 
 class OptionError(ValueError):
@@ -23,7 +24,7 @@ def report(prog: str, message: object) -> None:
         who = f" (rank {os.environ.get('RANK')})"
     elif store is not None:
         store.set(key, "1")
-    print(f"{prog}: error{who}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"{prog}: error{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -1,11 +1,14 @@
 """Text that commands write: numbers, tables in Markdown and CSV, and files in one piece."""
+import contextlib
 import csv
+import errno
 import io
 import os
 import statistics
 from collections.abc import Iterable, Sequence
 
 from .errors import OptionError
+from .escape import csv_cell
 
 
 def sample_std(values: Sequence[float]) -> float | None:
@@ -19,7 +22,7 @@ def spread(mean: float, std: float | None, digits: int = 2) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
-    """A table in Markdown; what would end a cell or a line is escaped.
+    """A table in Markdown; what would end a cell or a line is escaped. Foreign names want ``markdown_text`` before.
 
     Args:
         header: Of the columns.
@@ -34,24 +37,55 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | N
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], line_end: str = "\n") -> str:
-    """A table as CSV, with its last line ended."""
+    """A table as CSV, with its last line ended; nothing in it is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator=line_end)
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows(map(csv_cell, row) for row in (header, *rows))
     return text.getvalue()
 
 
+def why_not_writable(path: str) -> str | None:
+    """Why :func:`replace_file` would fail, as far as that can be seen without writing; None: nothing speaks against it.
+
+    What is no regular file, such as a device or a pipe, is not replaced by one.
+    """
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        return "it is a folder"
+    if os.path.lexists(target) and not os.path.isfile(target):
+        return "it is no regular file"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if not os.access(folder, os.W_OK):
+        return f"the folder {folder} is read-only"
+    return None
+
+
 def replace_file(path: str, text: str) -> None:
-    """Writes a file in one piece: what stands there is whole at any time.
+    """Writes a file in one piece: what stands there is whole at any time, and nothing else is left behind.
+
+    Through a symbolic link the file that it points to is written; the link stays.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or is no regular file.
     """
-    temporary = f"{path}.part"
-    with open(temporary, "w", encoding="utf-8", newline="") as f:
-        f.write(text)
-    os.replace(temporary, path)
+    if (reason := why_not_writable(path)) is not None:
+        raise OSError(errno.EINVAL, reason, path)
+    target = os.path.realpath(path)
+    temporary = f"{target}.part"
+    with contextlib.suppress(FileNotFoundError):  # of a process that was killed; or a link to somewhere else
+        os.unlink(temporary)
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def write_text(path: str, text: str, origin: str) -> None:
