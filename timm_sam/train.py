@@ -163,12 +163,12 @@ def train(args: argparse.Namespace) -> None:
             output_dir=output_dir, saver=saver)
         if resume:
             random_states = place["started_from"] if place else saved.get("random_state")
-            states.restore(process, random_states, tracked, [data.train, data.eval])
+            states.restore(process, random_states, tracked, data.loaders)
             states.restore_buffers(process, saved.get("buffers"), run.modules)
         try:
             fit(run, eval_model, eval_metric, start_epoch, num_epochs, place)
         finally:
-            workers.dismiss([data.train, data.eval])
+            workers.dismiss(data.loaders)
 
 
 def prepare_process(args: argparse.Namespace) -> Process:
@@ -246,7 +246,8 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
             metric = (eval_metrics or train_metrics)[eval_metric]
 
             extras = checkpoint_extras(
-                run, random_state=states.of_all_ranks(process, states.local_states(process.device, run.tracked)))
+                run, random_state=states.of_all_ranks(
+                    process, states.local_states(process.device, run.tracked, run.data.loaders)))
             if run.saver is not None:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 utils.update_summary(

@@ -146,15 +146,16 @@ def run(command, cwd, timeout=TIMEOUT, **more):
         return process.wait(timeout)
 
 
-def run_in_turn(module, commands, cwd):
-    """Runs several commands (name -> options) in one pair of processes: starting one takes seconds.
+def run_in_turn(module, commands, cwd, ranks=RANKS):
+    """Runs several commands (name -> options) in the same process or processes: starting one takes seconds.
 
-    `module` goes through them by `support.turns`. Returns how the pair ended.
+    `module` goes through them by `support.turns`. Returns how they ended.
     """
     (Path(cwd) / 'runs.json').write_text(json.dumps([
         dict(name=name, port=port, command=command)
         for port, (name, command) in zip(free_ports(len(commands)), commands.items())]))
-    done = run(torchrun('-m', module, 'runs.json'), cwd)
+    line = ('-m', module, 'runs.json')
+    done = run(python(*line) if ranks == 1 else torchrun(*line, ranks=ranks), cwd)
     assert done.code == 0, done.err[-3000:]
     return done
 

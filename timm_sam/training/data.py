@@ -44,6 +44,11 @@ class Data:
     loss_scale: str
     naflex: bool
 
+    @property
+    def loaders(self) -> tuple[Any, Any]:
+        """Training, validation."""
+        return self.train, self.eval
+
     def updates_per_epoch(self, accum_steps: int) -> int:
         """Updates of an epoch, the last of which may have fewer batches."""
         return (len(self.train) + accum_steps - 1) // accum_steps

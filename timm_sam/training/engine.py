@@ -120,7 +120,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
     nonfinite_before = run.update.nonfinite
     samples: Any = 0
     begins = True  # an update, with the next batch
-    started_from = states.local_states(process.device, run.tracked)
+    started_from = states.local_states(process.device, run.tracked, data.loaders)
     optimizer.zero_grad()
     settle()
     data_start = update_start = time.time()
@@ -180,7 +180,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
             place = position(
                 process, epoch=epoch, batch=batch_idx + 1, update=num_updates, nonfinite=nonfinite(),
                 meters=meters.state_dict(), started_from=started_from, fetched_from=fetching.state() or started_from,
-                now=states.local_states(process.device, None))
+                now=states.local_states(process.device, None, ()))
             extras = checkpoint_extras(run, position=place)
             if run.saver is not None:
                 run.saver.save_recovery(epoch, update_idx, extras)

@@ -27,7 +27,7 @@ class Fetching:
             self.before = RandomState({self.device})
 
     def state(self) -> dict[str, Any] | None:
-        """As :func:`local_states`; None in front of the second batch."""
+        """As :func:`local_states`, of this process only; None in front of the second batch."""
         return None if self.before is None else dict(process=self.before.to_dict(), workers={})
 
 

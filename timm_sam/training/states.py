@@ -11,19 +11,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..cli.device import Process
 from ..random_state import RandomState
-from .workers import Restoring, TrackedLoader, data_loader
+from .workers import Restoring, TrackedLoader, has_started, start_silently
 
 _logger = logging.getLogger(__name__)
 
 
-def local_states(device: torch.device, tracked: TrackedLoader | None) -> dict[str, Any]:
-    """The random states of this process and of its loader's workers, in a form that checkpoints can hold."""
+def local_states(device: torch.device, tracked: TrackedLoader | None, loaders: Sequence[Any]) -> dict[str, Any]:
+    """The random states of this process and of its loader's workers, in a form that checkpoints can hold.
+
+    Args:
+        device: Of this process.
+        tracked: The training loader.
+        loaders: All loaders.
+
+    Returns:
+        ``process``, ``workers`` by number, and ``started``: which loaders have workers already. Starting them takes a
+        random number, which a run that goes on must take again if it had not been taken, and only then.
+    """
     workers = {} if tracked is None else {i: pickle.loads(s).to_dict() for i, s in tracked.states.items()}
-    return dict(process=RandomState({device}).to_dict(), workers=workers)
+    return dict(process=RandomState({device}).to_dict(), workers=workers,
+                started=[has_started(loader) for loader in loaders])
 
 
 def of_all_ranks(process: Process, mine: Any) -> dict[str, Any]:
@@ -96,10 +106,13 @@ def restore(process: Process, saved: dict[str, Any] | None, tracked: TrackedLoad
             reason = "has none" if ranks is None else f"is of {ranks} rank(s), this run has {process.world_size}"
             _logger.info(f"Random states start anew: the checkpoint {reason}.")
         return
-    for inner in map(data_loader, loaders):
-        if isinstance(inner, DataLoader) and inner.persistent_workers:
-            inner.generator = torch.Generator()  # in the run that goes on, the workers were started long ago
-    workers = saved["ranks"][process.rank]["workers"]
+    mine = saved["ranks"][process.rank]
+    workers = mine["workers"]
+    # checkpoints of 0.1.0 do not say what had been started: no worker's state means that the first epoch was running
+    started = mine.get("started", [bool(workers) or tracked is None] * len(loaders))
+    for loader, was_started in zip(loaders, started):
+        if was_started:
+            start_silently(loader)
     if tracked is not None and len(workers) == tracked.num_workers:
         tracked.loader.worker_init_fn = Restoring(tracked.loader.worker_init_fn, workers)
         tracked.states = {i: pickle.dumps(RandomState.from_dict(s)) for i, s in workers.items()}

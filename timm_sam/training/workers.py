@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..random_state import RandomState
@@ -80,6 +81,23 @@ def data_loader(loader: Any) -> Any:
     """torch's loader inside of timm's prefetcher and of ours."""
     inner = getattr(loader, "loader", loader)
     return inner.loader if isinstance(inner, TrackedLoader) else inner
+
+
+def has_started(loader: Any) -> bool:
+    """Whether a loader's workers that live on have been started, here or in the run that is gone on with."""
+    inner = data_loader(loader)
+    return isinstance(inner, DataLoader) and inner.persistent_workers and (
+        inner._iterator is not None or inner.generator is not None)
+
+
+def start_silently(loader: Any) -> None:
+    """Lets a loader's workers that live on start without a random number of this process.
+
+    In the run that is gone on with they were started long ago.
+    """
+    inner = data_loader(loader)
+    if isinstance(inner, DataLoader) and inner.persistent_workers:
+        inner.generator = torch.Generator()
 
 
 def dismiss(loaders: Sequence[Any]) -> None:
