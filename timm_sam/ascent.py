@@ -26,6 +26,8 @@ class Ascent:
         self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in selected]
         self._stages = stages
         self._group = group
+        if stages.mask is not None:
+            stages.mask.bind(self.params)
         self._prepared: int | None = None
         self._drawn: Sequence[bool] | None = None
 
@@ -69,11 +71,16 @@ class Ascent:
         return rho if self._stages.radius is None else self._stages.radius(at, rho, groups)
 
     @torch.no_grad()
-    def eps(self, variant: str, g: list[Tensor], rho: float, eta: float | None) -> tuple[list[Tensor], Tensor]:
-        """eps of an m-batch, and the norm of g."""
+    def eps(self, variant: str, g: list[Tensor], rho: float, eta: float | None, at: At,
+            away: bool = False) -> tuple[list[Tensor], Tensor]:
+        """eps of an m-batch, or with ``away`` its opposite, and the norm of g."""
         stages = self._stages
         d = None if stages.direction is None else stages.direction(at_least_float32(g))
         masked = None if stages.mask is None else stages.mask.apply(at_least_float32(g if d is None else d))
-        return perturbation(
+        eps, norm = perturbation(
             variant, self.params, g, rho, eta, self._is_weight, direction=d, masked=masked,
-            full_norm=stages.mask is None or stages.mask.full)
+            full_norm=stages.mask is None or stages.mask.full,
+            normalized=1.0 if stages.normalization is None else stages.normalization(at))
+        if away:
+            torch._foreach_neg_(eps)
+        return eps, norm

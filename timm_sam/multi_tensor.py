@@ -52,10 +52,10 @@ def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product over all elements of all tensors, as a 0-dim tensor of the widest type.
 
-    The products are taken in the tensors' own type, the sum in float64 where there is one.
+    The products are taken in float32 or wider, the sum in float64 where there is one.
     """
     device = a[0].device
-    products = torch._foreach_mul(list(a), list(b))
+    products = torch._foreach_mul(at_least_float32(a), at_least_float32(b))
     flat = torch.cat([t.reshape(-1).to(device, non_blocking=True) for t in products])
     return flat.sum(dtype=widest(device))
 

@@ -94,19 +94,15 @@ class Passes:
             torch.clear_autocast_cache()
 
     @contextmanager
-    def at_perturbed(self, eps: list[Tensor]) -> Iterator[None]:
+    def at_perturbed(self, eps: list[Tensor], only: bool = False) -> Iterator[None]:
         """The pass at w + eps: run forward and backward inside; w is copied back on the way out.
 
         Args:
             eps: One tensor per selected parameter; emptied, so that its memory is free during the pass.
-
-        Raises:
-            ValueError: There was no pass at w before.
+            only: Whether there was no pass at w: then random numbers and running statistics are those of this one.
         """
-        if self._random_state is None:
-            raise ValueError("there was no pass at w before that at w + eps")
         buffers = []
-        if self.bn_stats == "clean":  # the running statistics, to be put back after the pass
+        if self.bn_stats == "clean" and not only:  # the running statistics, to be put back after the pass
             buffers = [b for m in self.norm_layers if m.training for b in m.buffers(recurse=False)]
         self._weights.save(self.params)
         self._statistics.save(buffers)
@@ -114,7 +110,8 @@ class Passes:
             with torch.no_grad():
                 add_(self.params, converted(eps, [p.dtype for p in self.params]))
             eps.clear()
-            self.rewind()
+            if not only:
+                self.rewind()
             with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
                 yield
         finally:

@@ -103,6 +103,7 @@ def perturbation(
         direction: Sequence[Tensor] | None = None,
         masked: Sequence[Tensor] | None = None,
         full_norm: bool = True,
+        normalized: float = 1.0,
 ) -> tuple[Tensors, Tensor]:
     """The perturbation of one m-batch (Eq. (5), Table 9).
 
@@ -117,6 +118,7 @@ def perturbation(
         direction: d, what eps points along instead of g; T stays that of g.
         masked: d with zeros where nothing is perturbed; None: all of d.
         full_norm: Whether ||T d|| normalizes masked directions, too; else ||T masked||.
+        normalized: lam: eps = rho ((1 - lam) + lam / ||T d||) T^2 d, for p = 2 only.
 
     Returns:
         ``eps``, one tensor per parameter (shape of the parameter, float32 or wider), and ``||g||_2`` over all of them
@@ -140,6 +142,9 @@ def perturbation(
         usable = torch.isfinite(norm) & (norm > 0)
         # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
         eps = by_factor(torch._foreach_div, scaled, torch.where(usable, norm, torch.ones_like(norm)))
+        if normalized != 1:
+            torch._foreach_mul_(eps, normalized)
+            torch._foreach_add_(eps, scaled, alpha=1 - normalized)
     else:
         usable = torch.isfinite(grad_norm)
         eps = list(torch._foreach_sign(along))

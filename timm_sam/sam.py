@@ -11,7 +11,6 @@ Papers: SAM, Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412; SAM-ON, 
 https://arxiv.org/abs/2306.04226. S is chosen in ``selection.py``, what surrounds the passes is in ``passes.py``, what
 they share in ``sharing.py``, the slots of methods in ``methods/stages.py``.
 """
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -19,18 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_arguments, check_methods, check_model
 from .ascent import Ascent, Scale
 from .descent import Descent
 from .facade import Facade
 from .group import Group
 from .losses import Losses, LossFn, slope
-from .methods.stages import At, Method, Samples, merged
-from .passes import BN_STATS, Passes
+from .methods.stages import At, Method, Samples, merged, when
+from .passes import Passes
 from .perturbation import VARIANTS, global_norm
 from .recording import Recording
 from .selection import select_parameters, unwrap
 from .sharing import Sharing, ruled_out
-from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
 from .when import When
 
 
@@ -112,15 +111,7 @@ class SAM(Facade):
             seed: int = 0,
     ) -> None:
         super().__init__(optimizer)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}")
-        if bn_stats not in BN_STATS:
-            raise ValueError(f"bn_stats={bn_stats!r} is unknown: use one of {', '.join(BN_STATS)}")
-        _check_number("rho", rho)
-        if eta is not None:
-            _check_number("eta", eta)
-            if VARIANTS[variant].eta is None:
-                raise ValueError(f"eta={eta}: variant {variant!r} has no eta; leave it out")
+        check_arguments(variant, bn_stats, rho, eta)
         self.variant = variant
         self.params = params
         self.rho = float(rho)
@@ -136,7 +127,11 @@ class SAM(Facade):
         self._stages = merged(self.methods)
         if self._stages.radius is not None:
             self._stages.radius.bind(self.rho, optimizer.param_groups)
-        self._when = When(every, start, end, seed)
+        if self._stages.ahead is not None:
+            self._stages.ahead.bind(optimizer)
+        every, start, first = when(self.methods, every, start)
+        self._when = When(every, start, end, seed, first)
+        self._when.by_epoch |= any(method.timing.by_epoch for method in self.methods)
         self._group = Group(model)
         self._ascent = Ascent(self.selected, self._stages, self._group)
         self._params = self._ascent.params
@@ -145,17 +140,12 @@ class SAM(Facade):
         self._losses = Losses(self._stages.rows, self._method_names(), self._passes)
         whole_pass = self._stages.full_ascent or self._stages.rows is not None
         self._sharing = Sharing(
-            model, self._params, ruled_out(share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass),
+            model, self._params, ruled_out(
+                share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass,
+                one_pass=self._stages.ahead is not None),
             self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
-        if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
-            raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
-                             "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
-        if any(m.static_graph for m in self._group.ddp):
-            raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
-                             "which the pass at w must not do; build it without static_graph")
-        if self._passes.second_order and whole_pass:
-            raise ValueError(f"method: {self._method_names()} changes the gradient that {type(optimizer).__name__} "
-                             f"differentiates again; use another base optimizer")
+        check_model(model, self._group)
+        check_methods(self._stages, self._method_names(), variant, optimizer, self._passes.second_order)
         self._eps: list[Tensor] | None = None
         self._norms: tuple[Tensor, ...] = ()  # of g and of eps
         self._weight: Tensor | None = None
@@ -223,7 +213,7 @@ class SAM(Facade):
 
     def load_method_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`method_state_dict` gave. What it lacks starts as new."""
-        self._stages.load_state_dict(state)
+        self._stages.load_state_dict(state, self._params[0].device)
 
     # The step, in the three forms that loops need.
 
@@ -277,10 +267,15 @@ class SAM(Facade):
         if self._stages.rows is not None:
             raise ValueError(f"closure: {self._method_names()} chooses samples, which a closure cannot; use "
                              f"SAM.minimize(loss_fn)")
-        if not self.perturbs:
+        if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
             loss = closure()
-            self._descent.finish_plain(self.at, True)
+            self._finish_plain(True)
             self._record(loss)
+            return
+        if self._stages.ahead is not None:
+            with self._perturbed(True, accumulate=False):
+                loss = closure()
+            self._record(loss, loss)
             return
         with self.ascent():
             loss = closure()
@@ -321,12 +316,16 @@ class SAM(Facade):
             ValueError: The loss does not depend on any selected parameter, or a method does not go with ``ascent_fn``.
         """
         with torch.enable_grad(), nullcontext() if last else self._group.no_sync():
-            if not self.perturbs:
+            if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
                 loss = self._losses.at_w(loss_fn)
                 self._backpropagate(loss, weigh, scaler)
-                self._descent.finish_plain(self.at, last and self._group.synchronizes)
-                self._when.m_batch += 1
+                self._finish_plain(last and self._group.synchronizes)
                 return self._record(loss)
+            if self._stages.ahead is not None:
+                with self.perturbed(last=last):
+                    loss = self._losses.at_w(loss_fn)
+                    self._backpropagate(loss, weigh, scaler)
+                return self._record(loss, loss)
             if ascent_fn is not None and (self._descent.needs_g or self._stages.rows is not None):
                 raise ValueError(f"ascent_fn: {self._method_names()} needs the gradient of the whole batch at w")
             recording = None if ascent_fn is not None else self._sharing.record()
@@ -385,6 +384,8 @@ class SAM(Facade):
         Raises:
             ValueError: No gradient arrived in any selected parameter.
         """
+        if self._stages.ahead is not None:
+            raise ValueError(f"{self._method_names()} has no pass at w: use SAM.minimize, SAM.backward or SAM.step")
         with self._at_w(grad_scale, None):
             yield
 
@@ -404,11 +405,27 @@ class SAM(Facade):
         if self._descent.needs_g:
             kept = (wanted, grads) if self._stages.full_ascent else (self._params, found)
             self._descent.keep(*kept, grad_scale, self._weight)
-        g = self._ascent.true(found, grad_scale, self.sync)
+        self._perturb(self._ascent.true(found, grad_scale, self.sync))  # B, C
+
+    def _perturb(self, g: list[Tensor], away: bool = False) -> None:
+        """eps along g, or away from it."""
         rho = self._ascent.radius(self.at, self.rho, self.param_groups)
-        self._eps, grad_norm = self._ascent.eps(self.variant, g, rho, self.eta)  # B, C
-        self.nonfinite = self.nonfinite.to(grad_norm.device) + ~torch.isfinite(grad_norm)
-        self._norms = grad_norm, global_norm(self._eps)
+        self._eps, norm = self._ascent.eps(self.variant, g, rho, self.eta, self.at, away)
+        self.nonfinite = self.nonfinite.to(norm.device) + ~torch.isfinite(norm)
+        self._norms = norm, global_norm(self._eps)
+
+    def _look_ahead(self) -> bool:
+        """eps of an update that has one pass; False where it is not known yet."""
+        assert self._stages.ahead is not None
+        v = self._stages.ahead(self.optimizer, self._params)
+        if v is not None:
+            self._perturb(v, away=True)
+        return v is not None
+
+    def _finish_plain(self, last: bool) -> None:
+        if self._when.active:
+            self._descent.finish_plain(self.at, last)
+        self._when.m_batch += 1
 
     @contextmanager
     def perturbed(self, *, last: bool = True) -> Iterator[None]:
@@ -429,13 +446,8 @@ class SAM(Facade):
         if eps is None:
             raise ValueError("SAM.perturbed() needs an eps: run the loss and its backward() inside SAM.ascent() first")
         self._eps = None
-        with self._descent.alone(accumulate), self._passes.at_perturbed(eps):  # E, around D
+        only = self._stages.ahead is not None
+        with self._descent.alone(accumulate), self._passes.at_perturbed(eps, only):  # E, around D
             yield
         self._descent.finish(self.at, last)
         self._when.m_batch += 1
-
-
-def _check_number(name: str, value: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r} must be a finite number >= 0")

@@ -14,18 +14,22 @@ from .recording import Recording, SharedForward
 
 _CHECKED_UPDATES = 3
 _TWO_FORWARDS = "two full forwards per update: "
+_ONE_PASS = "one forward per update: the method has no pass at w"
 
 
 def ruled_out(*, share_forward: bool = True, bn_stats: str = "clean", full_ascent: bool = False,
-              whole_batch: bool = True) -> str | None:
+              one_pass: bool = False, whole_batch: bool = True) -> str | None:
     """Why settings of SAM exclude sharing, in a few words, or None if they do not.
 
     Args:
         share_forward: Whether it is wanted.
         bn_stats: Which passes update running statistics.
         full_ascent: Whether the pass at w computes the gradients of all parameters, or another loss than the mean.
+        one_pass: Whether there is no pass at w.
         whole_batch: Whether both passes take the same samples.
     """
+    if one_pass:
+        return _ONE_PASS
     if not share_forward:
         return "sharing is off"
     if bn_stats == "both":
@@ -85,7 +89,7 @@ class Sharing:
             self._say(reason)
 
     def _say(self, reason: str) -> None:
-        self.said = _TWO_FORWARDS + reason
+        self.said = reason if reason == _ONE_PASS else _TWO_FORWARDS + reason
 
     def _end(self, reason: str) -> None:
         self._shared = None

@@ -101,7 +101,8 @@ def test_every_argument_of_a_method_is_a_flag_with_help():
     parser = OptionParser(prog='p')
     add_sam_flags(parser)
     flags = {action.dest: action for action in parser._actions}
-    assert METHODS.keys() == {'gsam'}
+    assert {'gsam', 'usam', 'msam', 'friendly', 'stable', 'looksam', 'late'} <= METHODS.keys()
+    assert all(action.help for action in flags.values())
     assert flags['sam_gsam_alpha'].help.startswith('Share of g_perp that is taken away')
     assert 'it must be given' in flags['sam_gsam_alpha'].help
     assert 'none: 0.0' in flags['sam_gsam_rho_min'].help

@@ -57,11 +57,11 @@ def test_flags_beyond_timm_are_help_config_and_the_sam_group():
     assert record(ours[1]) == {'flags': ['-c', '--config'], 'dest': 'config', 'action': 'StoreAction', 'default': ''}
 
 
-def test_no_flag_is_required_and_one_pair_excludes_each_other():
+def test_no_flag_is_required_and_two_pairs_exclude_each_other():
     parser = train.build_parser()
     assert [a.dest for a in parser._actions if a.required] == []
     groups = [[a.dest for a in group._group_actions] for group in parser._mutually_exclusive_groups]
-    assert groups == [['torchscript', 'torchcompile']]
+    assert groups == [['torchscript', 'torchcompile'], ['persistent_workers', 'persistent_workers']]
 
 
 def test_two_parsers_share_no_mutable_default():
@@ -104,7 +104,8 @@ def refuse(parse, capsys):
 
 def test_options_without_flags_are_the_defaults(parse, tmp_path):
     defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + SAM}
-    assert vars(parse()) == {**defaults, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
+    completed = {'smoothing': 0.1, 'decay_epochs': 90.0, 'eval_metric': 'top1'}
+    assert vars(parse()) == {**defaults, **completed, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
 
 
 def test_deprecated_positional_folder_stands_in_for_data_dir(tmp_path):

@@ -2,20 +2,24 @@
 
     A  g   = dL/dw at w                       of the selected parameters S; of all of them where stage E needs it
     B  d   = direction(g)                     else d = g
-    C  eps = radius * T^2 mask(d) / N         N = ||T d|| or ||T mask(d)||
+    C  eps = radius * T^2 mask(d) / N         N = ||T d|| or ||T mask(d)||, or a share of it (normalization)
     D  G   = dL/dw at w + eps                 of the samples that rows chooses, else of all of the m-batch
     E  G'  = combine(g, G)                    else G' = G; correct acts once an update on the mean of G'
     w  <- base step with the mean of G' over m-batches and ranks
+
+Where ``ahead`` is filled there is no stage A: d is known before any pass.
 
 A slot that is empty costs nothing. What a slot is given are lists of tensors, one per parameter, float32 or wider, on
 the model's devices; nothing in a slot may read the device, draw from torch's global generators or change what it is
 given. State is made of values that are the same on all ranks (``observe`` and ``correct`` are given means), so it is
 the same on all ranks; ``state_dict`` and ``load_state_dict`` put it into checkpoints.
 """
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Tensors = list[Tensor]
@@ -62,6 +66,27 @@ class Radius(Protocol):
         """
 
 
+class Normalization(Protocol):
+    """How far eps is normalized by the length of the gradient."""
+
+    def __call__(self, at: At) -> float:
+        """lam of this update: eps = rho ((1 - lam) + lam / ||T d||) T^2 d; 1 is SAM, 0 does not normalize."""
+
+
+class Ahead(Protocol):
+    """What eps points away from, known before any pass; the pass at w + eps is the only one."""
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the base optimizer once, when SAM is built.
+
+        Raises:
+            ValueError: It has nothing that could be taken.
+        """
+
+    def __call__(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensors | None:
+        """v of the selected parameters, eps = -rho T^2 v / ||T v||; None: not yet, the update is plain."""
+
+
 class Direction(Protocol):
     """What eps points along."""
 
@@ -85,6 +110,9 @@ class Mask(Protocol):
     """
 
     full: bool
+
+    def bind(self, params: Sequence[Tensor]) -> None:
+        """Looks at the selected parameters once, when SAM is built."""
 
     def prepare(self, at: At, samples: Samples | None) -> None:
         """Before the first update of each epoch.
@@ -151,6 +179,8 @@ class Stages:
     """The slots, each empty or filled."""
 
     radius: Radius | None = None
+    normalization: Normalization | None = None
+    ahead: Ahead | None = None
     direction: Direction | None = None
     mask: Mask | None = None
     rows: Rows | None = None
@@ -176,29 +206,68 @@ class Stages:
         """What the slots keep, by slot; empty if they keep nothing."""
         return {name: slot.state_dict() for name, slot in self.filled().items() if isinstance(slot, Stateful)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives the slots what they kept; one of which there is nothing starts as new."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Gives the slots what they kept, on a device; one of which there is nothing starts as new."""
         for name, slot in self.filled().items():
             if isinstance(slot, Stateful) and name in state:
-                slot.load_state_dict(state[name])
+                slot.load_state_dict(_copied(state[name], device))
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for a draw: the same on every machine and in every process."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+def _copied(state: Any, device: torch.device) -> Any:
+    """State with tensors of its own on the device: those of a checkpoint may lie in its file."""
+    if isinstance(state, Tensor):
+        return state.to(device, copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value, device) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_copied(value, device) for value in state]
+    return state
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a method wants to act.
+
+    Attributes:
+        every: It perturbs every so many updates; None: it does not mind.
+        epoch: First epoch that it perturbs.
+        update: First update that it perturbs.
+        after_warmup: Whether a loop that knows of a warm-up is to begin after it.
+        by_epoch: Whether it has to know the epoch.
+    """
+
+    every: int | None = None
+    epoch: int = 0
+    update: int = 0
+    after_warmup: bool = False
+    by_epoch: bool = False
 
 
 @dataclass(frozen=True)
 class Method(Stages):
-    """A method: the slots that it fills, and what it is called.
+    """A method: the slots that it fills, when it acts, and what it is called.
 
     Attributes:
         name: Of the method, and its parameters, as in ``gsam(alpha=0.4, rho_min=0)``.
+        note: What a user should know when it begins, as that rho has another unit.
+        timing: When it acts.
     """
 
     name: str = ""
+    note: str = ""
+    timing: Timing = Timing()
 
 
 def merged(methods: Sequence[Method]) -> Stages:
     """All slots that some methods fill.
 
     Raises:
-        ValueError: Two of them fill the same one.
+        ValueError: Two of them fill the same one, or one needs what another does away with.
     """
     slots: dict[str, Any] = {}
     owners: dict[str, str] = {}
@@ -208,4 +277,31 @@ def merged(methods: Sequence[Method]) -> Stages:
                 raise ValueError(f"method: {owners[name]} and {method.name} both decide the {name} of an update; "
                                  f"leave one of them out")
             slots[name], owners[name] = slot, method.name
+    if "combine" in slots and "correct" in slots:
+        raise ValueError(f"method: {owners['combine']} and {owners['correct']} both change the gradient of the step; "
+                         f"leave one of them out")
+    need_g = [name for name in ("direction", "mask", "rows", "combine", "correct") if name in slots]
+    if "ahead" in slots and need_g:
+        raise ValueError(f"method: {owners['ahead']} has no pass at w, which {owners[need_g[0]]} needs; leave one of "
+                         f"them out")
     return Stages(**slots)
+
+
+def when(methods: Sequence[Method], every: int, start: int) -> tuple[int, int, int]:
+    """``every``, first epoch and first update, of SAM's arguments and of methods.
+
+    Raises:
+        ValueError: Both decide the same.
+    """
+    update = 0
+    for method in methods:
+        timing = method.timing
+        if timing.every is not None:
+            if every != 1:
+                raise ValueError(f"every={every}: {method.name} decides how often it perturbs; leave it out")
+            every = timing.every
+        if timing.epoch or timing.update:
+            if start:
+                raise ValueError(f"start={start}: {method.name} decides when it begins; leave it out")
+            start, update = timing.epoch, timing.update
+    return every, start, update

@@ -20,6 +20,7 @@ from ..cli.errors import OptionError
 from ..cli.parser import epoch, fraction, non_negative, positive_int
 from ..cli.rules import flag
 from ..methods import METHODS, Method
+from ..methods.stages import merged, when
 from ..passes import BN_STATS
 from ..perturbation import VARIANTS
 from ..sam import SAM
@@ -31,7 +32,7 @@ from .schedule import planned_epochs
 _logger = logging.getLogger(__name__)
 
 # what a method's constructor may ask for that is no flag: train.py knows it
-_OF_THE_RUN = ("lr_max", "lr_min", "total_updates")
+_OF_THE_RUN = ("lr_max", "lr_min", "total_updates", "total_epochs")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def _parameters(method: str, constructor: Callable[..., Method]) -> dict[str, _P
             kinds = [kind for kind in typing.get_args(argument.annotation) or (argument.annotation,)
                      if kind is not type(None)]
             required = argument.default is inspect.Parameter.empty
-            found[name] = _Parameter(method, name, kinds[0] if len(kinds) == 1 else str,
+            convert = kinds[0] if len(kinds) == 1 else str
+            found[name] = _Parameter(method, name, convert,
                                      None if required else argument.default, required,
                                      " ".join(documented[name].split()))
     return found
@@ -103,7 +105,10 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
         help=f"methods that change how an update is made: {', '.join(METHODS)}; none: SAM itself")
     for name, parameters in _PARAMETERS.items():
         for parameter in parameters.values():
-            add(parameter.flag, type=parameter.convert, default=None, metavar="X",
+            kind: dict[str, Any] = dict(type=parameter.convert, metavar="X")
+            if parameter.convert is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            add(parameter.flag, **kind, default=None,
                 help=f"{parameter.help.rstrip('.')} (--sam-method {name}; none: "
                      f"{'it must be given' if parameter.required else parameter.default})")
 
@@ -167,7 +172,7 @@ def _check_methods(args: argparse.Namespace) -> None:
                                   f"{parameter.help[:1].lower()}{parameter.help[1:].rstrip('.')}")
     if len(set(names)) < len(names):
         raise OptionError(f"--sam-method {' '.join(names)} names a method twice: leave one out")
-    methods = _in_flags(lambda: _methods(args, {}))
+    methods = _in_flags(lambda: merged_methods(args))
     if any(method.full_ascent or method.rows is not None for method in methods) and args.sam_ascent_fraction < 1:
         raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} needs the "
                           f"gradient of the whole batch; leave one of the two out")
@@ -183,16 +188,27 @@ def _methods(args: argparse.Namespace, of_the_run: dict[str, Any]) -> list[Metho
     return methods
 
 
+def merged_methods(args: argparse.Namespace) -> list[Method]:
+    """The methods as they can be built before the run is known, once it is seen that they go together."""
+    methods = _methods(args, dict(lr_max=1.0, lr_min=0.0, total_updates=1, total_epochs=1))
+    merged(methods)
+    when(methods, args.sam_every, args.sam_start_epoch)
+    return methods
+
+
 def shares_forward(args: argparse.Namespace) -> bool:
     """Whether the passes of SAM, if it is on, share the forward below the first perturbed layer."""
-    whole = any(method.full_ascent or method.rows is not None for method in _methods(args, {}))
-    return args.sam_variant is not None and ruled_out(
-        share_forward=not args.sam_no_shared_forward, bn_stats=args.sam_bn_stats, full_ascent=whole,
+    if args.sam_variant is None:
+        return False
+    stages = merged(merged_methods(args))
+    return ruled_out(
+        share_forward=not args.sam_no_shared_forward, bn_stats=args.sam_bn_stats,
+        full_ascent=stages.full_ascent or stages.rows is not None, one_pass=stages.ahead is not None,
         whole_batch=args.sam_ascent_fraction == 1) is None
 
 
 def create_update(args: argparse.Namespace, process: Process, optimizer: torch.optim.Optimizer, module: nn.Module,
-                  lr: float, total_updates: int) -> Update:
+                  lr: float, total_updates: int, total_epochs: int) -> Update:
     """SAM around the optimizer, or the plain update without --sam-variant.
 
     Args:
@@ -201,21 +217,30 @@ def create_update(args: argparse.Namespace, process: Process, optimizer: torch.o
         optimizer: The base optimizer.
         module: What is trained, inside of DDP where there is one.
         lr: The highest learning rate of the schedule.
-        total_updates: Length of the run.
+        total_updates, total_epochs: Length of the run.
 
     Raises:
         OptionError: Nothing is selected, or the optimizer cannot be wrapped.
     """
     if args.sam_variant is None:
         return Plain(optimizer, module)
-    of_the_run = dict(lr_max=lr, lr_min=args.min_lr, total_updates=total_updates)
+    of_the_run = dict(lr_max=lr, lr_min=args.min_lr, total_updates=total_updates, total_epochs=total_epochs)
+    methods = _in_flags(lambda: _methods(args, of_the_run))
+    start = args.sam_start_epoch
+    if not start and any(method.timing.after_warmup for method in methods):
+        start = args.warmup_epochs
+        if start and process.primary:
+            _logger.info(f"SAM begins after the warm-up, with epoch {start}; --sam-start-epoch sets another")
     sam = _in_flags(lambda: SAM(
         optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho, eta=args.sam_eta,
         filter=args.sam_filter, bn_stats=args.sam_bn_stats, share_forward=not args.sam_no_shared_forward,
-        sync=args.sam_sync, method=_methods(args, of_the_run), every=args.sam_every, start=args.sam_start_epoch,
+        sync=args.sam_sync, method=methods, every=args.sam_every, start=start,
         end=args.sam_end_epoch, seed=args.seed))
     if process.primary:
         _logger.info(f"SAM {sam.describe()}")
+        for method in methods:
+            if method.note:
+                _logger.info(f"SAM method {method.name}: {method.note}")
     return sam
 
 

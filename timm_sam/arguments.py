@@ -1,0 +1,62 @@
+"""What SAM refuses to be built with."""
+import math
+
+import torch
+from torch import nn
+
+from .group import Group
+from .methods.stages import Stages
+from .passes import BN_STATS
+from .perturbation import VARIANTS
+from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
+
+
+def check_arguments(variant: str, bn_stats: str, rho: float, eta: float | None) -> None:
+    """Looks at single arguments of SAM.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}")
+    if bn_stats not in BN_STATS:
+        raise ValueError(f"bn_stats={bn_stats!r} is unknown: use one of {', '.join(BN_STATS)}")
+    _check_number("rho", rho)
+    if eta is not None:
+        _check_number("eta", eta)
+        if VARIANTS[variant].eta is None:
+            raise ValueError(f"eta={eta}: variant {variant!r} has no eta; leave it out")
+
+
+def _check_number(name: str, value: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a finite number >= 0")
+
+
+def check_model(model: nn.Module, group: Group) -> None:
+    """Looks at what the model is wrapped in.
+
+    Raises:
+        ValueError: Its gradients would be wrong.
+    """
+    if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
+        raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
+                         "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
+    if any(ddp.static_graph for ddp in group.ddp):
+        raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
+                         "which the pass at w must not do; build it without static_graph")
+
+
+def check_methods(stages: Stages, names: str, variant: str, optimizer: torch.optim.Optimizer,
+                  second_order: bool) -> None:
+    """Looks at methods beside the variant and the base optimizer.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if stages.normalization is not None and VARIANTS[variant].p != 2:
+        raise ValueError(f"method: {names} with variant={variant!r}, whose eps has no norm in it; use another variant")
+    if second_order and (stages.full_ascent or stages.rows is not None):
+        raise ValueError(f"method: {names} changes the gradient that {type(optimizer).__name__} differentiates again; "
+                         f"use another base optimizer")
