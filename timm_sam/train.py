@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> None:
     first_update = place["update"] if place else start_epoch * updates_per_epoch
     resume_schedule(saved, scheduler, start_epoch, first_update, args.sched_on_updates)
     total_updates = num_epochs * updates_per_epoch
-    update = create_update(args, process, optimizer, factory.trained(task), resolved.lr, total_updates)
+    update = create_update(args, process, optimizer, factory.trained(task), resolved.lr, total_updates, num_epochs)
     if resume:
         checkpoint.resume_methods(saved, update, primary)
 
