@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.data import resolve_data_config
 from timm.models import safe_model_name
 
 from .cli.device import Process, set_up
@@ -31,12 +30,13 @@ from .training import checkpoint, factory, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
+from .training.losses import create_loss
 from .training.options import build_train_parser, parse_args
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .training.progress import Progress
 from .training.resolved import Resolved
 from .training.sam_options import create_update
-from .training.schedule import create_schedule, resume_schedule
+from .training.schedule import create_schedule, last_epoch, resume_schedule
 from .training.validation import evaluate
 
 try:
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
     # model
     model = factory.build_model(args, process)
     num_classes = factory.num_outputs(args, model)
-    data_config = resolve_data_config(vars(args), model=model, verbose=primary)
+    data_config = factory.data_config(args, process, model)
     patch_size = factory.patch_size(model) if args.naflex_loader else None
     model = factory.place_model(args, process, model, model_dtype)
 
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace) -> None:
     resolved = Resolved(process, resume, num_classes, factory.learning_rate(args, process, data))
 
     # task and optimizer; the order of resume, EMA, compile and DDP matters: each sees the module of the one before
-    task = factory.create_task(args, process, model, factory.create_loss(args), model_dtype)
+    task = factory.create_task(args, process, model, create_loss(args), model_dtype)
     optimizer = factory.create_optimizer(args, process, factory.trained(task), resolved.lr)
     start_epoch = None
     if resume:
@@ -114,8 +114,7 @@ def train(args: argparse.Namespace) -> None:
         start_epoch = checkpoint.resume(
             resume, task, optimizer if keep_optimizer else None, scaler if keep_optimizer else None, primary)
     if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
-                       device=torch.device("cpu") if args.model_ema_force_cpu else None)
+        factory.setup_ema(args, task, model_dtype)
         if resume:
             checkpoint.resume_ema(resume, task)
     if args.torchcompile:
@@ -135,6 +134,7 @@ def train(args: argparse.Namespace) -> None:
     start_epoch = start_epoch or 0
     eval_metric = args.eval_metric if data.eval is not None else "loss"
     scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, eval_metric == "loss")
+    end_epoch = last_epoch(args, num_epochs)
     first_update = place["update"] if place else start_epoch * updates_per_epoch
     resume_schedule(saved, scheduler, start_epoch, first_update, args.sched_on_updates)
     total_updates = num_epochs * updates_per_epoch
@@ -151,8 +151,9 @@ def train(args: argparse.Namespace) -> None:
         start_wandb(args, resolved, os.path.basename(output_dir))
         stepped = "epoch" if scheduler is None or scheduler.t_in_epochs else "update"
         _logger.info(
-            f"Training for {num_epochs} epochs of {updates_per_epoch} updates, from epoch {start_epoch}; learning "
-            f"rate set every {stepped}. Writing to {output_dir}")
+            f"Training for {num_epochs} epochs of {updates_per_epoch} updates, from epoch {start_epoch}"
+            f"{f' until {end_epoch} are done' if end_epoch < num_epochs else ''}; learning rate set every {stepped}. "
+            f"Writing to {output_dir}")
     with Preemption(process) as preemption:
         perturbed = args.sam_variant is not None
         run = Run(
@@ -166,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
             states.restore(process, random_states, tracked, data.loaders)
             states.restore_buffers(process, saved.get("buffers"), run.modules)
         try:
-            fit(run, eval_model, eval_metric, start_epoch, num_epochs, place)
+            fit(run, eval_model, eval_metric, start_epoch, end_epoch, place)
         finally:
             workers.dismiss(data.loaders)
 
@@ -212,7 +213,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
         eval_model: Images (or NaFlex batches) -> logits.
         eval_metric: What ranks checkpoints.
         start_epoch: The first epoch.
-        num_epochs: The number of epochs in all.
+        num_epochs: The number of epochs in all, up to ``--stop-epoch``.
         place: Where inside the first epoch it goes on.
     """
     args, task, process = run.args, run.task, run.process
@@ -230,7 +231,8 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
             place = None
             if share_bn:
                 utils.distribute_bn(task.get_trainable_module(), process.world_size, args.dist_bn == "reduce")
-            if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs:
+            milestone = epoch + 1 in (args.save_epochs or ())
+            if (epoch + 1) % args.val_interval != 0 and epoch + 1 != num_epochs and not milestone:
                 if run.scheduler is not None:
                     run.scheduler.step(epoch + 1, metric=None)
                 continue
@@ -254,6 +256,8 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
                     lr=sum(rates) / len(rates), log_wandb=args.log_wandb and wandb is not None)
                 best_metric, best_epoch = run.saver.save(epoch, metric, extras)
+                if milestone:
+                    run.saver.save_milestone(epoch + 1)
                 results.append({"epoch": epoch, "train": train_metrics})
                 if eval_metrics is not None:
                     results[-1]["validation"] = eval_metrics

@@ -73,7 +73,7 @@ ROWS = [
     ('--interpolation foo', ['--interpolation', 'foo']),
     ('--train-interpolation foo', ['--train-interpolation', 'foo']),
     ('--aa foo', ['foo']),
-    ('--jsd-loss', ['--jsd-loss', '--aug-splits 0']),
+    ('--jsd-loss', ['--loss jsd', '--aug-splits 0']),
     ('--aug-splits 1', ['--aug-splits 1']),
     ('--mixup 0.2 --aug-splits 3', ['--aug-splits 3', '--mixup', 'leave one']),
     ('--aug-splits 3 --no-prefetcher', ['--aug-splits 3', '--no-prefetcher']),

@@ -13,6 +13,7 @@ from timm_sam.cli.parser import dump_args
 from timm_sam.training.options import parse_args
 
 TIMM = json.loads((DATA / 'train_flags.json').read_text())
+COMPLETED = {'smoothing': 0.1, 'decay_epochs': 90.0, 'eval_metric': 'top1'}  # what depends on other options
 TIMM_DESTS = [flag['dest'] for flag in TIMM['train.py']]
 
 SAM = [
@@ -122,8 +123,7 @@ def refuse(parse, capsys):
 
 def test_options_without_flags_are_the_defaults(parse, tmp_path):
     defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + SAM}
-    completed = {'smoothing': 0.1, 'decay_epochs': 90.0, 'eval_metric': 'top1'}
-    assert vars(parse()) == {**defaults, **completed, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
+    assert vars(parse()) == {**defaults, **COMPLETED, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
 
 
 def test_deprecated_positional_folder_stands_in_for_data_dir(tmp_path):
@@ -355,6 +355,7 @@ def test_run_repeated_from_its_args_yaml_gives_the_same_weights(run_train):
 def test_args_yaml_of_timm_is_read(tmp_path):
     # timm writes vars(args) with yaml.safe_dump; it knows neither our flags nor 'config'
     options = {flag['dest']: flag['default'] for flag in TIMM['train.py']}
+    options.update(COMPLETED)
     options.update(data_dir=str(tmp_path), device='cpu', lr=1e-5, opt='lamb', model_kwargs={'img_size': 32},
                    input_size=[3, 64, 64], amp=True, wandb_tags=['a', '1'])
     path = tmp_path / 'args.yaml'

@@ -25,6 +25,7 @@ NOT_COMPARED = {
     "save_images": "logging",
     "recovery_interval": "checkpoints",
     "checkpoint_hist": "checkpoints",
+    "save_epochs": "checkpoints",
 }
 
 

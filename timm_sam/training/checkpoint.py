@@ -138,6 +138,10 @@ class Saver:
         self._source.extras = extras
         return self._saver.save_checkpoint(epoch, metric=metric)
 
+    def save_milestone(self, epochs: int) -> None:
+        """Keeps the checkpoint that was written last as that of a number of epochs done, whatever its metric."""
+        self._saver.save_milestone(epochs)
+
     def save_recovery(self, epoch: int, update: int, extras: dict[str, Any]) -> None:
         """Writes a checkpoint inside an epoch."""
         self._source.extras = extras
@@ -155,7 +159,7 @@ def check_output(args: argparse.Namespace) -> None:
         return
     if args.resume == "auto":
         # more epochs are a reason to go on; anything else is another run under the name of this one
-        changed = [name for name in _changed(folder, dump_args(args)) if name != "epochs"]
+        changed = [name for name in _changed(folder, dump_args(args)) if name not in ("epochs", "stop_epoch")]
         if changed and any(name.endswith(files.ENDING) for name in os.listdir(folder)):
             flag = "--" + changed[0].replace("_", "-")
             raise OptionError(

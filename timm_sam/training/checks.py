@@ -22,20 +22,29 @@ from ..cli.rules import (
     per_channel,
     reads_files,
 )
+from ..cli.tasks import EVALUATORS, is_multilabel, task_rules
+from .losses import create_loss, loss_type, mixup_active
+from .schedule import check_epochs, planned_epochs
 
-METRICS = ("loss", "top1", "top5")
 
-
-def check_train(args: argparse.Namespace) -> None:
-    """Checks timm's options against each other and the machine, before anything is built or written.
+def check_values(args: argparse.Namespace) -> None:
+    """Checks timm's options, each by itself and against the others.
 
     Raises:
         OptionError: With flag, value and remedy.
     """
-    args.grad_accum_steps = max(1, args.grad_accum_steps)
-    if args.data and not args.data_dir:
-        args.data_dir = args.data
-    apply(args, _choices, _ranges, _lengths, _conflicts, _surroundings)
+    apply(args, _choices, _ranges, _lengths, task_rules, _losses, _conflicts)
+    create_loss(args)
+    check_epochs(args, planned_epochs(args))
+
+
+def check_surroundings(args: argparse.Namespace) -> None:
+    """Checks that the machine and its files have what the options name.
+
+    Raises:
+        OptionError: With flag, value and remedy.
+    """
+    apply(args, _surroundings)
 
 
 def _choices(args: argparse.Namespace) -> Rules:
@@ -49,7 +58,7 @@ def _choices(args: argparse.Namespace) -> Rules:
         "train_interpolation": ("", "random", *INTERPOLATIONS),
         "lr_base_scale": ("", "linear", "sqrt"),
         "worker_seeding": ("all", "part"),
-        "eval_metric": METRICS,
+        "eval_metric": EVALUATORS[args.task].metric_names,
     }
     if args.amp:
         names["amp_dtype"] = LOWER_PRECISIONS
@@ -71,6 +80,10 @@ def _ranges(args: argparse.Namespace) -> Rules:
         value = getattr(args, dest)
         yield value is not None and not math.isfinite(value), f"{flag(dest)} {value} must be a finite number"
     yield args.decay_epochs <= 0, f"--decay-epochs {args.decay_epochs} must be > 0"
+    for dest in ("lr_stable_timescale", "twoway_tp", "twoway_tn", "loss_weight_max"):
+        value = getattr(args, dest)
+        yield value is not None and not 0 < value < math.inf, f"{flag(dest)} {value} must be a finite number > 0"
+    yield not 0 < args.loss_weight_beta < 1, f"--loss-weight-beta {args.loss_weight_beta} must be > 0 and < 1"
 
 
 def _lengths(args: argparse.Namespace) -> Rules:
@@ -87,13 +100,34 @@ def _lengths(args: argparse.Namespace) -> Rules:
            f"--naflex-patch-size-probs has {len(probs)} values for {len(sizes)} --naflex-patch-sizes: give as many")
 
 
+def _losses(args: argparse.Namespace) -> Rules:
+    """What goes with the loss. The rest is for timm's factory to say."""
+    loss, splits = loss_type(args), args.aug_splits
+    yield (is_multilabel(args) and args.kd_model_name is not None,
+           f"--kd-model-name {args.kd_model_name}: timm has no distillation for --task multilabel; leave one out")
+    yield (loss == "jsd" and splits < 2,
+           f"--loss jsd compares augmentation splits, got --aug-splits {splits}: add --aug-splits 3")
+    yield (loss in ("twoway", "zlpr", "db") and not is_multilabel(args),
+           f"--loss {loss} is for several classes at once: add --task multilabel, or choose another loss")
+    yield (is_multilabel(args) and loss in ("ce", "jsd"),
+           f"--loss {loss} is for one class at a time: leave out --task multilabel, or choose bce, say")
+    for dest in ("bce_sum", "bce_target_thresh"):
+        value = getattr(args, dest)
+        yield (bool(value) and loss != "bce",
+               f"{flag(dest)}{'' if value is True else f' {value}'} is for --loss bce, not {loss}: leave it out")
+    sums = loss == "asl" and args.asl_reduction == "sum"
+    yield (sums and args.sam_m is not None,
+           "--asl-reduction sum adds up samples, --sam-m averages over its chunks of them: use batchmean")
+    yield (loss in ("twoway", "zlpr") and mixup_active(args),
+           f"--loss {loss} needs targets that are 0 or 1: leave out --mixup and --cutmix")
+    yield (loss in ("twoway", "zlpr") and args.smoothing > 0,
+           f"--loss {loss} needs targets that are 0 or 1: leave out --smoothing {args.smoothing}")
+
+
 def _conflicts(args: argparse.Namespace) -> Rules:
-    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    splits = args.aug_splits
+    mixup, splits = mixup_active(args), args.aug_splits
     yield from amp_takes_float32(args)
     yield splits == 1 or splits < 0, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
-    yield (args.jsd_loss and splits < 2,
-           f"--jsd-loss compares augmentation splits, got --aug-splits {splits}: add --aug-splits 3")
     yield (args.split_bn and splits < 2 and not args.resplit,
            f"--split-bn needs splits, got --aug-splits {splits}: add --aug-splits 2")
     yield args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"
@@ -109,6 +143,8 @@ def _conflicts(args: argparse.Namespace) -> Rules:
            "--naflex-loader and --train-img-sizes are two ways to vary the image size: leave one out")
     yield (args.naflex_loader and args.use_multi_epochs_loader,
            "--use-multi-epochs-loader does not work with --naflex-loader: leave one of the two out")
+    yield (args.resume == "auto" and not args.experiment,
+           "--resume auto needs --experiment NAME: the folder whose newest checkpoint is resumed")
     yield (args.torchscript and args.torchcompile is not None,
            "--torchscript and --torchcompile exclude each other: leave one out")
     yield args.torchscript and args.sync_bn, "--sync-bn cannot be scripted: leave out --torchscript or --sync-bn"

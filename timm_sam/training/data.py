@@ -19,6 +19,8 @@ from timm.data import (
 
 from ..cli.device import Process
 from ..cli.errors import OptionError
+from ..cli.tasks import is_multilabel, target_transform
+from .losses import mixup_active
 
 _logger = logging.getLogger(__name__)
 
@@ -67,10 +69,6 @@ class Data:
                 self.mixup.mixup_enabled = False
 
 
-def mixup_active(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
 def create_data(
         args: argparse.Namespace,
         process: Process,
@@ -84,7 +82,7 @@ def create_data(
     Args:
         args: All options.
         process: This one; its device is where batches go.
-        data_config: Of ``timm.data.resolve_data_config``.
+        data_config: Of ``timm.data.resolve_input_data_config``.
         num_classes: Number of the model's outputs.
         patch_size: The model's patch size (height, width), where it has one; for --naflex-loader.
         model_dtype: Type of the images, float32 if None.
@@ -101,8 +99,14 @@ def create_data(
         device=process.device,
         distributed=process.distributed,
         use_prefetcher=not args.no_prefetcher,
+        persistent_workers=args.persistent_workers,
     )
     mixup_options = _mixup_options(args, num_classes) if mixup_active(args) else None
+    stays = args.persistent_workers or args.use_multi_epochs_loader
+    if mixup_options and args.mixup_off_epoch and args.workers and stays and process.primary and not (
+            args.naflex_loader or args.no_prefetcher):
+        _logger.warning(f"--mixup-off-epoch {args.mixup_off_epoch} does not reach workers that live on between epochs: "
+                        f"add --no-persistent-workers")
     mixup = None
     if args.naflex_loader:
         patch_size = patch_size or (16, 16)
@@ -139,6 +143,8 @@ def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[s
         input_img_mode=img_mode,
         input_key=args.input_key,
         target_key=args.target_key,
+        target_format=args.target_format,
+        target_transform=target_transform(args, num_classes),
         trust_remote_code=args.dataset_trust_remote_code,
     )
 
@@ -149,6 +155,10 @@ def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[s
             raise OptionError(
                 f"{flag} {split} of --data-dir {args.data_dir} --dataset {args.dataset or '(folder)'}: {e}; check the "
                 f"folder and the split's name") from e
+        except TypeError as e:  # of a data set that has no such argument
+            raise OptionError(
+                f"{flag} {split} of --dataset {args.dataset or '(folder)'}: {e}; this kind of data set does not know "
+                f"--target-key, --target-format or --input-key") from e
 
     train_set = create(
         "--train-split", args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
@@ -187,7 +197,7 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
 def _check_classes(args: argparse.Namespace, process: Process, num_classes: int, train_set: Any,
                    eval_set: Any) -> None:
     train_classes = _class_to_idx(train_set)
-    if train_classes is None:
+    if train_classes is None or not all(isinstance(index, int) for index in train_classes.values()):
         return
     needed = max(train_classes.values()) + 1
     if needed > num_classes:
@@ -222,6 +232,7 @@ def _mixup_options(args: argparse.Namespace, num_classes: int) -> dict[str, Any]
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
+        multi_label=is_multilabel(args),
     )
 
 
@@ -299,7 +310,8 @@ def _naflex_train_loader(args: argparse.Namespace, process: Process, dataset: An
     mixup = None
     if mixup_options is not None:
         # NaFlexMixup mixes per batch and has no cutmix bounds
-        mixup = NaFlexMixup(**{k: v for k, v in mixup_options.items() if k not in ("mode", "cutmix_minmax")})
+        known = {k: v for k, v in mixup_options.items() if k not in ("mode", "cutmix_minmax")}
+        mixup = NaFlexMixup(**known, mixup_off_epoch=args.mixup_off_epoch)
     patches: dict[str, Any] = dict(patch_size=patch_size)
     if args.naflex_patch_sizes:
         patches = dict(patch_size_choices=args.naflex_patch_sizes)
@@ -310,6 +322,7 @@ def _naflex_train_loader(args: argparse.Namespace, process: Process, dataset: An
                      f"{args.naflex_train_seq_lens}.")
     return create_naflex_loader(
         dataset=dataset,
+        channels=data_config["input_size"][0],
         train_seq_lens=args.naflex_train_seq_lens,
         mixup_fn=mixup,
         rank=process.rank,
@@ -332,11 +345,13 @@ def _eval_loader(args: argparse.Namespace, process: Process, dataset: Any, data_
         interpolation=data_config["interpolation"],
         num_workers=workers,
         crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
         **common,
     )
     if args.naflex_loader:
         return create_naflex_loader(
             dataset=dataset,
+            channels=data_config["input_size"][0],
             patch_size=patch_size,
             max_seq_len=args.naflex_max_seq_len,
             patchify_channels_last=not args.naflex_patchify_channels_first,

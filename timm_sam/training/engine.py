@@ -114,8 +114,8 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
     meters = Meters("loss", *run.measures)
     meters.load_state_dict(resumed.meters)
     update_time, data_time = utils.AverageMeter(), utils.AverageMeter()
-    batches, accum_steps = len(data.train), args.grad_accum_steps
-    last_accum_steps = batches % accum_steps
+    batches, group = len(data.train), args.grad_accum_steps
+    in_last_group = batches % group
     num_updates = resumed.update(epoch * run.updates_per_epoch)
     nonfinite_before = run.update.nonfinite
     samples: Any = 0
@@ -131,11 +131,9 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
     fetching = Fetching(data.train, process.device)
     for batch_idx, (input, target) in resumed.rest(fetching):
         last_batch = batch_idx == batches - 1
-        # with accum_steps as the batch before left it, as in timm's script: a short last group may step in between
-        need_update = last_batch or (batch_idx + 1) % accum_steps == 0
-        update_idx = batch_idx // args.grad_accum_steps
-        if batch_idx >= batches - last_accum_steps:
-            accum_steps = last_accum_steps
+        need_update = last_batch or (batch_idx + 1) % group == 0
+        update_idx = batch_idx // group
+        accum_steps = in_last_group if batch_idx >= batches - in_last_group else group
 
         input, target = prepared(run, input, target)
         if args.no_prefetcher and data.mixup is not None:

@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import create_model, safe_model_name
+from timm.models import create_model, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
@@ -23,9 +24,11 @@ from torch import nn
 
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
-from ..cli.models import channels, check_model_name
+from ..cli.models import check_model_name
+from ..cli.tasks import is_multilabel
 from ..runs.checkpoints import why_unreadable
-from .data import Data, mixup_active
+from .data import Data
+from .losses import check_lengths
 
 _logger = logging.getLogger(__name__)
 
@@ -61,13 +64,15 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
     overlay: dict[str, Any] = {}
     if args.pretrained_path:
         # num_classes -1 makes timm fit the classifier of the file to ours
-        overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))
+        overlay = dict(file=args.pretrained_path, num_classes=-1)
+    overlay.update(args.pretrained_cfg_overlay)
     check_model_name("--model", args.model)
     try:
-        model = create_model(
+        model = create_model(**resolve_model_input_args(
             args.model,
+            vars(args),
             pretrained=args.pretrained,
-            in_chans=channels(args),
+            pretrained_cfg_overlay=overlay or None,
             num_classes=args.num_classes,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
@@ -77,9 +82,8 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
             bn_eps=args.bn_eps,
             scriptable=args.torchscript,
             checkpoint_path=args.initial_checkpoint,
-            **overlay,
             **args.model_kwargs,
-        )
+        ))
     except Exception as e:  # the name, its keywords and the files: all of it comes from the options
         for flag, path in (("--initial-checkpoint", args.initial_checkpoint),
                            ("--pretrained-path", args.pretrained_path)):
@@ -109,7 +113,9 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
 def _set_model_flags(args: argparse.Namespace) -> str:
     """The flags that the model's constructor was given, for a message."""
     given = {"--gp": args.gp, "--drop-path": args.drop_path, "--drop-block": args.drop_block,
-             "--bn-momentum": args.bn_momentum, "--bn-eps": args.bn_eps, "--in-chans": args.in_chans}
+             "--bn-momentum": args.bn_momentum, "--bn-eps": args.bn_eps, "--in-chans": args.in_chans,
+             "--img-size": args.img_size, "--input-size": args.input_size,
+             "--pretrained-cfg-overlay": args.pretrained_cfg_overlay or None}
     return "".join(f", {flag} {value}" for flag, value in given.items() if value is not None)
 
 
@@ -151,9 +157,28 @@ def evaluated(task: TrainingTask, ema: bool = False) -> nn.Module:
 
 
 def num_outputs(args: argparse.Namespace, model: nn.Module) -> int:
-    """--num-classes, or the model's own number of outputs."""
+    """--num-classes, or the model's own number of outputs.
+
+    Raises:
+        OptionError: The weights of the loss are for another number of classes.
+    """
     own: Any = model.num_classes
-    return int(own) if args.num_classes is None else args.num_classes
+    outputs = int(own) if args.num_classes is None else args.num_classes
+    check_lengths(args, outputs)
+    return outputs
+
+
+def data_config(args: argparse.Namespace, process: Process, model: nn.Module) -> dict[str, Any]:
+    """Size of the images, normalization, interpolation and crop: the options' or else the model's.
+
+    Raises:
+        OptionError: The model takes no images of this size or number of channels.
+    """
+    try:
+        return resolve_input_data_config(model, vars(args), verbose=process.primary)
+    except ValueError as e:
+        raise OptionError(f"--model {args.model}: {one_line(e)}; check --img-size, --input-size, --in-chans, --mean "
+                          f"and --std") from e
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
@@ -162,28 +187,16 @@ def patch_size(model: nn.Module) -> tuple[int, int] | None:
     return None if get is None else get()
 
 
-def create_loss(args: argparse.Namespace) -> nn.Module:
-    """The training loss that augmentation and loss options ask for."""
-    if args.jsd_loss:
-        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    bce = dict(target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum, pos_weight=args.bce_pos_weight)
-    if mixup_active(args):  # targets are soft, and smoothed where they are mixed
-        return BinaryCrossEntropy(**bce) if args.bce_loss else SoftTargetCrossEntropy()
-    if args.smoothing:
-        if args.bce_loss:
-            return BinaryCrossEntropy(smoothing=args.smoothing, **bce)
-        return LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    return nn.CrossEntropyLoss()
-
-
 def create_task(args: argparse.Namespace, process: Process, model: nn.Module, loss: nn.Module,
                 dtype: torch.dtype | None) -> TrainingTask:
-    """The classification task, or one of timm's distillation tasks.
+    """The classification task of ``--task``, or one of timm's distillation tasks.
 
     Raises:
         OptionError: The teacher is unknown, or does not fit the student.
     """
     common: dict[str, Any] = dict(criterion=loss, device=process.device, dtype=dtype, verbose=process.primary)
+    if is_multilabel(args):
+        return MultiLabelClassificationTask(model=model, threshold=args.multilabel_threshold, **common)
     if args.kd_model_name is None:
         return ClassificationTask(model=model, **common)
     check_model_name("--kd-model-name", args.kd_model_name)
@@ -199,6 +212,28 @@ def create_task(args: argparse.Namespace, process: Process, model: nn.Module, lo
     except (ValueError, AssertionError, RuntimeError, OSError) as e:
         raise OptionError(f"--kd-model-name {args.kd_model_name} with --kd-distill-type {args.kd_distill_type}: "
                           f"{one_line(e)}; choose another teacher, student or type") from e
+
+
+def setup_ema(args: argparse.Namespace, task: TrainingTask, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Starts the average of the weights.
+
+    In bfloat16 it is rounded stochastically, by a generator of its own that all ranks seed alike; float16 has too few
+    bits for that.
+
+    Args:
+        args: All options.
+        task: Gets the average.
+        dtype: Of the weights; None: float32.
+
+    Returns:
+        The type of the average; None: that of the weights.
+    """
+    wider = dtype == torch.float16 or dtype == torch.bfloat16 and args.model_ema_force_fp32
+    ema_dtype = torch.float32 if wider else None
+    task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
+                   device=torch.device("cpu") if args.model_ema_force_cpu else None, dtype=ema_dtype,
+                   stochastic_rounding_seed=args.seed)
+    return ema_dtype
 
 
 def learning_rate(args: argparse.Namespace, process: Process, data: Data) -> float:

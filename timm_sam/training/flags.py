@@ -7,7 +7,8 @@ example that ``--naflex-loader`` excludes ``--train-img-sizes``) is checked by t
 import argparse
 
 from ..cli.parser import ParseKwargs
-from . import flags_data
+from ..cli.tasks import add_threshold
+from . import flags_data, flags_loss
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     _add_schedule(parser)
     flags_data.add_augmentation(parser)
     flags_data.add_mixing(parser)
-    _add_loss(parser)
+    flags_loss.add_loss(parser)
     _add_dropout(parser)
     _add_batchnorm(parser)
     _add_ema(parser)
@@ -44,10 +45,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="start from the published weights of the model, or from --pretrained-path")
     add("--pretrained-path", type=str, metavar="FILE",
         help="with --pretrained: load this file in place of the published weights, all but its classifier")
+    add("--pretrained-cfg-overlay", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", default={},
+        help="entries of the model's pretrained configuration to replace, after --pretrained-path, e.g. "
+             "custom_load=True for a file in the format of the model's authors")
     add("--initial-checkpoint", type=str, metavar="FILE", default="",
         help="load these weights once the model is built; they have to fit it, and training starts at epoch 0")
     add("--resume", type=str, metavar="FILE", default="",
-        help="continue the run saved in this checkpoint: weights, optimizer, AMP loss scaler, EMA and epoch")
+        help="continue the run saved in this checkpoint: weights, optimizer, AMP loss scaler, EMA and epoch; auto: the "
+             "newest checkpoint of --experiment, or a new run where there is none")
     add("--no-resume-opt", action="store_true",
         help="with --resume: start with a fresh optimizer and AMP loss scaler")
     add("--num-classes", type=int, metavar="N",
@@ -61,7 +66,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--head-init-scale", type=float, metavar="X",
         help="multiply the classifier's initial weight and bias by this factor")
     add("--head-init-bias", type=float, metavar="X",
-        help="set every bias of the classifier to this value at the start, e.g. a negative one for --bce-loss")
+        help="set every bias of the classifier to this value at the start, e.g. a negative one for --loss bce")
 
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +153,11 @@ def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
         help="redraw relative noise that is not below this size, as a fraction of the learning rate")
     add("--lr-noise-std", type=float, metavar="X", default=1.0,
         help="standard deviation of the relative noise that --lr-noise turns on")
+    add("--lr-decay-fn", type=str, metavar="NAME",
+        help="wsd, rsqrt: shape of the final decay: linear, 1-sqrt, cosine, power or exp; None: 1-sqrt for wsd, linear "
+             "for rsqrt")
+    add("--lr-stable-timescale", type=float, metavar="N",
+        help="rsqrt: epochs after which the learning rate has fallen by the root of 2; None: --warmup-epochs")
     add("--warmup-lr", type=float, metavar="LR", default=1e-5,
         help="learning rate at the start of the linear warmup")
     add("--min-lr", type=float, metavar="LR", default=0,
@@ -157,7 +167,8 @@ def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Schedule").add_argument
     add("--sched", type=str, metavar="NAME", default="cosine",
-        help="learning-rate schedule: cosine, tanh, poly, step, multistep, plateau, wsd, rsqrt, constant or none")
+        help="learning-rate schedule: cosine, tanh, poly, step, multistep, wsd, rsqrt, constant, none (no warmup "
+             "either), or plateau (deprecated)")
     add("--sched-on-updates", action="store_true",
         help="move the schedule at each optimizer update rather than each epoch (not with plateau)")
     add("--lr-cycle-mul", type=float, metavar="X", default=1.0,
@@ -174,10 +185,13 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         help="passes over the data per training epoch, for streamed tfds/ and hfids/ datasets; 0 and 1 mean one")
     add("--start-epoch", type=int, metavar="N",
         help="epoch to start at, counted from 0; wins over the one in the --resume checkpoint")
+    add("--stop-epoch", type=int, metavar="N",
+        help="stop once N epochs are done, with the schedule of the whole run; None: at its end")
     add("--decay-milestones", type=int, nargs="+", metavar="EPOCH", default=[90, 180, 270],
         help="multistep: epochs, in rising order, at which the learning rate is multiplied by --decay-rate")
-    add("--decay-epochs", type=float, metavar="N", default=90,
-        help="step: epochs between decays; wsd, rsqrt: length of the final decay, below 1 as a share of the schedule")
+    add("--decay-epochs", type=float, metavar="N",
+        help="step: epochs between decays; wsd, rsqrt: length of the final decay, below 1 as a share of the schedule; "
+             "None: 90, or 0.2 for wsd and rsqrt")
     add("--warmup-epochs", type=int, metavar="N", default=5,
         help="epochs of linear warmup from --warmup-lr; 0 for none")
     add("--warmup-prefix", action="store_true",
@@ -188,22 +202,6 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         help="plateau: epochs without a better --eval-metric before the learning rate is cut")
     add("--decay-rate", "--dr", type=float, metavar="X", default=0.1,
         help="step, multistep, plateau: factor of each decay; poly: the power")
-
-
-def _add_loss(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("Loss").add_argument
-    add("--smoothing", type=float, metavar="X", default=0.1,
-        help="label smoothing, the share of the target spread over all classes: 0 for none, below 1")
-    add("--jsd-loss", action="store_true",
-        help="cross-entropy on the first view plus Jensen-Shannon divergence of all views; needs --aug-splits")
-    add("--bce-loss", action="store_true",
-        help="binary cross-entropy; takes effect only with Mixup, CutMix or label smoothing")
-    add("--bce-sum", action="store_true",
-        help="with --bce-loss: sum over classes and average over images, rather than average over both")
-    add("--bce-target-thresh", type=float, metavar="X",
-        help="with --bce-loss: targets above this become 1, all others 0; None keeps them soft")
-    add("--bce-pos-weight", type=float, metavar="X",
-        help="with --bce-loss: weight of the positive term of each class; None means 1")
 
 
 def _add_dropout(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +236,9 @@ def _add_ema(parser: argparse.ArgumentParser) -> None:
         help="keep a moving average of the weights and validate it too; its result ranks the checkpoints")
     add("--model-ema-force-cpu", action="store_true",
         help="keep the moving average on the CPU to save device memory; it is then not validated")
+    add("--model-ema-force-fp32", action="store_true",
+        help="with --model-dtype bfloat16: keep the moving average in float32, rather than in bfloat16 with stochastic "
+             "rounding; of a float16 model it always is")
     add("--model-ema-decay", type=float, metavar="X", default=0.9998,
         help="share of the old average kept at each optimizer update, below 1")
     add("--model-ema-warmup", action="store_true",
@@ -245,13 +246,19 @@ def _add_ema(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_misc(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("Seeds, data loading and evaluation").add_argument
+    group = parser.add_argument_group("Seeds, data loading and evaluation")
+    add = group.add_argument
     add("--seed", type=int, metavar="N", default=42,
         help="random seed; each process adds its rank")
     add("--worker-seeding", type=str, metavar="MODE", default="all",
         help="what is seeded in loader workers: all, or part to leave NumPy as it is (reproduces some old results)")
     add("-j", "--workers", type=int, metavar="N", default=4,
         help="data loader worker processes per training process")
+    persistence = group.add_mutually_exclusive_group()
+    persistence.add_argument("--persistent-workers", dest="persistent_workers", action="store_true", default=True,
+                             help="keep the loaders' workers alive between epochs")
+    persistence.add_argument("--no-persistent-workers", dest="persistent_workers", action="store_false", default=True,
+                             help="start the loaders' workers anew in each epoch, as --mixup-off-epoch needs it")
     add("--pin-mem", action="store_true",
         help="let the loader use page-locked memory, which may speed up copies to the device")
     add("--no-prefetcher", action="store_true",
@@ -259,9 +266,12 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     add("--use-multi-epochs-loader", action="store_true",
         help="keep loader workers alive between epochs; not with --naflex-loader or --train-img-sizes")
     add("--val-interval", type=int, metavar="N", default=1,
-        help="epochs from one validation and checkpoint to the next; the last epoch always has them")
-    add("--eval-metric", type=str, metavar="NAME", default="top1",
-        help="metric that ranks checkpoints: top1, top5 (higher is better) or loss; loss if there is no validation")
+        help="epochs from one validation and checkpoint to the next; the last epoch always has them, and those of "
+             "--save-epochs")
+    add("--eval-metric", type=str, metavar="NAME",
+        help="metric that ranks checkpoints: top1, top5 or loss, with --task multilabel map, micro_f1, macro_f1, "
+             "sample_f1 or loss (the loss if there is no validation); None: top1, or map")
+    add_threshold(add)
     add("--tta", type=int, metavar="N", default=0,
         help="average the outputs of each N consecutive validation inputs, for loaders that repeat them; 0 for off")
 
@@ -278,6 +288,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="optimizer updates from one recovery checkpoint to the next; 0 writes none")
     add("--checkpoint-hist", type=int, metavar="N", default=10,
         help="keep this many checkpoints, those best by --eval-metric; at least 1")
+    add("--save-epochs", type=int, nargs="+", metavar="N",
+        help="keep milestone-N.pth.tar of these numbers of epochs done, whatever their metric")
     add("--save-images", action="store_true",
         help="save the current input batch as an image into the run folder at each log line")
     add("--log-wandb", action="store_true",

@@ -1,11 +1,14 @@
 """The part of train.py's command line that says what a batch of images is: data set, size, augmentation."""
 import argparse
 
+from ..cli.tasks import add_target_format, add_task
+
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="DIR",
                         help="root folder of the dataset, used when --data-dir is not given (deprecated)")
     add = parser.add_argument_group("Dataset").add_argument
+    add_task(add)
     add("--data-dir", metavar="DIR",
         help="root folder of the dataset; image folders hold one sub-folder per split, then one per class")
     add("--dataset", metavar="TYPE/NAME", default="",
@@ -27,7 +30,9 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     add("--input-key", type=str, metavar="KEY",
         help="field that holds the image; for wds/ and image folders, file extensions separated by semicolons")
     add("--target-key", type=str, metavar="KEY",
-        help="field that holds the label, in datasets with named fields")
+        help="field that holds the label, in datasets with named fields; a/b is field b inside of a; with --task "
+             "multilabel also a,b,c: one field per class, positive above 0")
+    add_target_format(add)
     add("--dataset-trust-remote-code", action="store_true",
         help="allow Hugging Face datasets to run the loading code of their own repository on this machine")
 
@@ -35,7 +40,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 def add_input(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Input size, normalization and batch size").add_argument
     add("--img-size", type=int, metavar="PIXELS",
-        help="side of the square input (--input-size wins); a fixed-size ViT also needs --model-kwargs img_size=N")
+        help="side of the square input; models of a fixed size, such as ViTs, are built for it")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"),
         help="channels, height and width of the input, e.g. 3 224 224")
     add("--crop-pct", type=float, metavar="FRACTION",

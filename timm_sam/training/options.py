@@ -1,13 +1,18 @@
 """The command line of train.py: timm's flags, ``-c`` and the group ``SAM``."""
 import argparse
+import logging
+import os
 from collections.abc import Sequence
 
 from ..cli.errors import OptionError
 from ..cli.parser import OptionParser, config_defaults
-from .checks import check_train
+from .checks import check_surroundings, check_values
+from .completed import complete
 from .flags import add_train_flags
+from .losses import loss_type, without_effect
 from .sam_options import add_sam_flags, check_sam
 
+_logger = logging.getLogger(__name__)
 _UNSET = object()
 
 
@@ -25,19 +30,38 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     """Parses a command line over the YAML file that ``-c`` names over the flags' defaults.
 
     Raises:
-        SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
+        SystemExit: With code 2, after one line on stderr, for anything wrong with the values, or when the machine has
+            not what they name.
     """
     try:
-        config_defaults(parser, argv)
-        # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
-        sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
-        args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
-        given = [dest for dest in sam_dests if getattr(args, dest) is not _UNSET]
-        for dest in sam_dests:
-            if dest not in given:
-                setattr(args, dest, parser.get_default(dest))
-        check_sam(args, given)
-        check_train(args)
+        args = read_args(parser, argv)
+        check_surroundings(args)
     except OptionError as e:
         parser.error(str(e))
+    return args
+
+
+def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """As :func:`parse_args`, without a look at the machine.
+
+    Raises:
+        OptionError: Anything is wrong with the values.
+        SystemExit: With code 2, for what the parser itself refuses.
+    """
+    config_defaults(parser, argv)
+    # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
+    sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
+    given = [dest for dest in sam_dests if getattr(args, dest) is not _UNSET]
+    for dest in sam_dests:
+        if dest not in given:
+            setattr(args, dest, parser.get_default(dest))
+    warnings = complete(args)
+    check_values(args)
+    check_sam(args, given)
+    defaults = {a.dest: a.default for a in build_train_parser(parser.prog)._actions}
+    if idle := without_effect(args, defaults):
+        warnings.append(f"{', '.join(idle)} without effect: --loss is {loss_type(args)}")
+    for warning in warnings if os.environ.get("RANK", "0") == "0" else ():
+        _logger.warning(warning)
     return args

@@ -21,8 +21,9 @@ def create_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
             optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing_metric),
             updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError) as e:
+        own = ", --lr-decay-fn and --lr-stable-timescale" if args.sched in ("wsd", "rsqrt") else ""
         raise OptionError(f"--sched {args.sched}: {one_line(e) or 'refuses its options'}; check --epochs, "
-                          f"--warmup-epochs and --decay-epochs") from e
+                          f"--warmup-epochs, --decay-epochs{own}") from e
 
 
 def planned_epochs(args: argparse.Namespace) -> int:
@@ -36,6 +37,30 @@ def planned_epochs(args: argparse.Namespace) -> int:
         warnings.simplefilter("ignore")  # of the schedule's deprecation, say: nothing is trained with it here
         # the number of updates per epoch only matters to schedules that move with them; it cancels out
         return int(create_schedule(args, optimizer, 1000, False)[1])
+
+
+def check_epochs(args: argparse.Namespace, num_epochs: int) -> None:
+    """Checks the numbers of epochs at which something happens.
+
+    Args:
+        args: All options.
+        num_epochs: Of the schedule, warm-up, cool-down and cycles included.
+
+    Raises:
+        OptionError: One is not reached.
+    """
+    stop = args.stop_epoch
+    if stop is not None and not 1 <= stop <= num_epochs:
+        raise OptionError(f"--stop-epoch {stop} must be from 1 to {num_epochs}, the epochs of the schedule")
+    out = [n for n in args.save_epochs or () if not 1 <= n <= num_epochs]
+    if out:
+        raise OptionError(f"--save-epochs {' '.join(map(str, out))}: counts of epochs done must be from 1 to "
+                          f"{num_epochs}, the epochs of the schedule")
+
+
+def last_epoch(args: argparse.Namespace, num_epochs: int) -> int:
+    """How many epochs are trained of those of the schedule."""
+    return num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs)
 
 
 def resume_schedule(saved: dict[str, Any], scheduler: Any, start_epoch: int, updates: int, on_updates: bool) -> None:
