@@ -1,16 +1,14 @@
 """What every evaluation opens: processes and device, checkpoints, models, data sets."""
 import argparse
 import logging
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from timm.data import create_dataset
-from timm.data.readers.class_map import load_class_map
 
 from ..cli.device import Process, set_up
-from ..cli.errors import OptionError, one_line
+from ..cli.errors import OptionError
+from ..cli.image_folders import read_class_map, split_root
 from ..cli.processes import leave_process_group
 from .options import Resolved
 from .ranks import Ranks
@@ -109,10 +107,7 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
     origins: dict[str, str] = {}
     if args.data_dir:
         origin = f"--data-dir {args.data_dir} --split {args.split}"
-        try:
-            folders[args.split] = create_dataset("", root=args.data_dir, split=args.split).reader.root
-        except (RuntimeError, AssertionError, OSError) as e:
-            raise OptionError(f"{origin}: {one_line(e)}; check the folder") from None
+        folders[args.split] = split_root(args.data_dir, args.split, f"--split {args.split}")
         origins[args.split] = origin
     for name, folder in args.eval:
         if name in folders:
@@ -131,21 +126,12 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
         for name, folder in found.items():
             if name not in folders:
                 folders[name], origins[name] = folder, f"--eval-root {args.eval_root} ({name})"
-    suites = open_suites(folders, outputs, _class_map(args), args.allow_partial, origins)
+    class_map = read_class_map(args.class_map, args.data_dir or "") if args.class_map else None
+    suites = open_suites(folders, outputs, class_map, args.allow_partial, origins)
     for suite in suites if verbose else ():
         remarks = "".join(f"; {remark}" for remark in (*suite.flags, *suite.notes))
         _logger.info(f"{suite.name}: {len(suite.samples):,} images in {suite.root}, {suite.space.name}{remarks}")
     return suites
-
-
-def _class_map(args: argparse.Namespace) -> Mapping[str, int] | None:
-    if not args.class_map:
-        return None
-    try:
-        return load_class_map(args.class_map, args.data_dir or "")
-    except (AssertionError, ValueError, OSError, EOFError, pickle.UnpicklingError) as e:
-        raise OptionError(
-            f"--class-map {args.class_map}: {one_line(e)}; give a text file with a class per line") from None
 
 
 def check_same(suites: Sequence[Suite], ranks: Ranks) -> None:

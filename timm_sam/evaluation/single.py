@@ -119,7 +119,7 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
     """Does this rank's part of an evaluation."""
     args = session.args
     subject = build_subject(args, checkpoint, session.device, model, verbose=session.primary)
-    dataset = single_dataset(args, subject)
+    dataset = single_dataset(args, subject, session.primary)
     space = LabelSpace("training")
     if args.valid_labels:
         space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))

@@ -7,9 +7,8 @@ ImageNet-Sketch (https://github.com/HaohanWang/ImageNet-Sketch), ObjectNet (http
 import os
 from collections.abc import Sequence
 
-from timm.data.readers import get_img_extensions
-
 from ...cli.errors import OptionError
+from ...cli.image_files import EXTENSIONS, extension, is_hidden
 
 # What --eval-root looks for below its folder, the first that exists; a set's name -> folders, in the order of tables.
 PUBLISHED: dict[str, tuple[str, ...]] = {
@@ -30,8 +29,6 @@ _INSIDE: dict[str, tuple[str, ...]] = {
     "imagenet-sketch": ("sketch", "imagenet-sketch"),
     "objectnet": ("images", "objectnet-1.0/images"),
 }
-
-_MORE_IMG_EXTENSIONS = {".webp"}  # timm reads it, but does not look for it
 
 
 def find_suites(root: str) -> tuple[dict[str, str], list[str]]:
@@ -82,29 +79,28 @@ def class_folders(root: str, flag: str) -> list[str]:
     return names
 
 
-def images_in(folder: str, flag: str) -> list[str]:
-    """The names of a class folder's image files.
+def images_in(folder: str, flag: str) -> tuple[list[str], list[str]]:
+    """The names of a class folder's image files, and of its other files.
 
     Raises:
         OptionError: It holds folders: nothing says what those are.
     """
-    extensions = get_img_extensions(as_set=True) | _MORE_IMG_EXTENSIONS
-    images = []
+    images: list[str] = []
+    others: list[str] = []
     for entry in _entries(folder, flag):
         if entry.is_dir():
             raise OptionError(
                 f"{flag}: {folder} holds a folder, {entry.name!r}, where images are expected; give the folder whose "
                 f"folders are the classes")
-        if os.path.splitext(entry.name)[1].lower() in extensions:
-            images.append(entry.name)
-    return images
+        (images if extension(entry.name) in EXTENSIONS else others).append(entry.name)
+    return images, others
 
 
 def _entries(folder: str, flag: str) -> list[os.DirEntry]:
     """What is in a folder and not hidden."""
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return [entry for entry in entries if not is_hidden(entry.name)]
     except OSError as e:
         raise OptionError(f"{flag}: {folder} cannot be read: {e.strerror}; check its permissions") from None
 

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ...cli.errors import OptionError, one_line
+from ...cli.image_files import eight_bits, is_deep
 
 if TYPE_CHECKING:
     from .suites import Suite
@@ -68,15 +69,29 @@ def open_image(file: str | BinaryIO, mode: str | None, flag: str, name: str) -> 
         with warnings.catch_warnings(), open(file, "rb") if isinstance(file, str) else nullcontext(file) as stream:
             # of odd EXIF data and transparent palettes: their pixels are fine
             warnings.filterwarnings("ignore", category=UserWarning)
-            image = Image.open(stream)
+            image: Image.Image = Image.open(stream)
             image.load()
-            return image.convert(mode) if mode else image
+            if not mode:
+                return image
+            return (image if is_deep(mode) else eight_bits(image)).convert(mode)
     except MemoryError:
         raise
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        # the texts of the first two repeat the file's name
-        what = "no image" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or one_line(e, 120)
-        raise UnreadableImage(f"{flag}: cannot read the image {name} ({what}); restore the file") from None
+        raise unreadable(e, flag, name) from None
+
+
+def unreadable(error: Exception, flag: str, name: str) -> UnreadableImage:
+    """The error for an image that cannot be decoded.
+
+    Args:
+        error: Of the decoder.
+        flag: What the message begins with.
+        name: What the message calls the file.
+    """
+    # the texts of the first two repeat the file's name
+    what = "no image" if isinstance(error, UnidentifiedImageError) else (
+        getattr(error, "strerror", None) or one_line(error, 120))
+    return UnreadableImage(f"{flag}: cannot read the image {name} ({what}); restore the file")
 
 
 def class_balanced_subset(suite: "Suite", n: int, seed: int, flag: str = "--attack-num-samples") -> list[int]:

@@ -1,27 +1,28 @@
 """Options -> data sets and loaders of an evaluation, through timm's factories, shared by the ranks."""
 import argparse
 import logging
-import os
-import pickle
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader, create_naflex_loader
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from PIL import Image
+from timm.data import ImageDataset, create_loader, create_naflex_loader
 from torch.utils.data import Dataset, IterableDataset
 
+from ...cli import rules
 from ...cli.errors import OptionError, one_line
+from ...cli.image_folders import class_to_idx, open_files, open_named
 from ..ranks import Ranks, batches_of
 from ..subject import Subject
-from .images import SuiteDataset, UnreadableImage, open_image
+from .images import SuiteDataset, open_image, unreadable
 from .suites import Suite
 
 _logger = logging.getLogger(__name__)
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "eval"}
+# What decoders raise. Of what else a data set does an error is a bug.
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass
@@ -52,9 +53,8 @@ class Strict(Dataset):
         self.dataset = dataset
         self.indices = indices
         self.where = where
-        # undecoded bytes (--tf-preprocessing) and data sets without files are read as they are
-        files = isinstance(getattr(dataset, "reader", None), (ReaderImageFolder, ReaderImageInTar))
-        self.decodes = files and not dataset.load_bytes
+        # undecoded bytes (--tf-preprocessing) and data sets of torchvision are read as they are
+        self.decodes = isinstance(dataset, ImageDataset) and not dataset.load_bytes
 
     @property
     def transform(self) -> Any:
@@ -69,66 +69,42 @@ class Strict(Dataset):
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
         index = self.indices[place]
-        if not self.decodes:
-            try:
+        try:
+            if not self.decodes:
                 return self.dataset[index]
-            except OSError as e:
-                raise UnreadableImage(
-                    f"{self.where}: cannot read sample {index} ({one_line(e)}); restore the file") from None
-        file, target = self.dataset.reader[index][:2]
+            file, target = self.dataset.reader[index][:2]
+        except _UNREADABLE as e:
+            raise unreadable(e, self.where, self._name(index)) from None
         with file:
-            name = self.dataset.filename(index, absolute=True)
-            image = open_image(file, self.dataset.input_img_mode, self.where, name)
+            image = open_image(file, self.dataset.input_img_mode, self.where, self._name(index))
         return self.transform(image), -1 if target is None else target
 
-
-def _check_split(args: argparse.Namespace, dataset: Any) -> None:
-    """timm takes the data folder itself where it has no folder for the split: with splits in it, that mixes them.
-
-    Raises:
-        OptionError: It would.
-    """
-    root = getattr(getattr(dataset, "reader", None), "root", None)
-    if not isinstance(root, (str, os.PathLike)) or not os.path.isdir(root):
-        return
-    root = os.fspath(root)
-    if os.path.realpath(root) != os.path.realpath(args.data_dir):
-        return
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if folders and _SPLITS.issuperset(folders):
-        raise OptionError(f"--split {args.split}: --data-dir {args.data_dir} has no such folder, but "
-                          f"{', '.join(folders)}, whose images would be mixed; name one of them")
+    def _name(self, index: int) -> str:
+        """What errors call a sample."""
+        return (self.decodes and self.dataset.filename(index, absolute=True)) or f"of sample {index}"
 
 
-def single_dataset(args: argparse.Namespace, subject: Subject) -> Any:
+def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = True) -> Any:
     """The data set that timm's flags name.
+
+    Args:
+        args: All options.
+        subject: The model, whose preprocessing is used.
+        verbose: Whether to log what is left out.
 
     Raises:
         OptionError: It is missing, or has more classes than the model.
     """
-    try:
-        dataset = create_dataset(
-            root=args.data_dir,
-            name=args.dataset,
-            split=args.split,
-            download=args.dataset_download,
-            load_bytes=args.tf_preprocessing,
-            class_map=args.class_map,
-            num_samples=args.num_samples,
-            input_key=args.input_key,
-            input_img_mode=_img_mode(args, subject),
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
-            seed=args.seed,
-        )
-    except (pickle.UnpicklingError, EOFError) as e:
-        raise OptionError(f"--class-map {args.class_map}: {one_line(e)}; give a text file with a class per line") from e
-    except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
-        raise OptionError(f"--data-dir {args.data_dir} --dataset {args.dataset or '(folder)'} --split {args.split}: "
-                          f"{one_line(e) or 'cannot be opened'}; check the folder and the split's name") from e
-    _check_split(args, dataset)
-    classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
-    if isinstance(classes, dict) and classes:
+    origin, img_mode = f"--split {args.split}", _img_mode(args, subject)
+    if rules.reads_files(args):
+        dataset: Any = open_files(args.data_dir, args.split, origin, class_map=args.class_map, input_key=args.input_key,
+                                  img_mode=img_mode, load_bytes=args.tf_preprocessing, verbose=verbose)
+    else:
+        dataset = open_named(
+            args.dataset, args.data_dir, args.split, origin, class_map=args.class_map, img_mode=img_mode,
+            download=args.dataset_download, num_samples=args.num_samples, input_key=args.input_key,
+            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code, seed=args.seed)
+    if classes := class_to_idx(dataset):
         outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
         needed = max(classes.values()) + 1
         if needed > outputs:
@@ -183,9 +159,7 @@ def single_loader(args: argparse.Namespace, subject: Subject, dataset: Any, batc
     batches = batches_of(range(len(dataset)), batch_size)
     places = ranks.share(range(len(batches)))
     indices = [i for place in places for i in batches[place]]
-    strict = Strict(dataset, indices, f"--data-dir {args.data_dir}")
-    if strict.decodes or ranks.count > 1:
-        dataset = strict
+    dataset = Strict(dataset, indices, f"--data-dir {args.data_dir}")
     return Loaded(_loader(args, subject, dataset, batch_size), places, indices)
 
 

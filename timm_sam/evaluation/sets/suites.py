@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from timm.utils.misc import natural_key
 
 from ...cli.errors import OptionError
+from ...cli.image_files import counted
 from .classes import Classes, classes_of, named_as_imagenet
 from .folders import PUBLISHED, class_folders, class_root, images_in, some
 from .label_spaces import IMAGENET_CLASSES, LabelSpace
@@ -157,15 +158,18 @@ def _collect(name: str, root: str, folders: Sequence[str], classes: Classes, all
             f"{some(unknown)}; check that this is {name}, and move other folders away")
     samples: list[tuple[str, int]] = []
     left_out = 0
+    no_images: list[str] = []
     for folder in folders:
-        images = images_in(os.path.join(root, folder), flag)
+        images, others = images_in(os.path.join(root, folder), flag)
+        no_images += others
         target = targets.get(folder)
         if target is None:
             left_out += len(images)
         else:
             samples += [(os.path.join(root, folder, image), target) for image in images]
     if not samples:
-        raise OptionError(f"{flag}: no images in the class folders of {root}; unpack the data set again")
+        seen = f" ({counted(no_images)})" if no_images else ""
+        raise OptionError(f"{flag}: no images in the class folders of {root}{seen}; unpack the data set again")
     samples.sort(key=lambda sample: (sample[1], os.path.basename(sample[0]), sample[0]))
 
     # an output without a name in the class map is none of the training's classes
@@ -185,6 +189,7 @@ def _collect(name: str, root: str, folders: Sequence[str], classes: Classes, all
         num_classes=len(classes.names),
         crop_border_pixels=2 if name == "objectnet" else 0,  # its images have a red border one pixel wide
         flags=[f"partial: {len(wanted) - len(missing)} of {len(wanted)} classes"] if missing else [],
-        notes=[f"{left_out} images of classes outside ImageNet left out"] if left_out else [],
+        notes=[*([f"{left_out} images of classes outside ImageNet left out"] if left_out else []),
+               *filter(None, [counted(no_images)])],
         origin=flag,
     )
