@@ -14,6 +14,7 @@ from timm_sam.cli.errors import OptionError
 from timm_sam.cli.image_folders import open_files, open_named, read_class_map, split_root
 
 ORIGIN = '--split validation'
+pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 
 
 @pytest.fixture
