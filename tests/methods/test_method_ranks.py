@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import base_step, gsam_gradients
-from support.method_ranks import ALPHA, MICRO_BATCHES, RHO_MIN, UPDATES, TwoHeads
+from support.method_ranks import ALPHA, CHUNKED, MICRO_BATCHES, RHO_MIN, UPDATES, UPDATES_PER_EPOCH, TwoHeads
 from support.models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, weights
 from support.processes import RANKS, run, torchrun
 from support.ranks import RHO, SIZE, Engine, joined, network, samples, seed_rank
+from support.states import differences
 
 from timm_sam import SAM, methods
 
@@ -71,6 +72,21 @@ def test_gsam_on_two_ranks_is_one_process_in_two_chunks(scenario, params):
         loop.accumulate(joined(samples('groupnorm', step, rank) for rank in range(RANKS)))
         loop.step()
     assert_close(scenario(f'gsam {params}')[0]['weights'], weights(model))
+
+
+@pytest.mark.parametrize('name', CHUNKED)
+def test_every_method_on_two_ranks_is_one_process_in_two_chunks(scenario, name):
+    first, second = scenario(f'method {name}')
+    assert_identical(first['weights'], second['weights'])
+    assert differences(first['state'], second['state']) == []
+    model = network('groupnorm')
+    optimizer = OPTIMIZERS['sgd'](model)
+    loop = Engine(model, optimizer, SAM(optimizer, model, rho=RHO, params='all', method=CHUNKED[name]()), SIZE)
+    for step in range(UPDATES):
+        loop.accumulate(joined(samples('groupnorm', step, rank) for rank in range(RANKS)),
+                        epoch=step // UPDATES_PER_EPOCH)
+        loop.step()
+    assert_close(first['weights'], weights(model))
 
 
 def test_closures_and_compiled_models_give_the_same_weights(scenario):

@@ -93,6 +93,24 @@ def accumulated(rank, way):
     return dict(weights=weights(model), counts=counts)
 
 
+CHUNKED = {  # name -> the method, as each rank and the process in chunks makes its own
+    'usam': lambda: methods.usam(lam=0.5), 'friendly': lambda: methods.friendly(), 'stable': lambda: methods.stable(),
+    'looksam': lambda: methods.looksam(k=2, alpha=0.7), 'msam': lambda: methods.msam(),
+    'random_mask': lambda: methods.random_mask(0.5, every=2),
+    'ssam_dynamic': lambda: methods.ssam_dynamic(0.5, total_epochs=3), 'late': lambda: methods.late(1, ramp=False),
+}
+UPDATES_PER_EPOCH = 2
+
+
+def by_epochs(rank, name):
+    """Epochs of `UPDATES_PER_EPOCH` updates; SAM is told of them."""
+    model, ddp, sam = build('groupnorm', method=CHUNKED[name](), params='all')
+    for step in range(UPDATES):
+        sam.begin(step // UPDATES_PER_EPOCH, step)
+        sam.minimize(loss_of(ddp, samples('groupnorm', step, rank)))
+    return dict(weights=weights(model), state=sam.method_state_dict())
+
+
 class TwoHeads(nn.Module):
     """A head that some ranks use, and one that nobody does."""
 
@@ -137,6 +155,8 @@ def scenarios():
     yield 'overflow', train, ['groupnorm'], dict(overflow=[(2, 1)])
     for way in ('last', 'no_sync', 'engine'):
         yield f'accumulated {way}', accumulated, [way], {}
+    for name in CHUNKED:
+        yield f'method {name}', by_epochs, [name], {}
     yield 'unused', unused, [], {}
     yield 'observed', observed, [], {}
 

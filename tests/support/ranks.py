@@ -161,10 +161,10 @@ class Engine:
             args, task, SimpleNamespace(loss_scale='none', naflex=False), optimizer, sam, process=process)
         self.updates, self.begins = 0, True
 
-    def accumulate(self, data, accum_steps=1, last=True):
+    def accumulate(self, data, accum_steps=1, last=True, epoch=0):
         weigh = Weigher(self.run.data, self.run.process, len(data[1]), accum_steps)
         if self.begins:
-            self.run.update.begin(0, self.updates)
+            self.run.update.begin(epoch, self.updates)
         self.begins = last
         engine.accumulate(self.run, data, weigh, last, Meters('loss', *self.run.measures))
 

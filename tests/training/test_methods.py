@@ -71,6 +71,39 @@ def test_run_goes_on_bit_for_bit_between_and_within_epochs(run_train, start, fir
         assert differences(on.checkpoint('on')[entry], whole.checkpoint('whole')[entry]) == []
 
 
+METHODS_TRAINED = {
+    'usam': '--sam-method usam --sam-usam-lam 1-1/t', 'msam': '--sam-method msam --warmup-epochs 1',
+    'friendly': '--sam-method friendly', 'stable': '--sam-method stable',
+    'looksam': '--sam-method looksam --sam-looksam-k 3 --sam-looksam-alpha 0.3',
+    'late': '--sam-method late --sam-late-start 1', 'late share': '--sam-method late --sam-late-start 0.5',
+    'random_mask': '--sam-method random_mask --sam-random-mask-sparsity 0.5 --sam-random-mask-every 1',
+    'ssam_dynamic': '--sam-method ssam_dynamic --sam-ssam-dynamic-sparsity 0.5',
+    'three at once': '--sam-method usam friendly stable --sam-usam-lam 0.5',
+}
+
+
+@pytest.mark.parametrize('start, first', [('checkpoint-0', 1), ('recovery-2-1', 2)])
+@pytest.mark.parametrize('name', METHODS_TRAINED)
+def test_run_with_any_method_goes_on_bit_for_bit_with_its_state(run_train, name, start, first):
+    options = f'{SAM_ON} {METHODS_TRAINED[name]} --drop 0.1 --recovery-interval 2 --epochs 3'
+    whole = run_train(f'{options} --experiment whole')
+    assert whole.code == 0, whole.err[-2000:]
+    on = run_train(f'{options} --resume out/whole/{start}.pth.tar --experiment on')
+    assert on.code == 0, on.err[-2000:]
+    assert on.summary('on') == whole.summary('whole')[first:]
+    for entry in ('state_dict', 'optimizer'):
+        assert differences(on.checkpoint('on')[entry], whole.checkpoint('whole')[entry]) == []
+    saved = [done.checkpoint(run).get('sam_methods') for done, run in ((on, 'on'), (whole, 'whole'))]
+    assert differences(*({'methods': state} for state in saved)) == []
+
+
+def test_msam_begins_after_the_warm_up_and_says_so(run_train, updates):
+    done = run_train(f'{SAM_ON} --sam-method msam --epochs 3 --warmup-epochs 1 --warmup-lr 0.01')
+    assert done.log('SAM begins after the warm-up, with epoch 1; --sam-start-epoch sets another')
+    assert done.log('SAM method msam(): one pass an update')
+    assert [perturbed for perturbed, _ in updates] == [0] * 5 + [1] * 10
+
+
 @pytest.mark.parametrize('options, message', [
     (f'{SAM_ON} --sam-method gsam', '--sam-method gsam needs --sam-gsam-alpha: add --sam-gsam-alpha X, share of'),
     (f'{SAM_ON} --sam-gsam-alpha 0.4', '--sam-gsam-alpha 0.4 has no effect without --sam-method gsam: add it'),
@@ -83,6 +116,15 @@ def test_run_goes_on_bit_for_bit_between_and_within_epochs(run_train, start, fir
     (f'{GSAM} --min-lr 1', '--min-lr 1 is above --lr 0.05: lower it'),
     (f'{GSAM} --sam-ascent-fraction 0.5', '--sam-ascent-fraction 0.5: --sam-method gsam needs the gradient of the'),
     (f'{SAM_ON} --sam-method gsam gsam --sam-gsam-alpha 0.1', '--sam-method gsam gsam names a method twice'),
+    (f'{GSAM} --sam-method gsam stable', '--sam-method: gsam(alpha=0.4, rho_min=0) and stable() both decide'),
+    (f'{SAM_ON} --sam-method looksam --sam-looksam-k 2 --sam-looksam-alpha 1 --sam-every 3',
+     '--sam-every 3: looksam(k=2, alpha=1) decides how often it perturbs; leave it out'),
+    (f'{SAM_ON} --sam-method looksam --sam-looksam-k 0 --sam-looksam-alpha 1', '--sam-looksam-k 0 must be an integer'),
+    (f'{SAM_ON} --sam-method late --sam-late-start 9', '--sam-method late: it begins with epoch 9'),
+    (f'{SAM_ON} --sam-method late --sam-late-start 2 --sam-start-epoch 1 --epochs 3', '--sam-start-epoch 1: late('),
+    (f'{SAM_ON} --sam-method msam --opt momentum --momentum 0', '--sam-method msam: SGD keeps no first moment'),
+    (f'{SAM_ON} --sam-method usam --sam-usam-lam 2', "--sam-usam-lam '2' must be a number from 0 to 1, or 1-1/t"),
+    (f'{SAM_ON} --sam-variant elementwise_linf --sam-method usam', '--sam-method: usam(lam=0) with --sam-variant'),
     (f'{SAM_ON} --sam-method lookahead', "argument --sam-method: invalid choice: 'lookahead'")])
 def test_what_does_not_fit_is_one_line_and_writes_nothing(run_train, options, message):
     done = run_train(options)

@@ -173,6 +173,10 @@ def _check_methods(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise OptionError(f"--sam-method {' '.join(names)} names a method twice: leave one out")
     methods = _in_flags(lambda: merged_methods(args))
+    for name, method in zip(names, methods):
+        if method.timing.epoch and method.timing.epoch >= (epochs := planned_epochs(args)):
+            raise OptionError(f"--sam-method {name}: it begins with epoch {method.timing.epoch}, which is not before "
+                              f"the end of training, which has {epochs} epochs; lower it, or raise --epochs")
     if any(method.full_ascent or method.rows is not None for method in methods) and args.sam_ascent_fraction < 1:
         raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} needs the "
                           f"gradient of the whole batch; leave one of the two out")
@@ -253,15 +257,25 @@ def _in_flags(build: Callable[[], Any]) -> Any:
     try:
         return build()
     except ValueError as e:
-        method, found, rest = str(e).partition(": ")
-        own = method if found and method in METHODS else ""
+        raise OptionError(_with_flags(str(e))) from e
 
-        def as_flag(match: re.Match[str]) -> str:
-            name = match.group(1)
-            if own and name in _PARAMETERS[own]:
-                return f"{_PARAMETERS[own][name].flag} "
-            dest = {"start": "sam_start_epoch", "end": "sam_end_epoch", "lr_max": "lr", "lr_min": "min_lr"}.get(
-                name, f"sam_{name}")
-            return f"{flag(dest)} "
 
-        raise OptionError(re.sub(r"\b([a-z_]+)=", as_flag, rest if own else str(e))) from e
+_FLAG_OF = {"start": "sam_start_epoch", "end": "sam_end_epoch", "lr_max": "lr", "lr_min": "min_lr"}
+_ARGUMENTS = (inspect.signature(SAM).parameters.keys() | _FLAG_OF.keys()) - {"optimizer", "model"}
+
+
+def _with_flags(message: str) -> str:
+    """An error of the plugin with its arguments' flags; what stands in brackets behind a method's name is its own."""
+    own, found, rest = message.partition(": ")
+    parameters = _PARAMETERS.get(own, {}) if found else {}
+
+    def as_flag(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name in parameters:
+            return f"{parameters[name].flag} "
+        return f"{flag(_FLAG_OF.get(name, f'sam_{name}'))} " if name in _ARGUMENTS else match.group(0)
+
+    text = re.sub(r"\w+\([^()]*\)|\b([a-z_]+)=", as_flag, rest if own in _PARAMETERS else message)
+    if own in _PARAMETERS and not text.startswith("--"):
+        text = f"--sam-method {own}: {text}"
+    return re.sub(r"^(model|method|optimizer): ", lambda m: "--sam-method: " if m[1] == "method" else m[0], text)
