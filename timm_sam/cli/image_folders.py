@@ -253,7 +253,8 @@ class EightBitReader:
 
 
 def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", input_key: str | None = None,
-               img_mode: str | None = "RGB", load_bytes: bool = False, verbose: bool = True) -> ImageDataset:
+               img_mode: str | None = "RGB", load_bytes: bool = False, verbose: bool = True,
+               target_transform: Any = None, **fields: str | None) -> ImageDataset:
     """The images of a split in a folder, or in a tar file.
 
     Args:
@@ -263,10 +264,16 @@ def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", i
         img_mode: PIL mode that images are converted to.
         load_bytes: Give the files' bytes instead of images.
         verbose: Whether to log how many files are left out.
+        target_transform: Of the numbers of the classes.
+        fields: Options for data sets with named fields, which files have not: None.
 
     Raises:
         OptionError: They are not there, or what is there are no classes.
     """
+    for name, value in fields.items():
+        if value is not None:
+            raise OptionError(f"--{name.replace('_', '-')} {value}: a folder or a tar file has no named fields; leave "
+                              f"it out, or name the data set by --dataset")
     root = split_root(data_dir, split, origin)
     classes = read_class_map(class_map, root, data_dir) if class_map else None
     extensions = EXTENSIONS
@@ -282,7 +289,8 @@ def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", i
         reader = FolderReader(root, extensions, classes, class_map, img_mode, where, flat)
     if reader.left_out and verbose:
         _logger.info(f"{root}: {reader.left_out}")
-    return ImageDataset(root, reader=reader, load_bytes=load_bytes, input_img_mode=img_mode)
+    return ImageDataset(root, reader=reader, load_bytes=load_bytes, input_img_mode=img_mode,
+                        target_transform=target_transform)
 
 
 def open_named(name: str, data_dir: str | None, split: str, origin: str, *, class_map: str = "",

@@ -12,13 +12,15 @@ from timm.data import (
     FastCollateMixup,
     Mixup,
     NaFlexMixup,
-    create_dataset,
     create_loader,
     create_naflex_loader,
 )
+from torchvision.datasets import ImageFolder
 
 from ..cli.device import Process
 from ..cli.errors import OptionError
+from ..cli.image_folders import class_to_idx, open_files, open_named
+from ..cli.rules import reads_files
 from ..cli.tasks import is_multilabel, target_transform
 from .losses import mixup_active
 
@@ -135,30 +137,16 @@ def create_data(
 def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[str, Any],
               num_classes: int) -> tuple[Any, Any]:
     img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
-    common = dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_img_mode=img_mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        target_format=args.target_format,
-        target_transform=target_transform(args, num_classes),
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
+    common = dict(class_map=args.class_map, input_key=args.input_key, img_mode=img_mode, target_key=args.target_key,
+                  target_format=args.target_format, target_transform=target_transform(args, num_classes))
 
-    def create(flag: str, split: str, **kwargs: Any) -> Any:
-        try:
-            return create_dataset(args.dataset, split=split, **common, **kwargs)
-        except (FileNotFoundError, RuntimeError, AssertionError, ValueError, ImportError) as e:
-            raise OptionError(
-                f"{flag} {split} of --data-dir {args.data_dir} --dataset {args.dataset or '(folder)'}: {e}; check the "
-                f"folder and the split's name") from e
-        except TypeError as e:  # of a data set that has no such argument
-            raise OptionError(
-                f"{flag} {split} of --dataset {args.dataset or '(folder)'}: {e}; this kind of data set does not know "
-                f"--target-key, --target-format or --input-key") from e
+    def create(flag: str, split: str, **streamed: Any) -> Any:
+        origin = f"{flag} {split}"
+        if reads_files(args):
+            return open_files(args.data_dir, split, origin, verbose=process.primary, **common)
+        return open_named(
+            args.dataset, args.data_dir, split, origin, download=args.dataset_download, batch_size=args.batch_size,
+            trust_remote_code=args.dataset_trust_remote_code, **streamed, **common)
 
     train_set = create(
         "--train-split", args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
@@ -172,12 +160,16 @@ def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[s
 
 
 def _check_roots(args: argparse.Namespace, train_set: Any, eval_set: Any) -> None:
-    """timm takes the data folder itself where it has no folder for a split: then one split contains the other."""
-    roots = [getattr(getattr(s, "reader", None), "root", None) for s in (train_set, eval_set)]
-    if not all(isinstance(root, (str, os.PathLike)) for root in roots):
+    """Where there is no folder for a split, it is the data folder itself: then one split contains the other."""
+    folders = reads_files(args) or isinstance(train_set, ImageFolder)
+    if eval_set is None or not folders:  # where streams are kept says nothing of what is in them
         return
-    train, evaluation = (os.path.realpath(root) for root in roots if root is not None)
-    if os.path.isfile(train) or os.path.commonpath([train, evaluation]) not in (train, evaluation):
+    train, evaluation = (os.path.realpath(getattr(s, "reader", s).root) for s in (train_set, eval_set))
+    if os.path.isfile(train) and train == evaluation:
+        raise OptionError(
+            f"--val-split {args.val_split}: --data-dir {args.data_dir} is one file, so that training images would be "
+            f"validated on; name two in a folder by --train-split A.tar --val-split B.tar, or use --val-split ''")
+    if os.path.commonpath([train, evaluation]) not in (train, evaluation):
         return
     at_top = train == os.path.realpath(args.data_dir)
     flag, split = ("--train-split", args.train_split) if at_top else ("--val-split", args.val_split)
@@ -186,18 +178,10 @@ def _check_roots(args: argparse.Namespace, train_set: Any, eval_set: Any) -> Non
         f"be mixed; add the folder, name the split, or use --val-split '' to train without validation")
 
 
-def _class_to_idx(dataset: Any) -> dict[str, int] | None:
-    for holder in (getattr(dataset, "reader", None), dataset):
-        classes = getattr(holder, "class_to_idx", None)
-        if isinstance(classes, dict) and classes:
-            return classes
-    return None
-
-
 def _check_classes(args: argparse.Namespace, process: Process, num_classes: int, train_set: Any,
                    eval_set: Any) -> None:
-    train_classes = _class_to_idx(train_set)
-    if train_classes is None or not all(isinstance(index, int) for index in train_classes.values()):
+    train_classes = class_to_idx(train_set)
+    if not train_classes or not all(isinstance(index, int) for index in train_classes.values()):
         return
     needed = max(train_classes.values()) + 1
     if needed > num_classes:
@@ -208,14 +192,14 @@ def _check_classes(args: argparse.Namespace, process: Process, num_classes: int,
         _logger.warning(
             f"The training split has {needed} classes, the model {num_classes} outputs; --num-classes {needed} "
             f"makes them equal.")
-    eval_classes = _class_to_idx(eval_set)
-    for name, index in (eval_classes or {}).items():
+    eval_classes = class_to_idx(eval_set)
+    for name, index in eval_classes.items():
         if name not in train_classes:
             raise OptionError(
                 f"--val-split {args.val_split} of --data-dir {args.data_dir} has a class {name!r} that the training "
                 f"split has not; remove its folder, or give --class-map FILE")
         if train_classes[name] != index:
-            missing = sorted(set(train_classes) - set(eval_classes or {}))[:3]
+            missing = sorted(set(train_classes) - set(eval_classes))[:3]
             raise OptionError(
                 f"--val-split {args.val_split} of --data-dir {args.data_dir} numbers class {name!r} as {index}, the "
                 f"training split as {train_classes[name]}: its folders differ"

@@ -98,7 +98,8 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
     origin, img_mode = f"--split {args.split}", _img_mode(args, subject)
     if rules.reads_files(args):
         dataset: Any = open_files(args.data_dir, args.split, origin, class_map=args.class_map, input_key=args.input_key,
-                                  img_mode=img_mode, load_bytes=args.tf_preprocessing, verbose=verbose)
+                                  img_mode=img_mode, load_bytes=args.tf_preprocessing, verbose=verbose,
+                                  target_key=args.target_key)
     else:
         dataset = open_named(
             args.dataset, args.data_dir, args.split, origin, class_map=args.class_map, img_mode=img_mode,
