@@ -23,6 +23,7 @@ from .cli.errors import OptionError, one_line, report
 from .cli.escape import setup_logging
 from .cli.parser import OptionParser
 from .cli.processes import end_failed_rank
+from .cli.tasks import EVALUATORS
 from .cli.text import csv_text, write_text
 from .evaluation import results, tables
 from .evaluation.options import build_validate_parser, parse_validate_args
@@ -107,7 +108,8 @@ def one_or_bulk(session: Session) -> None:
                 break
             if "error" not in result:
                 found.append(result if checkpoint is None else OrderedDict(result, checkpoint=checkpoint))
-        found.sort(key=lambda result: result["top1"], reverse=True)
+        metric = EVALUATORS[args.task].default_metric
+        found.sort(key=lambda result: result[metric], reverse=True)
     if session.primary:
         print_result(found)
         if args.results_file:

@@ -42,10 +42,13 @@ ROWS = [
     ('{sets} --checkpoint six.pth --use-ema', ['--use-ema: six.pth has no averaged weights', 'leave it out']),
     ('{sets} --checkpoint fitted.pth six.pth --use-ema', ['--use-ema: six.pth has no averaged weights']),
     # size of the images
-    *((f'{{{kind}}} --model test_vit --num-classes 6 --checkpoint vit.pth {size}',
-       ['--model test_vit', f'images of {shape}', '--img-size', '--input-size', '--in-chans'])
-      for kind in ('single', 'sets') for size, shape in [
-          ('--img-size 40', '3x40x40'), ('--input-size 1 160 160 --in-chans 3', '1x160x160')]),
+    *((f'{{{kind}}} --model test_vit --num-classes 6 --checkpoint vit.pth {size}', words)
+      for kind in ('single', 'sets') for size, words in [
+          ('--model-kwargs img_size=160 dynamic_img_size=True --img-size 40',
+           ['--model test_vit', 'images of 3x40x40', '--img-size', '--input-size', '--in-chans']),
+          ('--img-size 40', ['--checkpoint vit.pth', 'size mismatch for pos_embed']),
+          ('--model-kwargs img_size=160 --img-size 40', ['--model test_vit', 'Conflicting input image sizes']),
+          ('--input-size 1 160 160 --in-chans 3', ['--model test_vit', 'Conflicting input channel counts'])]),
     # the data set
     ('', ['--data-dir is missing']),
     ('--data-dir nowhere', ['--data-dir nowhere', 'does not exist']),

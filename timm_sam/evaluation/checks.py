@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cli import rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
+from ..cli.tasks import is_multilabel, task_rules
 from .tables import FORMATS
 
 Default = Callable[[str], Any]  # dest -> the flag's default
@@ -72,7 +73,11 @@ def conflicts(args: argparse.Namespace, suites: bool) -> Rules:
 
 
 def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
-    """What belongs to suites only is not asked for."""
+    """What belongs to suites only is not asked for, and targets are what is asked of them."""
+    yield from task_rules(args)
+    for dest in ("real_labels", "valid_labels"):
+        yield (is_multilabel(args) and bool(getattr(args, dest)),
+               f"{flag(dest)} is for one class per image: leave it out with --task multilabel")
     for dest in ("allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
         yield (getattr(args, dest) != default(dest),
                f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
@@ -83,13 +88,16 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
     """What suites need, and what they do not have."""
     yield (not (args.eval or args.eval_root or args.data_dir),
            "no data set: give --eval NAME=DIR, --eval-root DIR or --data-dir DIR")
+    yield (is_multilabel(args),
+           "--task multilabel is for a single data set: leave out --eval, --attack and other checkpoints, or give "
+           "--task classification")
     names = [name for name, _ in args.eval]
     twice = {name for name in names if names.count(name) > 1}
     yield bool(twice), f"--eval names {', '.join(sorted(twice))} twice: give each data set a name of its own"
     yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
     for dest in ("dataset", "dataset_download", "dataset_trust_remote_code", "num_samples", "input_key", "target_key",
-                 "real_labels", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
+                 "target_format", "real_labels", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
         yield (bool(getattr(args, dest)),
                f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
     yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"

@@ -2,6 +2,7 @@
 import argparse
 import math
 
+from ..cli import tasks
 from ..cli.parser import ParseKwargs
 from .attack.attack import STEPS, TARGETS
 from .attack.ball import NORMS, Radius
@@ -15,6 +16,8 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="DIR",
                         help="root folder of the data set, used when --data-dir is not given (deprecated)")
     add = parser.add_argument_group("Dataset").add_argument
+    tasks.add_task(add)
+    tasks.add_threshold(add)
     add("--data-dir", metavar="DIR", help="root folder of the data set, above the split's folder or the classes")
     add("--dataset", metavar="TYPE/NAME", default="",
         help="source of the data: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME; empty for folder or tar")
@@ -28,7 +31,9 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
         help="field that holds the image, or file extensions joined by semicolons")
     add("--input-img-mode", type=str, metavar="MODE",
         help="PIL mode of the images; none: RGB for three channels, else L")
-    add("--target-key", type=str, metavar="KEY", help="field that holds the label")
+    add("--target-key", type=str, metavar="KEY",
+        help="field that holds the label, a/b for b inside of a; with --task multilabel also a,b,c: one per class")
+    tasks.add_target_format(add)
     add("--dataset-trust-remote-code", action="store_true",
         help="allow a Hugging Face data set to run its repository's code on this machine")
     add("--real-labels", type=str, metavar="FILE", default="",

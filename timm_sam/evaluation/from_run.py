@@ -12,7 +12,8 @@ from ..runs import files
 
 # what a run's options say of the model and its images, and an evaluation has as flags too
 OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct",
-            "gp", "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len")
+            "gp", "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len",
+            "task", "target_format", "multilabel_threshold")
 
 
 @dataclass(frozen=True)

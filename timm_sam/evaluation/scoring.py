@@ -1,7 +1,7 @@
 """Accuracy of a model on the batches of a loader, in a label space."""
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Scores:
     Attributes:
         images: Number of images.
         loss: Mean cross entropy, in the label space.
-        top1, top5: In percent, in the label space: averages over batches of timm's percentages, as in its script.
+        top1, top5: In percent, in the label space.
         right1, right5: The same as numbers of images.
         right1_all: As right1 among all outputs, where a prediction outside the label space is wrong.
     """
@@ -56,6 +56,30 @@ class Scores:
     right1: int
     right5: int
     right1_all: int
+
+
+def outputs_of(subject: Subject, loader: Iterable[tuple[Any, Tensor]], *, prefetcher: bool,
+               channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs the model over a loader, without gradients.
+
+    Args:
+        subject: The model.
+        loader: Batches of images (B, C, H, W) or NaFlex dictionaries, with targets.
+        prefetcher: Whether the loader has brought the batches to the device.
+        channels_last: Whether images go in that layout.
+
+    Yields:
+        Logits (B, num_classes) and targets, on the device.
+    """
+    for input, target in loader:
+        if not prefetcher:
+            target = target.to(device=subject.device)
+            input = to_device(input, subject.device, subject.dtype)
+        if channels_last and isinstance(input, Tensor):
+            input = input.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), subject.autocast():
+            output = subject.model(input)
+        yield output[0] if isinstance(output, (tuple, list)) else output, target
 
 
 def score(
@@ -101,16 +125,9 @@ def score(
     meter = utils.AverageMeter()
     end = time.time()
     with torch.inference_mode():
-        for index, (input, target) in enumerate(loader):
-            if not prefetcher:
-                target = target.to(device=subject.device)
-                input = to_device(input, subject.device, subject.dtype)
-            if channels_last and isinstance(input, Tensor):
-                input = input.contiguous(memory_format=torch.channels_last)
+        batches_run = outputs_of(subject, loader, prefetcher=prefetcher, channels_last=channels_last)
+        for index, (output, target) in enumerate(batches_run):
             with subject.autocast():
-                output = subject.model(input)
-                if isinstance(output, (tuple, list)):
-                    output = output[0]
                 reduced = space.reduce(output)
                 loss = loss_fn(reduced, target)
             if watch is not None:
@@ -148,6 +165,7 @@ def mean_of(batches: Sequence[Batch]) -> Scores:
     right1, right5 = (sum(round(getattr(batch, name) * batch.size / 100) for batch in batches)
                       for name in ("top1", "top5"))
     plain = [batch.right1_all for batch in batches if batch.right1_all is not None]
+    images = sum(batch.size for batch in batches)
     return Scores(
-        images=sum(batch.size for batch in batches), loss=average("loss"), top1=average("top1"), top5=average("top5"),
+        images=images, loss=average("loss"), top1=100 * right1 / max(1, images), top5=100 * right5 / max(1, images),
         right1=right1, right5=right5, right1_all=sum(plain) if plain else right1)

@@ -3,7 +3,7 @@ import argparse
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from timm.data import RealLabelsImagenet
 from torch import Tensor
 
 from ..cli.errors import OptionError
+from ..cli.tasks import is_multilabel
+from .multilabel import LabelledBatch, collect, scores_of
 from .scoring import Batch, mean_of, score
 from .session import Session
 from .sets.label_spaces import LabelSpace
@@ -21,6 +23,8 @@ from .sets.loaders import Loaded, read_valid_labels, single_dataset, single_load
 from .subject import build_subject
 
 _logger = logging.getLogger(__name__)
+
+_SHOWN = {"top1": "Acc@1", "top5": "Acc@5"}  # how log lines name results
 
 
 def evaluate_single(session: Session, model: str, checkpoint: str | None,
@@ -41,28 +45,43 @@ def evaluate_single(session: Session, model: str, checkpoint: str | None,
     """
     args, ranks = session.args, session.ranks
     parts = ranks.run(lambda: _share(session, model, checkpoint, batch_size))
-    batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch.index)
-    if not batches:
+    results: OrderedDict[str, Any] = OrderedDict(model=model)
+    if is_multilabel(args):
+        images, scores = _of_several_classes(args, parts)
+        results.update((name, round(value, 4)) for name, value in scores.items() if name != "loss")
+    else:
+        images, top1, top5 = _of_one_class(args, parts)
+        results.update(top1=round(top1, 4), top1_err=round(100 - top1, 4), top5=round(top5, 4),
+                       top5_err=round(100 - top5, 4))
+    if not images:
         raise OptionError(
             f"--data-dir {args.data_dir} --split {args.split} holds no images: check the folder and the split")
-    scores = mean_of(batches)
-    top1, top5 = scores.top1, scores.top5
-    if args.real_labels:
-        top1, top5 = (float(np.mean([right for part in parts for right in part.real[k]])) * 100 for k in (1, 5))
-
-    results: OrderedDict[str, Any] = OrderedDict(
-        model=model, top1=round(top1, 4), top1_err=round(100 - top1, 4), top5=round(top5, 4),
-        top5_err=round(100 - top5, 4))
     if args.metrics_avg:
         results.update(_class_metrics(
             args.metrics_avg, np.concatenate([batch for part in parts for batch in part.targets]),
             np.concatenate([batch for part in parts for batch in part.predictions])))
+    shown = "  ".join(f"{_SHOWN.get(name, name)} {value:.3f}" for name, value in results.items()
+                      if name != "model" and not name.endswith("_err"))
     results.update(parts[0].about)
     if ranks.primary:
-        more = "".join(f"  {name} {results[name]:.3f}" for name in results if name.startswith(f"{args.metrics_avg}_"))
-        _logger.info(
-            f"{model}: Acc@1 {results['top1']:.3f}  Acc@5 {results['top5']:.3f}{more}  ({scores.images:,} images)")
+        _logger.info(f"{model}: {shown}  ({images:,} images)")
     return results
+
+
+def _of_one_class(args: argparse.Namespace, parts: "Sequence[_Share]") -> tuple[int, float, float]:
+    """Number of images, and the shares of them in percent whose class is the first, or one of the first five."""
+    batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch.index)
+    scores = mean_of(batches)
+    top1, top5 = scores.top1, scores.top5
+    if args.real_labels and batches:
+        top1, top5 = (float(np.mean([right for part in parts for right in part.real[k]])) * 100 for k in (1, 5))
+    return scores.images, top1, top5
+
+
+def _of_several_classes(args: argparse.Namespace, parts: "Sequence[_Share]") -> "tuple[int, OrderedDict[str, float]]":
+    """Number of images, and the metrics of timm's evaluator."""
+    batches = sorted((batch for part in parts for batch in part.labelled), key=lambda batch: batch.index)
+    return sum(len(batch.targets) for batch in batches), scores_of(args, batches)
 
 
 def with_smaller_batches(evaluate: Callable[[int], "OrderedDict[str, Any]"], model: str, batch_size: int,
@@ -105,12 +124,14 @@ class _Share:
         about: What the results say of the model beside its scores.
         batches: Its scores.
         real: Rank k -> whether the best k hold one of the real labels, per image that has some.
+        labelled: What the model says of each batch, where targets have several classes.
         predictions, targets: Of each batch, with --metrics-avg.
     """
 
     about: "OrderedDict[str, Any]"
     batches: list[Batch] = field(default_factory=list)
     real: dict[int, list[bool]] = field(default_factory=dict)
+    labelled: list[LabelledBatch] = field(default_factory=list)
     predictions: list[np.ndarray] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
 
@@ -128,6 +149,16 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
     share = _Share(OrderedDict(
         param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],
         crop_pct=subject.crop_pct, interpolation=subject.data_config["interpolation"]))
+
+    if is_multilabel(args):
+        share.labelled = collect(
+            subject, loaded, loaded.places, prefetcher=not args.no_prefetcher, channels_last=args.channels_last,
+            log_freq=args.log_freq)
+        if args.metrics_avg:
+            share.predictions = [(batch.outputs.sigmoid() >= args.multilabel_threshold).numpy()
+                                 for batch in share.labelled]
+            share.targets = [(batch.targets >= 0.5).numpy() for batch in share.labelled]
+        return share
 
     def watch(outputs: Tensor, targets: Tensor) -> None:
         if real is not None:

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 from timm import utils
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import apply_test_time_pool
-from timm.models import create_model
+from timm.models import create_model, resolve_model_input_args
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from ..cli.errors import OptionError, one_line
-from ..cli.models import channels, check_model_name
+from ..cli.models import check_model_name
 from .weights import AVERAGED, Hashes, load_weights, weights_sha256
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Subject:
         model: Images (B, C, H, W) -> logits (B, num_classes), on ``device``, in eval mode.
         num_classes: Number of outputs.
         param_count: Number of parameters.
-        data_config: Of ``timm.data.resolve_data_config``; ``mean`` and ``std`` have one number per channel.
+        data_config: Of ``timm.data.resolve_input_data_config``; ``mean`` and ``std`` have one number per channel.
         crop_pct: Share of the image that the crop keeps.
         device: Where the model is.
         dtype: Of the weights; None: float32.
@@ -91,7 +91,12 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     param_count = sum(p.numel() for p in model.parameters())
     if verbose:
         _logger.info(f"Model {name} created, {param_count:,} parameters")
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=verbose)
+    try:
+        data_config = resolve_input_data_config(
+            model, vars(args), use_test_size=not args.use_train_size, verbose=verbose)
+    except ValueError as e:
+        raise OptionError(f"--model {name}: {one_line(e)}; check --img-size, --input-size, --in-chans, --mean and "
+                          f"--std") from e
     for key in ("mean", "std"):  # as timm's loader would: the attack normalizes by the same numbers
         data_config[key] = tuple(adapt_to_chs(data_config[key], data_config["input_size"][0]))
     num_classes, crop_pct = cast(int, model.num_classes), data_config["crop_pct"]
@@ -126,16 +131,17 @@ def create(args: argparse.Namespace, name: str, pretrained: bool) -> nn.Module:
     """
     check_model_name("--model", name)
     try:
-        return create_model(
-            name, pretrained=pretrained, num_classes=args.num_classes, in_chans=channels(args), global_pool=args.gp,
-            scriptable=args.torchscript, **args.model_kwargs)
+        return create_model(**resolve_model_input_args(
+            name, vars(args), pretrained=pretrained, num_classes=args.num_classes, global_pool=args.gp,
+            scriptable=args.torchscript, **args.model_kwargs))
     except Exception as e:  # the name, its arguments and its files: all of it comes from the options
         if pretrained and not isinstance(e, TypeError):
             raise OptionError(
                 f"--model {name}: timm's weights cannot be had: {one_line(e)}; check the network, or give a file by "
                 f"--checkpoint") from e
         raise OptionError(
-            f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp and --in-chans") from e
+            f"--model {name} cannot be built: {one_line(e)}; check --model-kwargs, --gp, --in-chans and "
+            f"--img-size") from e
 
 
 def _try(model: nn.Module, name: str, images: Tensor) -> None:

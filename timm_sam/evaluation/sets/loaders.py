@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ...cli import rules
 from ...cli.errors import OptionError, one_line
 from ...cli.image_folders import class_to_idx, open_files, open_named
+from ...cli.tasks import target_transform
 from ..ranks import Ranks, batches_of
 from ..subject import Subject
 from .images import SuiteDataset, open_image, unreadable
@@ -77,6 +78,8 @@ class Strict(Dataset):
             raise unreadable(e, self.where, self._name(index)) from None
         with file:
             image = open_image(file, self.dataset.input_img_mode, self.where, self._name(index))
+        if target is not None and self.dataset.target_transform is not None:
+            target = self.dataset.target_transform(target)
         return self.transform(image), -1 if target is None else target
 
     def _name(self, index: int) -> str:
@@ -96,15 +99,18 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
         OptionError: It is missing, or has more classes than the model.
     """
     origin, img_mode = f"--split {args.split}", _img_mode(args, subject)
+    transform = target_transform(args, subject.num_classes)
     if rules.reads_files(args):
         dataset: Any = open_files(args.data_dir, args.split, origin, class_map=args.class_map, input_key=args.input_key,
                                   img_mode=img_mode, load_bytes=args.tf_preprocessing, verbose=verbose,
-                                  target_key=args.target_key)
+                                  target_key=args.target_key, target_format=args.target_format,
+                                  target_transform=transform)
     else:
         dataset = open_named(
             args.dataset, args.data_dir, args.split, origin, class_map=args.class_map, img_mode=img_mode,
             download=args.dataset_download, num_samples=args.num_samples, input_key=args.input_key,
-            target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code, seed=args.seed)
+            target_key=args.target_key, target_format=args.target_format, target_transform=transform,
+            trust_remote_code=args.dataset_trust_remote_code, seed=args.seed)
     if classes := class_to_idx(dataset):
         outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
         needed = max(classes.values()) + 1
