@@ -13,7 +13,7 @@ they share in ``sharing.py``, the slots of methods in ``methods/stages.py``.
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +30,8 @@ from .perturbation import VARIANTS, global_norm
 from .recording import Recording
 from .selection import select_parameters, unwrap
 from .sharing import Sharing, ruled_out
+from .stats import Stats
 from .when import When
-
-
-class Stats(NamedTuple):
-    """What the last passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
-
-    Attributes:
-        loss: Loss at w.
-        loss_perturbed: Loss at w + eps; like what follows it, None after a plain update.
-        grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
-        eps_norm: l2 norm of eps.
-    """
-
-    loss: Tensor
-    loss_perturbed: Tensor | None = None
-    grad_norm: Tensor | None = None
-    eps_norm: Tensor | None = None
 
 
 class SAM(Facade):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..group import Group
-from ..sam import Stats
+from ..stats import Stats
 
 
 class Update(Protocol):

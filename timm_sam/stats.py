@@ -1,0 +1,20 @@
+"""What an update measures."""
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Stats(NamedTuple):
+    """What the last passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
+
+    Attributes:
+        loss: Loss at w.
+        loss_perturbed: Loss at w + eps; like what follows it, None after a plain update.
+        grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
+        eps_norm: l2 norm of eps.
+    """
+
+    loss: Tensor
+    loss_perturbed: Tensor | None = None
+    grad_norm: Tensor | None = None
+    eps_norm: Tensor | None = None
