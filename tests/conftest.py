@@ -2,7 +2,8 @@
 import os
 import random
 import shlex
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from zlib import crc32
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tests start
 
@@ -19,6 +20,31 @@ from timm_sam import SAM
 
 torch.set_num_threads(1)
 
+# ---- the quick tier
+
+# fixtures of tests that train, evaluate, start processes, or report on many runs
+LARGE = {'image_folder', 'teacher', 'fitted', 'checkpoints', 'scenario', 'four_images', 'small', 'grid'}
+CASES = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as `full` what `make test-fast` leaves out: whole runs, and of each test all cases but a few.
+
+    Which cases stay is drawn by their names, the same every time. Other tests that take seconds carry the mark
+    themselves.
+    """
+    cases = Counter()
+    for item in sorted(items, key=lambda item: crc32(item.nodeid.encode())):
+        test = item.nodeid.split('[')[0]
+        if item.get_closest_marker('full') is None and not LARGE & set(item.fixturenames):
+            cases[test] += 1
+            if cases[test] <= CASES:
+                continue
+        item.add_marker(pytest.mark.full)
+
+
+# ---- fixtures
 
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):

@@ -13,6 +13,7 @@ from timm_sam.digits import __main__ as digits
 from timm_sam.digits.shifts import SHIFTS
 
 load_digits = pytest.importorskip('sklearn.datasets').load_digits
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope='module')

@@ -24,6 +24,7 @@ def test_losses_by_hand():
 
 # what is broken
 
+@pytest.mark.full
 @pytest.mark.parametrize('classes', [4, 7])
 @pytest.mark.parametrize(('norm', 'dual'), [('linf', 1), ('l2', 2)])
 def test_a_linear_model_breaks_where_theory_says(norm, dual, classes):
@@ -108,6 +109,7 @@ def test_broken_samples_leave_the_batch():
     assert len(sizes) <= 1 + 4  # not the 21 evaluations of a stage, nor the other stages
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_a_sample_stands_if_no_image_that_was_tried_breaks_it_and_all_lie_in_the_ball(norm):
     model, images = convolutional(), pictures(16, spread=0.5)
@@ -125,6 +127,7 @@ def test_a_sample_stands_if_no_image_that_was_tried_breaks_it_and_all_lie_in_the
     assert 0 < sum(robust) < 16
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_the_rest_of_the_batch_does_not_matter(norm):
     model, images = convolutional(), pictures(8, spread=0.5)
@@ -231,6 +234,7 @@ def test_targeted_attacks_find_what_cross_entropy_cannot():
     assert not found.robust.any()
 
 
+@pytest.mark.full
 def test_the_seed_decides():
     model, images = convolutional(), pictures(8, spread=0.5)
     one, same, other = (Recording(model) for _ in range(3))

@@ -200,6 +200,7 @@ for owner in (b.cudnn.conv, b.cuda.matmul, b):
 '''
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(torch.backends, 'fp32_precision'), reason='this PyTorch has the old interface only')
 def test_tf32_set_by_the_new_interface_is_off_too(tmp_path):
     # in a process of its own: settings made by one interface make the other unreadable

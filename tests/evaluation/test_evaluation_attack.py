@@ -166,6 +166,7 @@ def test_flags_of_every_checkpoint_are_shown(tmp_path, fitted):
         assert done.code == 0 and 'validation (4 images without usable gradients)' in done.out
 
 
+@pytest.mark.full
 def test_masked_set_is_attacked_in_its_own_label_space(tmp_path, attacks):
     """A prediction outside the label space is no success of the attack, and labels are classes of the set."""
     model, classes = model_of(1000), list(imagenet_subset('r'))

@@ -38,6 +38,7 @@ def loss_of(model: nn.Module, samples: int = 4) -> Tensor:
     return F.cross_entropy(model(x), torch.arange(samples))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('form, bounds', [
     ('all', (2.00, 2.00)),
     ('onlynorm, two forwards', (1.663, 1.661)),
@@ -247,6 +248,7 @@ WAYS = {
 whole_graphs = pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets SAM with a whole graph wrong')
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('every', [1, 2])
 @pytest.mark.parametrize('way, filter', [
     pytest.param('whole', None, marks=whole_graphs), pytest.param('whole', r'blocks\.[45]', marks=whole_graphs),
@@ -273,6 +275,7 @@ def test_model_compiled_as_a_whole_is_refused_where_torch_gets_it_wrong(monkeypa
     SAM(torch.optim.SGD(split.parameters(), lr=0.1), split, rho=0.1)
 
 
+@pytest.mark.full
 @whole_graphs
 def test_split_graph_shares_the_forward_and_a_whole_graph_says_why_not():
     torch._dynamo.reset()
@@ -287,6 +290,7 @@ def test_split_graph_shares_the_forward_and_a_whole_graph_says_why_not():
     assert sharing['whole'] == 'two full forwards per update: the model is compiled as a whole'
 
 
+@pytest.mark.full
 @whole_graphs
 def test_ascent_graph_has_no_gradients_of_weights_that_are_not_perturbed():
     """In what is compiled for the pass at w, too: counted as outputs of its backward graph."""
@@ -309,6 +313,7 @@ def test_ascent_graph_has_no_gradients_of_weights_that_are_not_perturbed():
     assert outputs == [len(sam.selected), len(list(model.parameters()))]
 
 
+@pytest.mark.full
 def test_benchmark_prints_every_form_and_memory_stays_that_of_a_plain_update(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location('step_cost', BENCHMARK)
     step_cost = importlib.util.module_from_spec(spec)

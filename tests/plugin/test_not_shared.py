@@ -302,6 +302,7 @@ def test_checkpointing_that_is_switched_on_later_ends_sharing():
     assert sam.sharing == 'two full forwards per update: gradient checkpointing computes the forward again'
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('way', ['before', 'after'])
 def test_compiled_wrapper_of_the_model_that_sam_has_makes_two_forwards(way):
     torch.compiler.reset()

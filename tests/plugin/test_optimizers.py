@@ -28,7 +28,8 @@ def assert_same_weights(model: nn.Module, twin: nn.Module) -> None:
 
 @pytest.mark.filterwarnings('ignore:It is highly recommended to have .opt_einsum.:UserWarning')  # Kron
 @pytest.mark.parametrize('opt', [n for n in NAMES if n != SECOND_ORDER])
-def test_update_equals_the_reference_with_every_optimizer_of_timm(opt):
+def test_update_equals_the_reference_with_every_optimizer_of_timm(opt, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # parts of Kron, for half a minute
     model, sam, twin, base = twins(opt)
     for step in range(3):
         torch.manual_seed(step)

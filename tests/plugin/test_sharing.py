@@ -49,7 +49,8 @@ def train(name: str, filter: str, options: dict, size: int, autocast: bool = Fal
     return model.state_dict(), measured, torch.get_rng_state(), sam.sharing
 
 
-@pytest.mark.parametrize('family', ARCHITECTURES)
+@pytest.mark.parametrize('family', [
+    pytest.param(family, marks=() if family in ('resnet', 'vit') else pytest.mark.full) for family in ARCHITECTURES])
 def test_shared_forward_equals_two_forwards_bit_for_bit(family):
     state, measured, rng, sharing = train(*ARCHITECTURES[family])
     expected, expected_measured, expected_rng, off = train(*ARCHITECTURES[family], share_forward=False)
@@ -60,6 +61,7 @@ def test_shared_forward_equals_two_forwards_bit_for_bit(family):
     assert_identical(state, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('family', ['resnet', 'vit'])
 def test_shared_forward_equals_two_forwards_bit_for_bit_under_autocast(family):
     state, measured, _, sharing = train(*ARCHITECTURES[family], autocast=True)

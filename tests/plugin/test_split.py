@@ -13,6 +13,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from timm_sam import SAM, compile_split
 
+pytestmark = pytest.mark.full
+
 # model, filter, constructor options, image size
 ARCHITECTURES = {
     'resnet': ('test_resnet', 'layer4', {'drop_path_rate': 0.2, 'drop_rate': 0.1}, 32),

@@ -39,6 +39,7 @@ def test_grid_is_plain_and_six_variants_with_3_radii_and_3_seeds():
                for cells in digits_table.RADII.values() for radii in cells.values())
 
 
+@pytest.mark.full
 def test_every_run_has_the_options_of_its_name(tmp_path):
     for job in whole_grid():
         if job.seed:

@@ -104,6 +104,7 @@ def test_nothing_imports_a_command():
         assert {found.module for found in imports_of(path, ROOT)} <= {'sys', f'timm_sam.{path.stem}'}
 
 
+@pytest.mark.full
 def test_import_of_the_package_loads_the_plugin_and_nothing_else(tmp_path):
     script = ('import json, sys, torch, timm; before = set(sys.modules); import timm_sam; '
               'print(json.dumps(sorted(set(sys.modules) - before)))')

@@ -134,6 +134,7 @@ def png():
     return size
 
 
+@pytest.mark.full
 def test_pictures_are_drawn(grid, capsys, png):
     write_run(grid / 'runs' / 'bad', loss='nan', seconds=1, **sam(0.8))
     write_run(grid / 'runs' / 'collapsed', (1.0, 2.0, 10.0), seconds=1, **sam(1.6))  # below the axis
