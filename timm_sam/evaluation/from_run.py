@@ -14,6 +14,11 @@ from ..runs import files
 OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct",
             "gp", "fast_norm", "class_map", "input_img_mode", "model_kwargs", "naflex_loader", "naflex_max_seq_len",
             "task", "target_format", "multilabel_threshold")
+# the same of its data set: of no use for one of another kind, and suites know their files by themselves
+OF_ITS_DATA = ("input_key", "target_key")
+# How train.py validates, which has no flag there: at the size and crop of training, where many a model has others for
+# tests.
+AS_VALIDATED = {"use_train_size": True}
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,21 @@ class FromRun:
 
     Attributes:
         path: The ``args.yaml``; None: there is none, and nothing is taken.
-        values: Option -> value, of ``OF_A_RUN``; what the command line says is left out.
+        values: Option -> value, of ``OF_A_RUN``, ``OF_ITS_DATA`` and ``AS_VALIDATED``; what the command line says is
+            left out, and what is the evaluation's default.
         bn_eps: Of the run's normalization layers: a flag of train.py only, but part of what the model computes.
     """
 
     path: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     bn_eps: float | None = None
+
+    @property
+    def shown(self) -> str:
+        """What is taken, as flags; without the model's name."""
+        values = {**self.values, **({} if self.bn_eps is None else {"bn_eps": self.bn_eps})}
+        return " ".join(flag(key) + ("" if value is True else f" {_text(value)}") for key, value in values.items()
+                        if key != "model" and value is not False)
 
     def complete(self, args: argparse.Namespace) -> None:
         """Puts it into the options, while they are being parsed."""
@@ -37,27 +50,35 @@ class FromRun:
             args.model_kwargs = {"bn_eps": self.bn_eps, **args.model_kwargs}
 
 
-def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given: argparse.Namespace) -> FromRun:
+def beside(checkpoints: Sequence[str]) -> list[str]:
+    """The ``args.yaml`` of the runs that wrote the checkpoints, as far as there are some."""
+    paths = [os.path.join(os.path.dirname(checkpoint), files.ARGS) for checkpoint in checkpoints]
+    return [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
+
+
+def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given: argparse.Namespace,
+             suites: bool) -> FromRun:
     """Reads what the runs that wrote the checkpoints were started with.
 
     Args:
         parser: Of the evaluation's flags.
         checkpoints: Their files.
         given: The options as the command line gives them, None where it gives none.
+        suites: Whether data sets are suites.
 
     Raises:
         OptionError: An ``args.yaml`` cannot be read, or two of them differ in what the command line does not say.
     """
-    paths = [os.path.join(os.path.dirname(checkpoint), files.ARGS) for checkpoint in checkpoints]
-    paths = [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
+    paths = beside(checkpoints)
     if not paths:
         return FromRun()
     actions = {action.dest: action for action in parser._actions}
     path, *others = paths
-    values = _read(actions, path)
+    kind = None if suites else _kind(given.dataset)
+    values = _read(actions, path, kind)
     for other in others:
-        theirs = _read(actions, other)
-        for key in (*OF_A_RUN, "bn_eps"):
+        theirs = _read(actions, other, kind)
+        for key in (*OF_A_RUN, *OF_ITS_DATA, "bn_eps"):
             default = actions[key].default if key in actions else None
             mine, its = values.get(key, default), theirs.get(key, default)
             if mine != its and getattr(given, key, None) is None:
@@ -68,18 +89,40 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
         # timm would prefer it to the size that the command line asks for
         values.setdefault("in_chans", values.pop("input_size")[0])
     bn_eps = values.pop("bn_eps", None)
-    return FromRun(path, {key: value for key, value in values.items() if getattr(given, key) is None}, bn_eps)
+    if not given.test_pool:  # which asks for larger images than those of training
+        values.update(AS_VALIDATED)
+    return FromRun(path, {key: value for key, value in values.items()
+                          if getattr(given, key) is None and value != actions[key].default}, bn_eps)
 
 
-def _read(actions: Mapping[str, argparse.Action], path: str) -> dict[str, Any]:
-    """What an ``args.yaml`` says of the model and its images, and ``bn_eps``."""
+def _kind(dataset: Any) -> str:
+    """Of a data set, by its name; folders and tar files are one."""
+    kind = str(dataset or "").partition("/")[0].lower()
+    return "" if kind in ("folder", "tar") else kind
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _read(actions: Mapping[str, argparse.Action], path: str, kind: str | None) -> dict[str, Any]:
+    """What an ``args.yaml`` says of the model and its images, and ``bn_eps``.
+
+    Args:
+        actions: The evaluation's flags.
+        path: Of the file.
+        kind: Of the data set that is evaluated: what a run says of one of another kind is left out; None: of any.
+    """
     try:
         run = read_yaml(path)
     except (OSError, ValueError):
         run = None
     if not isinstance(run, dict):
         raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")
-    values = {key: yaml_value(path, actions[key], run[key]) for key in OF_A_RUN if run.get(key) is not None}
+    keys = (*OF_A_RUN, *(OF_ITS_DATA if kind == _kind(run.get("dataset")) else ()))
+    values = {key: yaml_value(path, actions[key], run[key]) for key in keys if run.get(key) is not None}
     if isinstance(run.get("bn_eps"), float):
         values["bn_eps"] = run["bn_eps"]
     return values

@@ -13,7 +13,7 @@ from ..cli.errors import OptionError
 from ..cli.parser import OptionParser
 from ..runs import files
 from . import checks, flags
-from .from_run import from_run
+from .from_run import FromRun, beside, from_run
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Resolved:
         in_folders: Those of the checkpoints that were found in folders.
         left_out: Files in folders that no finished epoch has left, in suites.
         taken_from: The ``args.yaml`` that supplied the model and its preprocessing, if one did.
+        taken: What it supplied, as flags.
+        not_taken: The ``args.yaml`` beside the checkpoints, where ``--model`` says not to look at it.
         format_given: ``--results-format`` if it was given, else None.
     """
 
@@ -34,6 +36,8 @@ class Resolved:
     in_folders: frozenset[str] = frozenset()
     left_out: list[str] = field(default_factory=list)
     taken_from: str | None = None
+    taken: str = ""
+    not_taken: list[str] = field(default_factory=list)
     format_given: str | None = None
 
 
@@ -74,13 +78,13 @@ def parse_validate_args(parser: argparse.ArgumentParser,
         suites = bool(args.eval or args.eval_root or args.attack) or len(args.checkpoint) > 1
         folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
         args.checkpoint, in_folders, left_out = checkpoint_files([path for path in args.checkpoint if path], suites)
-        taken_from = None
+        taken = FromRun()
         if given.model is None and args.checkpoint:
-            taken = from_run(parser, args.checkpoint, given)
+            taken = from_run(parser, args.checkpoint, given, suites)
             taken.complete(args)
-            taken_from = taken.path
-        resolved = Resolved(suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken_from,
-                            given.results_format)
+        resolved = Resolved(
+            suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken.path, taken.shown,
+            beside(args.checkpoint) if given.model is not None else [], given.results_format)
         rules.apply(args, partial(checks.files, suites=suites), checks.values, partial(checks.conflicts, suites=suites))
         if suites:
             rules.apply(args, partial(checks.of_suites, default=parser.get_default,

@@ -46,7 +46,10 @@ class Session:
         if not session.primary:
             logging.getLogger().setLevel(logging.WARNING)
         if resolved.taken_from is not None:
-            _logger.info(f"Model and preprocessing as in {resolved.taken_from}: {args.model}")
+            _logger.info(f"Model and preprocessing as in {resolved.taken_from}: {args.model} {resolved.taken}")
+        if resolved.not_taken:
+            _logger.info(f"{', '.join(resolved.not_taken)} not looked at, because --model is given: preprocessing is "
+                         f"that of timm's tests, where the command line does not say")
         return session
 
     @property
