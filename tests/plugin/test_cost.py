@@ -266,7 +266,7 @@ def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updat
 @pytest.mark.parametrize('compile_model', [
     lambda model: torch.compile(model, backend='eager'), lambda model: model.compile(backend='eager') or model])
 def test_model_compiled_as_a_whole_is_refused_where_torch_gets_it_wrong(monkeypatch, compile_model):
-    monkeypatch.setattr(importlib.import_module('timm_sam.sam'), 'WHOLE_GRAPHS_WORK', False)
+    monkeypatch.setattr(importlib.import_module('timm_sam.arguments'), 'WHOLE_GRAPHS_WORK', False)
     for model in (compile_model(TinyNet()), nn.Sequential(compile_model(TinyNet()))):
         with pytest.raises(ValueError, match=r'compile it by timm_sam.compile_split\(model\), or use torch >= 2.12'):
             SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)

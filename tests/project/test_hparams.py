@@ -83,7 +83,7 @@ def test_recipe_builds_what_its_name_says(recipe, tmp_path):
     args = parse(recipe, tmp_path)
     model = build_model(args, QUIET)
     optimizer = create_optimizer(args, QUIET, model, args.lr or args.lr_base)
-    sam = create_update(args, QUIET, optimizer, model, args.lr or args.lr_base, 1)
+    sam = create_update(args, QUIET, optimizer, model, args.lr or args.lr_base, 1, 1)
     kind = recipe.stem.split('_sam_')[-1] if '_sam_' in recipe.stem else None
     if kind is None:
         assert isinstance(sam, Plain)
