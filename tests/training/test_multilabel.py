@@ -1,4 +1,4 @@
-"""Targets with several classes: metrics by scikit-learn's definitions, on any number of ranks, with SAM, EMA, resume."""
+"""Targets with several classes: metrics as scikit-learn defines them, on one to three ranks, with SAM, EMA, resume."""
 import json
 import shlex
 
