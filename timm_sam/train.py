@@ -32,10 +32,12 @@ from .training.data import create_data
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
 from .training.losses import create_loss
 from .training.options import build_train_parser, parse_args
+from .training.output import Output, check_output, writing
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .training.progress import Progress
 from .training.resolved import Resolved
 from .training.sam_options import create_update
+from .training.saver import Saver
 from .training.schedule import create_schedule, last_epoch, resume_schedule
 from .training.validation import evaluate
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     utils.setup_default_logging()
     code = 0
     try:
-        checkpoint.check_output(args)
+        check_output(args)
         train(args)
     except OptionError as e:
         report(parser.prog, e)
@@ -86,8 +88,14 @@ def train(args: argparse.Namespace) -> None:
         Preempted: SIGTERM came, and a checkpoint is written.
     """
     process = prepare_process(args)
+    with Output(args, process) as output:
+        train_in(args, process, output)
+
+
+def train_in(args: argparse.Namespace, process: Process, output: Output) -> None:
+    """As :func:`train`, in the run's folder."""
     primary = process.primary
-    resume = checkpoint.resolve_resume(args, process)
+    resume = output.resolve_resume()
     model_dtype, autocast, scaler = factory.precision(args, process.device)
 
     # model
@@ -144,9 +152,8 @@ def train(args: argparse.Namespace) -> None:
 
     output_dir, saver = None, None
     if primary:
-        output_dir, saver = checkpoint.create_output(
-            args, default_name(args, data_config), resume, start_epoch,
-            lambda folder: checkpoint.Saver(
+        output_dir, saver = output.create(
+            default_name(args, data_config), resume, start_epoch, lambda folder: Saver(
                 resolved.namespace(args), task, optimizer, scaler, folder, eval_metric == "loss"), dump_args(args))
         start_wandb(args, resolved, os.path.basename(output_dir))
         stepped = "epoch" if scheduler is None or scheduler.t_in_epochs else "update"
@@ -227,7 +234,8 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
             train_metrics = train_one_epoch(run, epoch, place)
             if run.output_dir:  # of the primary rank only
                 seconds = time.perf_counter() - began if place is None else float("nan")
-                timing.record(run.output_dir, epoch, seconds, process.world_size, process.device)
+                with writing(run.output_dir):
+                    timing.record(run.output_dir, epoch, seconds, process.world_size, process.device)
             place = None
             if share_bn:
                 utils.distribute_bn(task.get_trainable_module(), process.world_size, args.dist_bn == "reduce")
@@ -252,9 +260,10 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     process, states.local_states(process.device, run.tracked, run.data.loaders)))
             if run.saver is not None:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
-                utils.update_summary(
-                    epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
-                    lr=sum(rates) / len(rates), log_wandb=args.log_wandb and wandb is not None)
+                with writing(run.output_dir or ""):
+                    utils.update_summary(
+                        epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
+                        lr=sum(rates) / len(rates), log_wandb=args.log_wandb and wandb is not None)
                 best_metric, best_epoch = run.saver.save(epoch, metric, extras)
                 if milestone:
                     run.saver.save_milestone(epoch + 1)
@@ -275,7 +284,9 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
         print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}", flush=True)
     if primary and best_metric is not None:
         for name in (files.ARGS, files.SUMMARY, timing.FILE, files.LAST, files.BEST):
-            _logger.info(f"Wrote {os.path.join(run.output_dir or '', name)}")
+            path = os.path.join(run.output_dir or "", name)
+            if os.path.isfile(path):
+                _logger.info(f"Wrote {path}")
         _logger.info(f"*** Best metric: {eval_metric} {best_metric} (epoch {best_epoch})")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from support.turns import turns
 from timm_sam import train
-from timm_sam.training.checkpoint import Saver
+from timm_sam.training.saver import Saver
 
 torch.set_num_threads(1)
 save_recovery = Saver.save_recovery

@@ -295,10 +295,11 @@ def test_val_interval_validates_these_epochs_and_the_last(run_train):
 
 def test_average_is_what_gets_validated(run_train):
     done = run_train('--model-ema --model-ema-decay 0.5 --epochs 2')
-    shown = [line.split('Loss:')[1] for line in done.log('Test (EMA): [   1/1]')]
-    assert len(shown) == len(done.log('Test: [   1/1]')) == 2
-    for row, line in zip(done.summary(), shown):
-        assert f"({float(row['eval_loss']):>6.3f})" in line
+    shown = done.log('Test (EMA): loss: ')
+    assert len(shown) == len(done.log('Test: loss: ')) == 2
+    for row, line, other in zip(done.summary(), shown, done.log('Test: loss: ')):
+        expected = f"loss: {float(row['eval_loss']):.4f} "
+        assert expected in line and expected not in other
 
 
 # Interruption

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.places import ROOT
-from support.processes import Process, python, torchrun
+from support.places import ROOT, TESTS
+from support.processes import Process, python, run, torchrun
 from support.states import differences, summary
 
 from timm_sam.random_state import RandomState
 from timm_sam.report.runs import MIXED, read_run
+from timm_sam.runs import files
 from timm_sam.runs.checkpoints import newest_checkpoint
 from timm_sam.training.preemption import EXIT_PREEMPTED
 
@@ -184,6 +185,31 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_current_epoch(runs)
     assert went_on >= 10
     runs.run(options)
     runs.assert_same('tortured', 'long')
+
+
+@pytest.mark.slow
+def test_run_killed_in_front_of_any_operation_on_its_files_goes_on_to_the_same_end(tmp_path, image_folder):
+    """From the making of the folder to the last epoch; -j 0: a fork of this kind has no worker processes."""
+    options = (f'--device cpu --data-dir {image_folder} --num-classes 4 --model test_resnet --img-size 32 -b 20 -j 0 '
+               f'--drop 0.2 --model-ema --lr 0.05 --epochs 3 --warmup-epochs 0 --checkpoint-hist 1 '
+               f'--recovery-interval 1 {SAM}')
+    done = run(python('-m', 'support.killed_runs', tmp_path, *options.split()), TESTS, timeout=1800)
+    assert done.code == 0, done.err[-3000:]
+    whole = tmp_path / 'whole'
+    cases = [path for path in tmp_path.iterdir() if path.is_dir() and path != whole]
+    assert len(cases) > 60
+    names = {path.name for path in whole.iterdir()}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        expected = {name: torch.load(whole / name, weights_only=True) for name in (files.LAST, files.BEST)}
+        for case in cases:
+            left = {path.name for path in case.iterdir()}
+            assert {n for n in left if not n.startswith('recovery-')} == {
+                n for n in names if not n.startswith('recovery-')}, case
+            assert summary(case) == summary(whole), case
+            for name, state in expected.items():
+                found = torch.load(case / name, weights_only=True)
+                for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer', 'random_state', 'metric'):
+                    assert differences(found[key], state[key]) == [], (case, name, key)
 
 
 def complete_epochs(runs, name: str) -> int:

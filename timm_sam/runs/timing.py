@@ -3,7 +3,8 @@ import csv
 import os
 
 import torch
-from timm.utils.summary import trim_summary
+
+from .summary import trim
 
 FILE = "timing.csv"
 COLUMNS = ("epoch", "seconds", "ranks", "device")
@@ -20,7 +21,7 @@ def record(folder: str, epoch: int, seconds: float, ranks: int, device: torch.de
         device: Of this rank.
     """
     path = os.path.join(folder, FILE)
-    trim_summary(path, epoch)
+    trim(path, epoch)
     new = not os.path.exists(path) or os.path.getsize(path) == 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     with open(path, "a", newline="", encoding="utf-8") as f:

@@ -23,7 +23,6 @@ from ..cli.device import Process, to_device
 from ..cli.processes import settle
 from . import states
 from .batches import Weigher, chunks, samples_of
-from .checkpoint import Saver
 from .data import Data
 from .factory import trained
 from .meters import Meters
@@ -31,6 +30,7 @@ from .plain import Update
 from .position import Fetching, Resumed, position
 from .preemption import Preempted, Preemption
 from .progress import Progress
+from .saver import Saver
 from .schedule import schedule_state
 from .workers import TrackedLoader
 
