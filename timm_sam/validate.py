@@ -7,6 +7,7 @@
 On a single data set it prints the numbers of timm's script, digit for digit. With ``--eval``, ``--eval-root``,
 ``--attack`` or several checkpoints it evaluates all of them in one process (or group of processes) and prints a table.
 """
+import io
 import json
 import logging
 import os
@@ -43,7 +44,8 @@ def build_parser() -> OptionParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs an evaluation; returns the exit code: 0, or 2 for a mistake in the options or the data."""
+    """Runs an evaluation; returns the exit code: 0, 2 for a mistake in the options or the data, 1 for outputs that are
+    NaN or infinite."""
     parser = build_parser()
     args, resolved = parse_validate_args(parser, argv)
     setup_logging()
@@ -62,8 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException:
         end_failed_rank(1)
         raise
+    failed = session.primary and bool(session.non_finite) and not args.allow_nonfinite
+    if failed:
+        report(parser.prog, f"NaN or infinite outputs: {', '.join(session.non_finite)}; give other checkpoints, or "
+                            f"--allow-nonfinite to have exit code 0")
     session.close()
-    return 0
+    return int(failed)
 
 
 def suites(session: Session) -> None:
@@ -72,12 +78,14 @@ def suites(session: Session) -> None:
     files = results.result_files(args.results_file, session.resolved.format_given)
     measures, names, protocol = evaluate_suites(session, files)
     if session.primary:
-        print(tables.as_text(measures, names))
         rows = [dict(model=args.model, checkpoint=checkpoint["path"],
                      **{f"{m.dataset}_{m.name}".replace(" ", "_"): round(m.values[i], 4) for m in measures})
                 for i, checkpoint in enumerate(protocol["checkpoints"])]
-        print_result(rows)
-        results.write(files, measures, names, protocol)
+        try:
+            say(tables.as_text(measures, names))
+            print_result(rows)
+        finally:  # where nobody listens, the files are still wanted
+            results.write(files, measures, names, protocol)
         for path in files.values():
             _logger.info(f"Wrote {path}")
 
@@ -111,9 +119,11 @@ def one_or_bulk(session: Session) -> None:
         metric = EVALUATORS[args.task].default_metric
         found.sort(key=lambda result: result[metric], reverse=True)
     if session.primary:
-        print_result(found)
-        if args.results_file:
-            write_text(args.results_file, as_file(found, args.results_format), "--results-file")
+        try:
+            print_result(found)
+        finally:
+            if args.results_file:
+                write_text(args.results_file, as_file(found, args.results_format), "--results-file")
     if mistakes:
         raise OptionError(f"{mistakes} of {len(many or ())} evaluations were left out, see above; mend or remove them")
 
@@ -153,13 +163,26 @@ def as_file(found: Any, kind: str) -> str:
     rows = found if isinstance(found, list) else [found]
     if not rows:
         return ""
-    header = list(rows[0])
+    header = list(dict.fromkeys(name for row in rows for name in row))
     return csv_text(header, [[row.get(name, "") for name in header] for row in rows], line_end="\r\n")
 
 
 def print_result(found: Any) -> None:
     """The results as JSON on stdout, after the line with which timm's script marks them."""
-    print(f"--result\n{json.dumps(found, indent=4)}", flush=True)
+    say(f"--result\n{json.dumps(found, indent=4)}")
+
+
+def say(text: str) -> None:
+    """Prints a text.
+
+    Raises:
+        OptionError: It cannot be written: stdout is a file on a full disk, or a pipe that nobody reads.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        sys.stdout = io.StringIO()  # what is left in the other one's buffer would raise again at the end
+        raise OptionError(f"stdout cannot be written ({e.strerror}); make room, or send it elsewhere") from None
 
 
 if __name__ == "__main__":

@@ -117,14 +117,14 @@ def test_table_in_every_format():
     assert text[3].split() == ['OOD', 'a|b', '(partial)', 'top1', '1,234', '30.00', '60.00', '45.00', '±', '21.21']
     assert len({len(line) for line in text}) == 1 and set(text[1]) == {'-'}
     rows = tables.as_markdown(merged, ['x', 'y']).splitlines()
-    assert rows[3] == '| OOD | a\\|b (partial) | top1 | 1,234 | 30.00 | 60.00 | 45.00 ± 21.21 |'
+    assert rows[3] == '| OOD | a&#124;b (partial) | top1 | 1,234 | 30.00 | 60.00 | 45.00 ± 21.21 |'
     rows = list(csv.DictReader(io.StringIO(tables.as_csv(merged, ['x', 'y']))))
     assert rows[1] == dict(group='OOD', dataset='a|b', measure='top1', images='1234', x='30.0000', y='60.0000',
                            mean='45.0000', std='21.2132', flags='partial')
     content = json.loads(tables.as_json(merged, ['x', 'y'], {'seed': 1}))
     assert content['checkpoints'] == ['x', 'y'] and content['protocol'] == {'seed': 1}
     assert content['results'][0] == dict(group='ID', dataset='val', measure='top1', images=7, values=[10.0, 20.0],
-                                         mean=15.0, std=statistics.stdev([10, 20]), flags=[])
+                                         non_finite=[0, 0], n=2, mean=15.0, std=statistics.stdev([10, 20]), flags=[])
 
 
 @pytest.mark.parametrize('name, kind, expected', [

@@ -23,6 +23,8 @@ DEPARTURES = {'checkpoint': {'nargs': '+'}}
 OURS = [
     {'flags': ['--overwrite'], 'dest': 'overwrite', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
      'default': False},
+    {'flags': ['--allow-nonfinite'], 'dest': 'allow_nonfinite', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
+     'default': False},
     {'flags': ['--eval'], 'dest': 'eval', 'action': 'StoreAction', 'nargs': '+', 'default': []},
     {'flags': ['--eval-root'], 'dest': 'eval_root', 'action': 'StoreAction', 'default': None},
     {'flags': ['--allow-partial'], 'dest': 'allow_partial', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,

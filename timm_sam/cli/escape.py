@@ -43,6 +43,11 @@ def csv_cell(value: object) -> object:
     return f"'{value}" if value.startswith(_FORMULA) and not _is_number(value) else value
 
 
+def csv_plain(text: str) -> str:
+    """A cell as it was before :func:`csv_cell`, but for what was not printable."""
+    return text[1:] if text[:1] == "'" and text[1:].startswith(_FORMULA) else text
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

@@ -9,6 +9,7 @@ from typing import Any
 from ..cli import rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel, task_rules
+from ..cli.text import why_not_writable
 from .tables import FORMATS
 
 Default = Callable[[str], Any]  # dest -> the flag's default
@@ -63,13 +64,12 @@ def conflicts(args: argparse.Namespace, suites: bool) -> Rules:
     yield from rules.amp_takes_float32(args)
     yield args.num_gpu > 1 and "WORLD_SIZE" in os.environ, \
         f"--num-gpu {args.num_gpu} and torchrun are two ways to share the work: leave --num-gpu out"
+    yield os.path.isdir(args.results_file), f"--results-file {args.results_file} is a folder: name a file in it"
+    reason = why_not_writable(args.results_file) if args.results_file else None
+    yield reason is not None, f"--results-file {args.results_file}: {reason}; make room for it, or name another file"
     exists = not suites and bool(args.results_file) and os.path.exists(args.results_file)
     yield (exists and not args.overwrite,
            f"--results-file {args.results_file} exists: add --overwrite to replace it, or name another file")
-    folder = os.path.dirname(os.path.abspath(args.results_file))
-    yield (bool(args.results_file) and not os.path.isdir(folder),
-           f"--results-file {args.results_file}: there is no folder {folder}; make it, or name another file")
-    yield os.path.isdir(args.results_file), f"--results-file {args.results_file} is a folder: name a file in it"
 
 
 def of_one_set(args: argparse.Namespace, default: Default) -> Rules:

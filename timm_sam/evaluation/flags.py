@@ -119,6 +119,8 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     add("--metrics-avg", choices=("micro", "macro", "weighted"), type=str,
         help="also precision, recall and F1 score, averaged over classes in this way (needs scikit-learn)")
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
+    add("--allow-nonfinite", action="store_true",
+        help="exit code 0 although outputs were NaN or infinite; their accuracy is marked and left out of means anyway")
 
 
 def add_suites(parser: argparse.ArgumentParser) -> None:

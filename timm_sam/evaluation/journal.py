@@ -47,7 +47,7 @@ class Journal:
             keep: Whether to go on with what is done.
 
         Raises:
-            OptionError: A file cannot be read.
+            OptionError: A file cannot be read, or removed.
         """
         ranks.gather(None)  # no rank removes or writes before all have looked
         if ranks.primary:
@@ -80,9 +80,17 @@ class Journal:
                     continue
 
     def remove(self) -> None:
-        """Forgets everything."""
+        """Forgets everything.
+
+        Raises:
+            OptionError: A file cannot be removed.
+        """
         for file in self.files():
-            os.remove(file)
+            try:
+                os.remove(file)
+            except OSError as e:
+                raise OptionError(
+                    f"{self.origin}: {file} cannot be removed ({e.strerror}); name another file") from None
 
     def add(self, key: str, value: Mapping[str, Any]) -> None:
         """Notes a finished part; it is on disk when this returns.
@@ -93,8 +101,9 @@ class Journal:
         self.done[key] = value
         if not self._file:
             return
-        torn = os.path.exists(self._file) and os.path.getsize(self._file) > 0 and not _ends_with_line_break(self._file)
         try:
+            torn = (os.path.exists(self._file) and os.path.getsize(self._file) > 0
+                    and not _ends_with_line_break(self._file))
             with open(self._file, "a", encoding="utf-8") as f:
                 f.write(("\n" if torn else "") + json.dumps({"key": key, "value": value}) + "\n")
                 f.flush()

@@ -33,6 +33,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
     """
     args, ranks = session.args, session.ranks
     journal = _journal(session)
+    results.refuse_special([*files.values(), *journal.files()], f"--results-file {args.results_file}")
     if not (args.overwrite or args.skip_existing):
         results.refuse_existing([*files.values(), *journal.files()], f"--results-file {args.results_file}")
     checkpoints = session.checkpoints()
@@ -49,12 +50,14 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
                 rows = _rows(session, suites, attacked, subject.num_classes)
                 ranks.each(partial(_check_kept, session, files, checkpoints, subject, rows))
             journal.begin(ranks, args.skip_existing)  # the options are in order: from here on files change
-        measures = []
+        measures: list[Measure] = []
         for suite in suites:
             measures += _evaluate_suite(session, subject, suite, journal)
         if attacked is not None:
             identity = provenance.identity(args, subject, attacked.suite)
-            measures += attack_suite(args, subject, attacked, identity, journal, ranks)
+            broken = next(measure.non_finite for measure in measures if measure.dataset == attacked.suite.name)
+            for measure in attack_suite(args, subject, attacked, identity, journal, ranks):
+                measures.append(dataclasses.replace(measure, non_finite=broken))
         per_checkpoint.append(measures)
         described.append(provenance.checkpoint(subject))
 
@@ -91,7 +94,7 @@ def _names(suite: Suite, outputs: int) -> list[str]:
 def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: Journal) -> list[Measure]:
     args, ranks = session.args, session.ranks
     key = key_of(part="scores", **provenance.identity(args, subject, suite))
-    if key not in journal.done:
+    if "non_finite" not in journal.done.get(key, ()):  # an older version's: it did not look
         batches = batches_of(range(len(suite.samples)), args.batch_size)
         loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
         with full_precision():
@@ -104,7 +107,9 @@ def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: J
             journal.add(key, scores)
         journal.done[key] = scores
     scores = journal.done[key]
-    images = scores["images"]
+    images, broken = scores["images"], scores["non_finite"]
+    flags = [*suite.flags, *([f"{broken} of {images} outputs not finite"] if broken else [])]
+    session.note_non_finite(f"{subject.checkpoint or subject.name} on {suite.name}", broken, images)
     right = (scores["right1"], scores["right5"], scores["right1_all"])
-    return [Measure(suite.kind.upper(), suite.name, name, images, suite.flags, [100 * count / images])
+    return [Measure(suite.kind.upper(), suite.name, name, images, flags, [100 * count / images], [broken])
             for name, count in zip(_names(suite, subject.num_classes), right)]

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..cli.errors import OptionError
-from ..cli.text import write_text
+from ..cli.escape import csv_plain
+from ..cli.text import why_not_writable, write_text
 from .tables import Measure, as_csv, as_json, as_markdown
 
 
@@ -20,6 +21,21 @@ def result_files(results_file: str, results_format: str | None) -> dict[str, str
     if extension:
         return {extension: results_file}
     return {kind: f"{results_file}.{kind}" for kind in ("md", "csv", "json")}
+
+
+def refuse_special(files: Sequence[str], origin: str) -> None:
+    """What is no regular file, or cannot be written, is found before anything is computed.
+
+    Args:
+        files: That will be written.
+        origin: The flag that their names are from, with its value.
+
+    Raises:
+        OptionError: One of them is a folder, a device or a pipe, or in a folder that cannot be written.
+    """
+    for path in files:
+        if (reason := why_not_writable(path)) is not None:
+            raise OptionError(f"{origin}: {path} cannot be written: {reason}; name another file")
 
 
 def refuse_existing(files: Sequence[str], origin: str) -> None:
@@ -64,9 +80,9 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
                         if c["sha256"] not in sha256s]
             else:
                 head, *lines = csv.reader(f)
-                old = [(line[1], line[2]) for line in lines]
+                old = [(csv_plain(line[1]), csv_plain(line[2])) for line in lines]
                 wholes = [f"/{os.path.normpath(path)}/" for path in paths]
-                lost = [name for name in head[4:-3]
+                lost = [name for name in map(csv_plain, head[4:-3])
                         if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
     except (OSError, ValueError, LookupError, TypeError):
         raise OptionError(

@@ -26,6 +26,7 @@ class Batch:
         size: Number of images.
         loss: Mean cross entropy, in the label space.
         top1, top5: Accuracy in percent, as ``timm.utils.accuracy`` rounds it, in the label space.
+        non_finite: Number of images with outputs that are NaN or infinite: which class is "best" of them means nothing.
         right1_all: Number of images whose best of all outputs is right, where that may differ from top1.
     """
 
@@ -34,6 +35,7 @@ class Batch:
     loss: float
     top1: float
     top5: float
+    non_finite: int = 0
     right1_all: int | None = None
 
 
@@ -47,6 +49,7 @@ class Scores:
         top1, top5: In percent, in the label space.
         right1, right5: The same as numbers of images.
         right1_all: As right1 among all outputs, where a prediction outside the label space is wrong.
+        non_finite: Number of images with outputs that are NaN or infinite.
     """
 
     images: int
@@ -56,6 +59,7 @@ class Scores:
     right1: int
     right5: int
     right1_all: int
+    non_finite: int = 0
 
 
 def outputs_of(subject: Subject, loader: Iterable[tuple[Any, Tensor]], *, prefetcher: bool,
@@ -133,8 +137,10 @@ def score(
             if watch is not None:
                 watch(reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
-            plain = [space.right_of_all(output, target).sum()] if space.differs else []
-            waiting.append(torch.stack([value.to(widest(value.device)) for value in (loss, *accuracy, *plain)]))
+            counts = [non_finite_rows(output).sum()]
+            if space.differs:
+                counts.append(space.right_of_all(output, target).sum())
+            waiting.append(torch.stack([value.to(widest(value.device)) for value in (loss, *accuracy, *counts)]))
             sizes.append(target.shape[0])
             meter.update((time.time() - end) / target.shape[0], target.shape[0])
             end = time.time()
@@ -145,6 +151,11 @@ def score(
     if batches and (len(batches) - 1) % log_freq:
         _log(title, batches, len(places), meter)
     return batches
+
+
+def non_finite_rows(outputs: Tensor) -> Tensor:
+    """(B,): which rows of (B, K) hold a NaN or an infinity."""
+    return ~torch.isfinite(outputs).all(dim=1)
 
 
 def _log(title: str, batches: list[Batch], count: int, meter: utils.AverageMeter) -> None:
@@ -168,4 +179,5 @@ def mean_of(batches: Sequence[Batch]) -> Scores:
     images = sum(batch.size for batch in batches)
     return Scores(
         images=images, loss=average("loss"), top1=100 * right1 / max(1, images), top5=100 * right5 / max(1, images),
-        right1=right1, right5=right5, right1_all=sum(plain) if plain else right1)
+        right1=right1, right5=right5, right1_all=sum(plain) if plain else right1,
+        non_finite=sum(batch.non_finite for batch in batches))

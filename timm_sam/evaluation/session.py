@@ -30,6 +30,7 @@ class Session:
         process: Device of this process, and where it stands.
         ranks: Who shares the work.
         hashes: Of the files of weights.
+        non_finite: What gave outputs that are NaN or infinite, in words; the same for all ranks.
     """
 
     args: argparse.Namespace
@@ -37,6 +38,7 @@ class Session:
     process: Process
     ranks: Ranks
     hashes: Hashes = field(default_factory=Hashes)
+    non_finite: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, args: argparse.Namespace, resolved: Resolved) -> "Session":
@@ -59,6 +61,21 @@ class Session:
     @property
     def primary(self) -> bool:
         return self.ranks.primary
+
+    def note_non_finite(self, what: str, broken: int, images: int) -> None:
+        """Remembers and says that a model gave outputs that are not finite, if it did.
+
+        Args:
+            what: Which model, and on what.
+            broken: Number of images with such outputs.
+            images: Number of all.
+        """
+        if not broken:
+            return
+        self.non_finite.append(what)
+        if self.primary:
+            _logger.warning(f"{what}: {broken:,} of {images:,} images have outputs that are NaN or infinite: the "
+                            f"accuracy says nothing, and is left out of means")
 
     def close(self) -> None:
         """Leaves the group of processes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cli.errors import OptionError
 from ..cli.tasks import is_multilabel
 from .multilabel import LabelledBatch, collect, scores_of
-from .scoring import Batch, mean_of, score
+from .scoring import Batch, mean_of, non_finite_rows, score
 from .session import Session
 from .sets.label_spaces import LabelSpace
 from .sets.loaders import Loaded, read_valid_labels, single_dataset, single_loader
@@ -38,7 +38,8 @@ def evaluate_single(session: Session, model: str, checkpoint: str | None,
         batch_size: Images per batch.
 
     Returns:
-        The entries of timm's script, accuracies in percent rounded to four digits.
+        The entries of timm's script, accuracies in percent rounded to four digits; and ``non_finite``, where there are
+        some, the number of images whose outputs are NaN or infinite.
 
     Raises:
         OptionError: The model, its weights or the data set are not what the options say.
@@ -46,6 +47,8 @@ def evaluate_single(session: Session, model: str, checkpoint: str | None,
     args, ranks = session.args, session.ranks
     parts = ranks.run(lambda: _share(session, model, checkpoint, batch_size))
     results: OrderedDict[str, Any] = OrderedDict(model=model)
+    broken = sum(batch.non_finite for part in parts for batch in part.batches) + sum(
+        int(non_finite_rows(batch.outputs).sum()) for part in parts for batch in part.labelled)
     if is_multilabel(args):
         images, scores = _of_several_classes(args, parts)
         results.update((name, round(value, 4)) for name, value in scores.items() if name != "loss")
@@ -63,6 +66,9 @@ def evaluate_single(session: Session, model: str, checkpoint: str | None,
     shown = "  ".join(f"{_SHOWN.get(name, name)} {value:.3f}" for name, value in results.items()
                       if name != "model" and not name.endswith("_err"))
     results.update(parts[0].about)
+    if broken:
+        results.update(non_finite=broken)
+        session.note_non_finite(checkpoint or model, broken, images)
     if ranks.primary:
         _logger.info(f"{model}: {shown}  ({images:,} images)")
     return results
@@ -172,6 +178,9 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
         channels_last=args.channels_last, log_freq=args.log_freq, watch=watch)
     if real is not None:
         share.real = real.is_correct
+    if loaded.indices is None and (seen := sum(batch.size for batch in share.batches)) < len(dataset):
+        _logger.warning(f"--dataset {args.dataset} gave {seen:,} of {len(dataset):,} images: the number is wrong "
+                        f"(--num-samples), or what could not be read was passed over, see above")
     return share
 
 

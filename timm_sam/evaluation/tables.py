@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..cli.escape import markdown_text, printable
 from ..cli.text import csv_text, markdown, sample_std, spread
 
 FORMATS = ("csv", "json", "md")
@@ -24,6 +25,8 @@ class Measure:
         images: Number of images behind it.
         flags: What makes it not the number of the whole data set.
         values: In percent, one per checkpoint.
+        non_finite: Images whose outputs are NaN or infinite, one number per checkpoint: a value with some says nothing,
+            and is in no mean. Empty: none has any.
     """
 
     group: str
@@ -32,15 +35,27 @@ class Measure:
     images: int
     flags: Sequence[str] = ()
     values: list[float] = field(default_factory=list)
+    non_finite: list[int] = field(default_factory=list)
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
+    def counted(self) -> list[float]:
+        """The values that are in the mean."""
+        return [value for value, broken in zip(self.values, self.broken) if not broken]
+
+    @property
+    def broken(self) -> list[int]:
+        """``non_finite``, with a zero for each checkpoint if there are none."""
+        return self.non_finite or [0] * len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        """None if there is nothing to average."""
+        return statistics.fmean(self.counted) if self.counted else None
 
     @property
     def std(self) -> float | None:
-        """Standard deviation of the sample (n - 1); None for a single value."""
-        return sample_std(self.values)
+        """Standard deviation of the sample (n - 1); None for less than two values."""
+        return sample_std(self.counted)
 
 
 def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
@@ -49,7 +64,9 @@ def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
     for same in zip(*per_checkpoint, strict=True):
         flags = list(dict.fromkeys(flag for m in same for flag in m.flags))
         values = [value for m in same for value in m.values]
-        merged.append(Measure(same[0].group, same[0].dataset, same[0].name, same[0].images, flags, values))
+        broken = [number for m in same for number in m.broken]
+        merged.append(Measure(same[0].group, same[0].dataset, same[0].name, same[0].images, flags, values,
+                              broken if any(broken) else []))
     return sorted(merged, key=lambda m: GROUPS.index(m.group))
 
 
@@ -60,9 +77,10 @@ def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]
     for m in measures:
         flags = f" ({'; '.join(m.flags)})" if m.flags else ""
         row = [m.group if m.group != group else "", m.dataset + flags, m.name, f"{m.images:,}",
-               *(f"{value:.2f}" for value in m.values)]
+               *(f"{value:.2f}{' non-finite' if broken else ''}" for value, broken in zip(m.values, m.broken))]
         if many:
-            row.append(spread(m.mean, m.std))
+            left_out = f" (n = {len(m.counted)})" if any(m.broken) else ""
+            row.append(("–" if m.mean is None else spread(m.mean, m.std)) + left_out)
         rows.append(row)
         group = m.group
     return rows
@@ -70,7 +88,7 @@ def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]
 
 def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
     """The table for a terminal; accuracies in percent."""
-    rows = _cells(measures, names)
+    rows = [list(map(printable, row)) for row in _cells(measures, names)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -83,21 +101,28 @@ def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
 def as_markdown(measures: Sequence[Measure], names: Sequence[str]) -> str:
     """The table in Markdown; accuracies in percent."""
     header, *rows = _cells(measures, names)
-    return markdown(header, rows, left=_TEXT) + "\n"
+    escaped = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
+    return markdown(escaped[0], escaped[1:], left=_TEXT) + "\n"
 
 
 def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
-    """The table as CSV: numbers in percent with four digits, mean and standard deviation in columns of their own."""
+    """The table as CSV: numbers in percent with four digits, mean and standard deviation in columns of their own.
+
+    A value that is in no mean is ``nan``, so that it is in none that a reader computes either.
+    """
     return csv_text(
         ["group", "dataset", "measure", "images", *names, "mean", "std", "flags"],
-        [[m.group, m.dataset, m.name, m.images, *(f"{value:.4f}" for value in m.values), f"{m.mean:.4f}",
-          "" if m.std is None else f"{m.std:.4f}", "; ".join(m.flags)] for m in measures])
+        [[m.group, m.dataset, m.name, m.images,
+          *("nan" if broken else f"{value:.4f}" for value, broken in zip(m.values, m.broken)),
+          *("" if number is None else f"{number:.4f}" for number in (m.mean, m.std)), "; ".join(m.flags)]
+         for m in measures])
 
 
 def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """The table and all that its numbers depend on."""
-    results = [dict(group=m.group, dataset=m.dataset, measure=m.name, images=m.images, values=m.values, mean=m.mean,
-                    std=m.std, flags=list(m.flags)) for m in measures]
+    results = [dict(group=m.group, dataset=m.dataset, measure=m.name, images=m.images, values=m.values,
+                    non_finite=m.broken, n=len(m.counted), mean=m.mean, std=m.std, flags=list(m.flags))
+               for m in measures]
     return json.dumps(dict(checkpoints=list(names), results=results, protocol=protocol), indent=2, default=str) + "\n"
 
 
