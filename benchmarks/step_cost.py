@@ -2,6 +2,7 @@
 """What one update costs with SAM in its forms, over a plain update: time, FLOPs, memory.
 
     python benchmarks/step_cost.py --model resnet50 --batch-size 8 --channels-last
+    python benchmarks/step_cost.py --methods gsam msam looksam
     python benchmarks/step_cost.py --device cuda --amp --channels-last --batch-size 128 --markdown table.md
 
 All forms run in one process on the same batch, in turns; a ratio is that of a form to the plain update of the same
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sam import SAM, compile_split
+from timm_sam import SAM, compile_split, methods
 from timm_sam.cli.errors import OptionError, report
 from timm_sam.cli.parser import OptionParser
 
@@ -36,6 +37,11 @@ try:
 except ImportError:
     pytorch_optimizer = None
 
+# what --methods measures, with which arguments, and how many updates make one round of it
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "usam": ({}, 1), "msam": ({}, 1), "friendly": ({}, 1), "stable": ({}, 1), "looksam": (dict(k=5, alpha=0.7), 5),
+    "gsam": (dict(alpha=0.4), 1), "random_mask": (dict(sparsity=0.5), 1),
+    "ssam_dynamic": (dict(sparsity=0.5, total_epochs=100), 1)}
 LATE = {"resnet50": "layer4", "vit_small_patch32_224": r"blocks\.(8|9|10|11)\."}
 
 
@@ -47,6 +53,7 @@ class Form:
     update: Callable[[], Any]
     model: nn.Module
     sam: SAM | None = None
+    updates: int = 1  # of which time and FLOPs are the mean
     times: list[float] = field(default_factory=list)
     flops: int = 0
     memory: int = 0
@@ -69,6 +76,8 @@ def build_parser() -> OptionParser:
     add("--warmup", type=int, default=3, help="updates of each form before")
     add("--threads", type=int, default=None, help="threads of torch on the CPU; none: torch's choice")
     add("--forms", nargs="+", default=None, metavar="NAME", help="only these forms, by a part of their names")
+    add("--methods", nargs="+", default=[], metavar="NAME", choices=tuple(METHODS),
+        help="these methods too, each on all parameters and on normalization layers: " + ", ".join(METHODS))
     add("--markdown", default=None, metavar="FILE", help="write the table there, too")
     return parser
 
@@ -87,7 +96,8 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         original, x = original.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     quarter = -(-args.batch_size // 4)
 
-    def make(name: str, filter: str | None = None, fraction: int | None = None, **sam: Any) -> Form:
+    def make(name: str, filter: str | None = None, fraction: int | None = None, updates: int = 1,
+             **sam: Any) -> Form:
         model = copy.deepcopy(original)
         called: Callable = model
         if compiled and filter is not None and sam.get("share_forward", True):
@@ -109,7 +119,13 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
             return Form(name, plain, model)
         wrapped = SAM(optimizer, called if isinstance(called, nn.Module) else model, filter=filter, **sam)
         ascent = None if fraction is None else lambda: loss(fraction)
-        return Form(name, lambda: wrapped.minimize(loss, ascent_fn=ascent), model, wrapped)
+        wrapped.begin(0, 0)
+
+        def several() -> None:
+            for _ in range(updates):
+                wrapped.minimize(loss, ascent_fn=ascent)
+
+        return Form(name, several, model, wrapped, updates)
 
     forms = [
         make("plain"),
@@ -119,6 +135,11 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         make(f"late norm layers ({late}), shared forward", late, rho=0.5),
         make("SAM-ON, ascent on a quarter of the batch", fraction=quarter, rho=0.5),
     ]
+    for name in args.methods:
+        options, updates = METHODS[name]
+        for params in ("all", "onlynorm"):
+            method = methods.METHODS[name](**options)
+            forms.append(make(f"{method.name}, {params}", updates=updates, params=params, rho=0.05, method=method))
     if pytorch_optimizer is not None:
         forms.append(peer(original, x, y, args, device, compiled))
     if args.forms:
@@ -203,7 +224,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
         form.update()  # the first update checks the shared forward: it is not like the others
         with FlopCounterMode(display=False) as counter:
             form.update()
-        form.flops = counter.get_total_flops()
+        form.flops = round(counter.get_total_flops() / form.updates)
         form.memory = measure_memory(form, device)
     forms = build_forms(args, device, compiled=True) if args.torchcompile else counted
     for form, by_count in zip(forms, counted):
@@ -215,7 +236,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
     for i in range(args.rounds):
         order = forms if i % 2 == 0 else forms[::-1]  # a drift of the machine's speed favours no form
         for form in order:
-            form.times.append(timed(form.update, device, args.repeats))
+            form.times.append(timed(form.update, device, args.repeats) / form.updates)
     return forms
 
 
