@@ -81,7 +81,8 @@ def test_parameters_reach_the_loss(options, values):
     ('--loss-pos-weight 2', 'pos_weight', 2.0),
     ('--loss-pos-weight 1,2,3', 'pos_weight', [1.0, 2.0, 3.0]),
     ('--class-stats stats.json --loss-pos-weight neg_pos', 'pos_weight', [4.0, 1.5, 1.0]),
-    ('--class-stats stats.json --loss-pos-weight neg_pos --loss-weight-power 0.5', 'pos_weight', [2.0, 1.5 ** 0.5, 1.0]),
+    ('--class-stats stats.json --loss-pos-weight neg_pos --loss-weight-power 0.5', 'pos_weight',
+     [2.0, 1.5 ** 0.5, 1.0]),
     ('--class-stats stats.json --loss-pos-weight neg_pos --loss-weight-max 3', 'pos_weight', [3.0, 1.5, 1.0]),
     ('--class-stats stats.json --loss-class-weight inv_freq', 'weight', [30 / 19, 15 / 19, 12 / 19]),
     ('--loss asl --loss-class-weight 1,2,3', 'weight', [1.0, 2.0, 3.0]),
@@ -98,7 +99,8 @@ def test_weights_of_classes(stats, options, name, expected):
 ])
 def test_older_flags_mean_the_newer_ones_and_warn(caplog, older, newer, options):
     first, second = parse(older), parse(newer)
-    same = {name: value for name, value in vars(first).items() if name not in ('bce_loss', 'jsd_loss', 'bce_pos_weight')}
+    older_names = ('bce_loss', 'jsd_loss', 'bce_pos_weight')
+    same = {name: value for name, value in vars(first).items() if name not in older_names}
     assert same.items() <= vars(second).items() and options.items() <= same.items()
     flag = older.split()[0]
     assert [r.message for r in caplog.records if 'deprecated' in r.message][0] == (
@@ -129,7 +131,8 @@ def test_options_of_another_loss_are_warned_of(caplog):
     (f'{SEVERAL} --class-stats nowhere.json', ['--class-stats nowhere.json', 'pos_counts']),
     (f'{SEVERAL} --loss-class-weight -1', ['--loss-class-weight -1']),
     (f'{SEVERAL} --loss-weight-beta 1', ['--loss-weight-beta 1.0']),
-    (f'{SEVERAL} --loss asl --asl-reduction sum --sam-variant sam --sam-rho 1 --sam-m 4', ['--asl-reduction', '--sam-m']),
+    (f'{SEVERAL} --loss asl --asl-reduction sum --sam-variant sam --sam-rho 1 --sam-m 4',
+     ['--asl-reduction', '--sam-m']),
     ('--task multilabel', ['--task multilabel', '--num-classes']),
     (f'{SEVERAL} --multilabel-threshold 1', ['--multilabel-threshold 1.0']),
     (f'{SEVERAL} --kd-model-name resnet18', ['--kd-model-name resnet18', '--task multilabel']),
@@ -172,8 +175,9 @@ def test_update_with_several_classes_equals_the_reference_in_float64(stats, opti
         input = batch(step)[0]
         target = torch.randint(0, 2, (len(input), 3), generator=torch.Generator().manual_seed(step)).double()
         torch.manual_seed(step)
-        sam.minimize(lambda: task(input, target)['loss'])
+        sam.minimize(lambda data=(input, target): task(*data)['loss'])
         torch.manual_seed(step)
-        sam_step(twin, base, lambda: twin_task(input, target)['loss'], SELECTIONS['onlynorm'], variant, rho)
+        sam_step(twin, base, lambda data=(input, target): twin_task(*data)['loss'], SELECTIONS['onlynorm'], variant,
+                 rho)
         torch.testing.assert_close(weights(model), weights(twin), rtol=1e-10, atol=1e-12)
     assert all(not torch.equal(before[name], value) for name, value in weights(model).items())
