@@ -28,6 +28,10 @@ digits-table: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# plugin and unit tests: no whole runs, a few cases of each test
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not full"
+
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
