@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train validate digits-table test test-fast test-slow lint typecheck clean
+.PHONY: train validate digits-table test test-fast test-slow test-newest lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -35,6 +35,18 @@ test-fast: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# What of train.py and validate.py is tied to timm, with the newest torch, torchvision and timm that go together, in a
+# venv of its own; `make test-newest TESTS=tests` runs everything. Not in CI: it fails when timm has something new.
+NEWEST := .venv-newest
+TESTS ?= tests/training/test_newest_timm.py tests/training/test_losses.py tests/training/test_run_surface.py \
+	tests/plugin/test_optimizers.py
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager torch torchvision timm \
+		-e '.[digits,report,test]'
+	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(torch|torchvision|timm) '
+	$(NEWEST)/bin/python -m pytest $(TESTS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
@@ -52,4 +64,4 @@ data/digits: | $(INSTALLED)
 	$(BIN)/python -m timm_sam.digits $@
 
 clean:
-	rm -rf $(VENV) data/digits
+	rm -rf $(VENV) $(NEWEST) data/digits
