@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..cli.errors import OptionError
-from ..cli.escape import csv_plain
+from ..cli.escape import csv_cell, csv_plain
 from ..cli.text import why_not_writable, write_text
 from .tables import Measure, as_csv, as_json, as_markdown
 
@@ -81,7 +81,8 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
             else:
                 head, *lines = csv.reader(f)
                 old = [(csv_plain(line[1]), csv_plain(line[2])) for line in lines]
-                wholes = [f"/{os.path.normpath(path)}/" for path in paths]
+                rows = {(_in_csv(dataset), _in_csv(measure)) for dataset, measure in rows}
+                wholes = [f"/{_in_csv(os.path.normpath(path))}/" for path in paths]
                 lost = [name for name in map(csv_plain, head[4:-3])
                         if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
     except (OSError, ValueError, LookupError, TypeError):
@@ -93,6 +94,11 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
         raise OptionError(
             f"{origin}: {files[kind]} holds {lost[0]}{', ...' if len(lost) > 1 else ''}, which is not "
             f"evaluated now and would be lost; ask for it too, name another --results-file, or use --overwrite")
+
+
+def _in_csv(text: str) -> str:
+    """What is read back of a text in a CSV file: what is not printable is escaped in it."""
+    return csv_plain(str(csv_cell(text)))
 
 
 def write(files: Mapping[str, str], measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any],
