@@ -251,7 +251,7 @@ def test_names_of_one_damaged_file_are_all_skipped(tmp_path):
 def test_file_that_cannot_be_read_is_an_error_and_nothing_starts_anew(tmp_path, monkeypatch, error, when):
     save_all(tmp_path)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    real, fails = checkpoints._Clamped.read, []
+    fails, opened = [], open
 
     class Failing:
         def __init__(self, file):
@@ -262,13 +262,14 @@ def test_file_that_cannot_be_read_is_an_error_and_nothing_starts_anew(tmp_path, 
                 raise error
             return self.file.read(n)
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.file.close()
+
         def __getattr__(self, name):
             return getattr(self.file, name)
-
-    def fail(self, n=-1):
-        if not isinstance(self._file, Failing):
-            self._file = Failing(self._file)
-        return real(self, n)
 
     check = checkpoints.check_records
 
@@ -278,7 +279,7 @@ def test_file_that_cannot_be_read_is_an_error_and_nothing_starts_anew(tmp_path, 
         fails[:] = [1] if only_index == (when == 'index') else []
         return check(path, only_index)
 
-    monkeypatch.setattr(checkpoints._Clamped, 'read', fail)
+    monkeypatch.setattr(checkpoints, 'open', lambda *args: Failing(opened(*args)), raising=False)
     monkeypatch.setattr(checkpoints, 'check_records', checked)
     with pytest.raises(Unreadable, match=r'last\.pth\.tar cannot be read'):
         newest_checkpoint(str(tmp_path))
