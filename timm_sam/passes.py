@@ -1,8 +1,8 @@
 """The two passes of SAM over one m-batch, and all that must be as before after each of them.
 
 What goes wrong around SAM, and is handled here: gradients of parameters that are not perturbed (not computed at w),
-accumulated gradients (never part of g), BatchNorm's statistics (from the pass at w only), dropout masks (the same in
-both passes), exact restoration (w copied back), stale casts of autocast.
+accumulated gradients (never part of g), BatchNorm's statistics and what other layers keep (from the pass at w only),
+dropout masks (the same in both passes), exact restoration (w copied back), stale casts of autocast.
 """
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,6 +46,10 @@ class Passes:
         self.group = group
         self._weights, self._statistics = Backup(), Backup()
         self._random_state: RandomState | None = None
+        norms = {id(m) for m in self.norm_layers}
+        # the state of other layers, as spectral normalization's vectors or the averages of a codebook
+        self._states = [(m, name) for m in model.modules() if id(m) not in norms
+                        for name, b in m.named_buffers(recurse=False) if b.is_floating_point()]
 
     def trainable(self) -> list[nn.Parameter]:
         """The selected parameters, then all others that are trained: the model's, and what else the optimizer has."""
@@ -101,9 +105,12 @@ class Passes:
             eps: One tensor per selected parameter; emptied, so that its memory is free during the pass.
             only: Whether there was no pass at w: then random numbers and running statistics are those of this one.
         """
-        buffers = []
+        buffers, states = [], []
         if self.bn_stats == "clean" and not only:  # the running statistics, to be put back after the pass
             buffers = [b for m in self.norm_layers if m.training for b in m.buffers(recurse=False)]
+            # all of them: which ones a forward writes cannot be told without reading them, if it writes to their .data
+            states = [(m, name, b) for m, name in self._states if (b := m._buffers.get(name)) is not None]
+            buffers += [b for _, _, b in states]
         self._weights.save(self.params)
         self._statistics.save(buffers)
         try:
@@ -117,6 +124,8 @@ class Passes:
         finally:
             self._random_state = None
             self._weights.restore()
+            for m, name, b in states:
+                m._buffers[name] = b  # a forward may have put another tensor there
             self._statistics.restore()
             torch.clear_autocast_cache()
 
