@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..cli.errors import OptionError, report
+from ..cli.errors import OptionError, one_line, report
+from ..cli.escape import printable
 from ..cli.parser import OptionParser
-from ..cli.text import replace_file
+from ..cli.text import replace_file, why_not_writable
 from . import markdown
 from .runs import find_runs, read_run
 from .tables import Table, build_tables
@@ -57,8 +58,15 @@ def make_report(args: argparse.Namespace) -> None:
     names = [*markdown.FILES, *(pictures if draw else ())]
     try:
         _prepare(args.out, names, args.overwrite)
-        drawn = [name for name, (kind, table) in pictures.items()
-                 if draw and draw(kind, table, args.epoch, os.path.join(args.out, name))]
+        drawn, notes = [], [note] if note else []
+        for name, (kind, table) in pictures.items() if draw else ():
+            try:
+                if draw and draw(kind, table, args.epoch, os.path.join(args.out, name)):
+                    drawn.append(name)
+            except OSError:
+                raise
+            except Exception as e:  # numbers that no axis can hold: the tables are still wanted
+                notes.append(f"{name} is not drawn: {type(e).__name__}: {one_line(e, 150)}")
         text = markdown.report_text(tables, runs, args.epoch, drawn)
         contents = (text, markdown.grid_csv(tables), markdown.runs_csv(runs, args.epoch))
         for name, content in zip(markdown.FILES, contents):
@@ -66,9 +74,8 @@ def make_report(args: argparse.Namespace) -> None:
     except OSError as e:
         raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
     print(text.removeprefix(markdown.MARK).strip())
-    if note:
-        print(note)
-    print(f"Wrote {', '.join(os.path.join(args.out, name) for name in [*markdown.FILES, *drawn])}")
+    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*markdown.FILES, *drawn])}"]:
+        print(printable(line))
 
 
 def _drawing() -> tuple[Callable[[str, Table, str, str], bool] | None, str]:
@@ -84,10 +91,13 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
     """Makes the folder and marks it as ours; removes an earlier report's pictures: there may be fewer tables now.
 
     Raises:
-        OptionError: Something that no report wrote stands where a file goes.
+        OptionError: Something that no report wrote stands where a file goes, or what is no file.
         OSError: The folder cannot be made or written.
     """
     os.makedirs(out, exist_ok=True)
+    for name in names:
+        if (reason := why_not_writable(os.path.join(out, name))) is not None:
+            raise OptionError(f"--out {out}: {name} cannot be written: {reason}; name another folder")
     ours = False
     try:
         with open(os.path.join(out, markdown.FILES[0]), encoding="utf-8") as f:

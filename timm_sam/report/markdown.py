@@ -1,6 +1,7 @@
 """The report as text: Markdown for people, CSV for programs."""
 from collections.abc import Iterable, Sequence
 
+from ..cli.escape import markdown_code, markdown_text
 from ..cli.text import csv_text, markdown, spread
 from .runs import FINISHED, Run
 from .tables import Cell, Row, Table
@@ -27,12 +28,12 @@ def report_text(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictur
     if len(tables) > 1:
         parts.append("Runs that differ in more than seed and SAM are in tables of their own.")
     for i, table in enumerate(tables, 1):
-        parts += [f"## {i}. {table.title}", _paper_table(table),
+        parts += [f"## {i}. {markdown_text(table.title)}", _paper_table(table),
                   *(f"![{name}]({name})" for name in pictures if name.startswith(f"table{i}-")),
                   "All radii; time is that of training, evaluation left out, over plain training:", _grid_table(table)]
     left_out = [run for run in runs if run.status != FINISHED]
     if left_out:
-        lines = [[f"`{run.path}`", run.status, run.reason] for run in left_out]
+        lines = [[markdown_code(run.path), run.status, markdown_text(run.reason)] for run in left_out]
         parts += ["## Not averaged", markdown(["run", "status", "why"], lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -79,10 +80,10 @@ def _paper_table(table: Table) -> str:
     for row in table.rows:
         if row.variant is None:
             # as in the paper: plain training has no selection, its number stands in the first column
-            lines.append([f"plain ({table.optimizer})", _entry(table, row, None, best),
+            lines.append([f"plain ({markdown_text(table.optimizer)})", _entry(table, row, None, best),
                           *[""] * (len(columns) - 1)])
             continue
-        lines.append([row.name, *(_entry(table, row, column, best) for column in columns)])
+        lines.append([markdown_text(row.name), *(_entry(table, row, column, best) for column in columns)])
     return markdown(["variant", *columns], lines)
 
 
@@ -110,6 +111,6 @@ def _grid_table(table: Table) -> str:
             results.append(f"{len(cell.diverged)} diverged")
         text = ", ".join(results)
         time = "" if cell.relative_time is None else f"{cell.relative_time:.2f}"
-        lines.append([cell.row.name, cell.selection or "", "" if cell.rho is None else f"{cell.rho:g}",
+        lines.append([markdown_text(cell.row.name), cell.selection or "", "" if cell.rho is None else f"{cell.rho:g}",
                       f"**{text}**" if cell.chosen and cell.rho is not None else text, str(len(cell.runs)), time])
     return markdown(["variant", "selection", "ρ", "top-1", "n", "time"], lines)

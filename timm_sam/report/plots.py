@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
+from ..cli.escape import printable
 from .runs import Run
 from .tables import Cell, Row, Table
 
@@ -53,6 +54,11 @@ def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
     return True
 
 
+def _label(text: str) -> str:
+    """Text that is shown as it is: between two dollar signs matplotlib reads formulas."""
+    return printable(text).replace("$", r"\$")
+
+
 def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     """A figure with one panel per name, side by side and in up to three columns, with common axes."""
     columns = min(3, len(names))
@@ -62,8 +68,8 @@ def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     for ax in axes[len(names):]:
         ax.remove()
     for ax, name in zip(axes, names):
-        ax.set_title(name, fontsize=10)
-    figure.suptitle(title, fontsize=11, wrap=True)
+        ax.set_title(_label(name), fontsize=10)
+    figure.suptitle(_label(title), fontsize=11, wrap=True)
     return figure, axes[:len(names)]
 
 
@@ -114,7 +120,7 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
     handles = [Line2D([], [], color=c, marker=m, linestyle=d, label=name)
                for name, (c, m, d) in SELECTION_STYLE.items() if name in table.selections]
     if plain is not None:
-        handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=f"plain ({table.optimizer})"))
+        handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=_label(f"plain ({table.optimizer})")))
     if crashed:
         handles.append(Line2D([], [], color=PLAIN, marker="x", linestyle="", markeredgewidth=2, label="a run diverged"))
     if below:
@@ -174,9 +180,11 @@ def _over_time(table: Table, epoch: str) -> Figure | None:
                     elinewidth=1, fillstyle=SELECTION_FILL[cell.selection or "all"], markerfacecoloralt="white")
     ax.set_xlabel("training time / training time of plain training")
     ax.set_ylabel(_accuracy_label(epoch))
-    ax.set_title(f"{table.title}, at the chosen radii ({_seeds_note(table)})", fontsize=10, wrap=True)
-    handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="", label=f"plain ({table.optimizer})")]
-    handles += [Line2D([], [], color=c, marker=m, linestyle="", label=row.name) for row, (c, m) in styles.items()]
+    ax.set_title(_label(f"{table.title}, at the chosen radii ({_seeds_note(table)})"), fontsize=10, wrap=True)
+    handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="",
+                      label=_label(f"plain ({table.optimizer})"))]
+    handles += [Line2D([], [], color=c, marker=m, linestyle="", label=_label(row.name))
+                for row, (c, m) in styles.items()]
     handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=SELECTION_FILL[s],
                        markerfacecoloralt="white", markeredgewidth=1.6, label=s) for s in table.selections]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -205,7 +213,7 @@ def _losses(table: Table, epoch: str) -> Figure | None:
     there = [s for s in table.selections if any(table.chosen(row, s) for row in rows)]
     handles = [Line2D([], [], color=SELECTION_STYLE[s][0], marker=SELECTION_STYLE[s][1], label=s) for s in there]
     if plain is not None:
-        handles.append(Line2D([], [], color=PLAIN, label=f"plain ({table.optimizer})"))
+        handles.append(Line2D([], [], color=PLAIN, label=_label(f"plain ({table.optimizer})")))
     if there:
         handles += [Line2D([], [], color="black", linestyle="-", label="at w"),
                     Line2D([], [], color="black", linestyle="--", label="at w + eps")]

@@ -6,13 +6,14 @@ import glob
 import io
 import math
 import os
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cli.errors import OptionError, one_line
-from ..cli.parser import read_yaml
+from ..cli.parser import read_yaml, yaml_value
 from ..perturbation import VARIANTS
 from ..runs import files, timing
 from ..selection import SELECTIONS
@@ -22,6 +23,11 @@ from ..training.schedule import planned_epochs
 FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
     "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")
 ACCURACY = "eval_top1"
+
+# What the report itself computes or sorts with; all other options are only compared.
+_TYPED = ("model", "dataset", "data_dir", "opt", "seed", "val_interval", "sam_variant", "sam_params", "sam_rho")
+_MOST_BYTES = {files.ARGS: 1 << 20, files.SUMMARY: 1 << 26, timing.FILE: 1 << 26}  # far more than any run writes
+_MOST_VALUES = 10_000  # of args.yaml, which may repeat a part of itself so often that no memory holds it
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def find_runs(paths: Sequence[str]) -> list[str]:
 
 
 def read_run(folder: str, running_minutes: float = 60) -> Run:
-    """Reads one run.
+    """Reads one run; an odd one takes nothing else down.
 
     Args:
         folder: With ``args.yaml`` and ``summary.csv``.
@@ -99,6 +105,16 @@ def read_run(folder: str, running_minutes: float = 60) -> Run:
         The run; what is wrong with it is its ``status`` and ``reason``, nothing is raised.
     """
     run = Run(folder, FINISHED)
+    try:
+        return _read(run, running_minutes)
+    except _Unusable as e:
+        return replace(run, status=e.status, reason=str(e))
+    except Exception as e:  # whatever files of unknown origin hold
+        return replace(run, status=UNREADABLE, reason=f"{type(e).__name__}: {one_line(e, 150)}")
+
+
+def _read(run: Run, running_minutes: float) -> Run:
+    folder = run.path
     try:
         args = _read_args(os.path.join(folder, files.ARGS))
         run = replace(run, args=args, epochs=_planned_epochs(args))
@@ -129,16 +145,62 @@ def default_args() -> dict[str, Any]:
     return {key: value for key, value in vars(build_train_parser().parse_args([])).items() if key != "config"}
 
 
+def _check_file(path: str) -> None:
+    """Raises for what would be waited for, or fills the memory.
+
+    Raises:
+        FileNotFoundError: There is none.
+        _Unusable: It is a pipe, a device or a folder, or too large.
+    """
+    found, name = os.stat(path), os.path.basename(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise _Unusable(UNREADABLE, f"{name} is no regular file")
+    if found.st_size > _MOST_BYTES[name]:
+        raise _Unusable(UNREADABLE, f"{name} has {found.st_size:,} bytes: more than {_MOST_BYTES[name]:,} is no run's")
+
+
+def _count(value: Any, left: int, depth: int = 0) -> int:
+    """How many values ``left`` are when those of a nested one are taken away.
+
+    Raises:
+        _Unusable: There are too many, or they are nested without end.
+    """
+    left -= 1
+    if left < 0 or depth > 20:
+        raise _Unusable(UNREADABLE, "args.yaml holds more values, or more deeply nested ones, than options have")
+    for item in [*value.keys(), *value.values()] if isinstance(value, dict) else (
+            value if isinstance(value, (list, tuple, set)) else ()):
+        left = _count(item, left, depth + 1)
+    return left
+
+
+@functools.cache
+def _actions() -> dict[str, argparse.Action]:
+    return {action.dest: action for action in build_train_parser()._actions}
+
+
 def _read_args(path: str) -> dict[str, Any]:
     try:
+        _check_file(path)
         given = read_yaml(path)
     except FileNotFoundError:
         raise _Unusable(UNREADABLE, "no args.yaml") from None
-    except (OSError, ValueError) as e:
+    except _Unusable:
+        raise
+    except Exception as e:  # YAML makes dates, numbers and more of its text, and fails in as many ways
         raise _Unusable(UNREADABLE, f"args.yaml cannot be read: {one_line(e, 150)}") from None
+    _count(given, _MOST_VALUES)
     if not isinstance(given, dict) or "model" not in given:
         raise _Unusable(UNREADABLE, "args.yaml holds no options of a training (torn?)")
     args = {**default_args(), **{str(key): value for key, value in given.items()}}
+    for name in _TYPED:
+        try:
+            args[name] = yaml_value("args.yaml", _actions()[name], args[name])
+        except OptionError as e:
+            raise _Unusable(UNREADABLE, one_line(e, 150)) from None
+    missing = [name for name in ("model", "opt", "seed", "val_interval") if args[name] is None]
+    if missing:
+        raise _Unusable(UNREADABLE, f"args.yaml names no {', '.join(missing)}")
     if args["sam_variant"] is not None:
         known = args["sam_variant"] in VARIANTS and args["sam_params"] in SELECTIONS
         if not known or not isinstance(args["sam_rho"], (int, float)):
@@ -151,12 +213,13 @@ def _planned_epochs(args: dict[str, Any]) -> int:
     """Epochs in all, by timm's own rules for warm-up, cool-down and cycles."""
     try:
         return planned_epochs(argparse.Namespace(**args))
-    except (OptionError, TypeError, KeyError, AttributeError) as e:
+    except Exception as e:  # of options of any type and size
         raise _Unusable(UNREADABLE, f"args.yaml gives no schedule: {one_line(e, 150)}") from None
 
 
 def _read_summary(path: str) -> list[dict[str, float]]:
     try:
+        _check_file(path)
         with open(path, newline="", encoding="utf-8") as f:
             text = f.read()
     except FileNotFoundError:
@@ -167,7 +230,12 @@ def _read_summary(path: str) -> list[dict[str, float]]:
         return []
     if "\0" in text or not text.endswith("\n"):
         raise _Unusable(UNREADABLE, "summary.csv is torn: its last line does not end")
-    header, *lines = [line for line in csv.reader(io.StringIO(text)) if line]
+    try:
+        header, *lines = [line for line in csv.reader(io.StringIO(text)) if line]
+    except ValueError:
+        raise _Unusable(UNREADABLE, "summary.csv is blank") from None
+    except csv.Error as e:
+        raise _Unusable(UNREADABLE, f"summary.csv is no table: {one_line(e, 100)}") from None
     if "epoch" not in header or "train_loss" not in header:
         raise _Unusable(UNREADABLE, "summary.csv has no columns epoch and train_loss")
     rows: list[dict[str, float]] = []
@@ -179,6 +247,11 @@ def _read_summary(path: str) -> list[dict[str, float]]:
             row = dict(zip(header, map(float, line)))
         except ValueError as e:
             raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {one_line(e, 100)}") from None
+        if not math.isfinite(row["epoch"]):
+            raise _Unusable(UNREADABLE, f"line {number} of summary.csv: epoch {row['epoch']:g}")
+        top1 = row.get(ACCURACY, math.nan)
+        if math.isfinite(top1) and not 0 <= top1 <= 100:
+            raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {ACCURACY} {top1:g} is no percentage")
         if rows and not row["epoch"] > rows[-1]["epoch"]:
             raise _Unusable(MIXED, f"line {number} of summary.csv: epoch {row['epoch']:g} comes after "
                                    f"{rows[-1]['epoch']:g}: two runs in one file")
@@ -197,8 +270,10 @@ def _check_single(run: Run) -> None:
 
 def _timed(run: Run) -> Run:
     """The run with its training time, as far as ``timing.csv`` tells."""
+    path = os.path.join(run.path, timing.FILE)
     try:
-        with open(os.path.join(run.path, timing.FILE), newline="", encoding="utf-8") as f:
+        _check_file(path)
+        with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
         seconds = [float(row["seconds"]) for row in rows]
         ranks, devices = {int(row["ranks"]) for row in rows}, {row["device"] for row in rows}
@@ -215,4 +290,4 @@ def _timed(run: Run) -> Run:
 
 
 def _last_write(folder: str) -> float:
-    return max(entry.stat().st_mtime for entry in os.scandir(folder) if entry.is_file())
+    return max((entry.stat().st_mtime for entry in os.scandir(folder) if entry.is_file()), default=0.0)

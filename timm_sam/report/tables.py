@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..cli.errors import one_line
 from ..cli.text import sample_std
 from ..perturbation import VARIANTS
 from ..runs.sameness import NOT_COMPARED, data_name, normal
-from .runs import DIVERGED, DUPLICATE, FINISHED, Run, default_args
+from .runs import DIVERGED, DUPLICATE, FINISHED, UNREADABLE, Run, default_args
 
 # These make the cells of one table.
 GRID = ("sam_variant", "sam_params", "sam_rho")
@@ -135,9 +136,15 @@ def build_tables(runs: Iterable[Run], epoch: str = "last") -> tuple[list[Table],
     settings: dict[str, dict[tuple[Any, ...], Cell]] = {}
     all_runs: list[Run] = []
     for run in runs:
+        setting, place = None, None
         if run.status in (FINISHED, DIVERGED):
-            cells = settings.setdefault(_setting_key(run), {})
-            row, selection, rho = _place(run)
+            try:
+                setting, place = _setting_key(run), _place(run)
+            except Exception as e:  # options of types that nobody gives them
+                run = replace(run, status=UNREADABLE, reason=f"args.yaml: {type(e).__name__}: {one_line(e, 100)}")
+        if setting is not None and place is not None:
+            cells = settings.setdefault(setting, {})
+            row, selection, rho = place
             cell = cells.setdefault((row, selection, rho), Cell(row, selection, rho))
             twin = next((r for r in cell.runs + cell.diverged if r.args["seed"] == run.args["seed"]), None)
             if twin is not None:
