@@ -23,6 +23,7 @@ from timm.models import safe_model_name
 
 from .cli.device import Process, set_up
 from .cli.errors import OptionError, report
+from .cli.escape import setup_logging
 from .cli.parser import OptionParser, dump_args
 from .cli.processes import end_failed_rank, leave_process_group
 from .runs import files, timing
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs training; returns the exit code: 0, 2 for a mistake in the options, 75 when SIGTERM stopped the run."""
     parser = build_parser()
     args = parse_args(parser, argv)
-    utils.setup_default_logging()
+    setup_logging()
     code = 0
     try:
         check_output(args)
