@@ -175,7 +175,7 @@ def _count(value: Any, left: int, depth: int = 0) -> int:
 
 
 @functools.cache
-def _actions() -> dict[str, argparse.Action]:
+def _flags_of_training() -> dict[str, argparse.Action]:
     return {action.dest: action for action in build_train_parser()._actions}
 
 
@@ -195,7 +195,7 @@ def _read_args(path: str) -> dict[str, Any]:
     args = {**default_args(), **{str(key): value for key, value in given.items()}}
     for name in _TYPED:
         try:
-            args[name] = yaml_value("args.yaml", _actions()[name], args[name])
+            args[name] = yaml_value("args.yaml", _flags_of_training()[name], args[name])
         except OptionError as e:
             raise _Unusable(UNREADABLE, one_line(e, 150)) from None
     missing = [name for name in ("model", "opt", "seed", "val_interval") if args[name] is None]
