@@ -27,7 +27,7 @@ from .cli.escape import setup_logging
 from .cli.parser import OptionParser, dump_args
 from .cli.processes import end_failed_rank, leave_process_group
 from .runs import files, timing
-from .training import checkpoint, factory, states, workers
+from .training import averaging, checkpoint, factory, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
@@ -123,7 +123,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
         start_epoch = checkpoint.resume(
             resume, task, optimizer if keep_optimizer else None, scaler if keep_optimizer else None, primary)
     if args.model_ema:
-        factory.setup_ema(args, task, model_dtype)
+        averaging.setup_ema(args, task, model_dtype)
         if resume:
             checkpoint.resume_ema(resume, task)
     if args.torchcompile:
@@ -174,6 +174,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             random_states = place["started_from"] if place else saved.get("random_state")
             states.restore(process, random_states, tracked, data.loaders)
             states.restore_buffers(process, saved.get("buffers"), run.modules)
+            averaging.restore_rounding(task, saved.get("ema_rounding"))
         try:
             fit(run, eval_model, eval_metric, start_epoch, end_epoch, place)
         finally:

@@ -215,6 +215,17 @@ def test_average_of_the_weights_is_of_its_type_and_evaluated(run_train, options,
     assert 0 <= float(done.summary()[0]['eval_top1']) <= 100
 
 
+def test_average_in_bfloat16_is_rounded_on_after_a_restart(run_train):
+    options = f'--epochs 3 --resume auto --model-dtype bfloat16 --model-ema --model-ema-decay 0.9 {SAM_ON}'
+    run_train(f'{options} --experiment whole')
+    run_train(f'{options} --stop-epoch 1 --experiment parts')
+    done = run_train(f'{options} --experiment parts')
+    whole, parts = done.checkpoint('whole'), done.checkpoint('parts')
+    for key in ('state_dict', 'state_dict_ema', 'ema_rounding'):
+        assert differences(whole[key], parts[key]) == []
+    assert 'ema_rounding' not in run_train('--model-ema --experiment wide').checkpoint('wide')
+
+
 def test_config_takes_values_as_the_command_line_does(tmp_path):
     path = tmp_path / 'run.yaml'
     path.write_text("task: multilabel\nnum_classes: 3\nloss: asl\nlr: '3e-4'\nsave_epochs: [4, '8']\nstop_epoch: 9\n"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..cli.device import Process, to_device
 from ..cli.processes import settle
 from . import states
+from .averaging import rounding_state
 from .batches import Weigher, chunks, samples_of
 from .data import Data
 from .factory import trained
@@ -252,6 +253,8 @@ def checkpoint_extras(run: Run, **more: Any) -> dict[str, Any]:
         extras["schedule"] = schedule
     if methods := run.update.method_state_dict():
         extras["sam_methods"] = methods
+    if (rounding := rounding_state(run.task)) is not None:
+        extras["ema_rounding"] = rounding
     return extras
 
 

@@ -214,28 +214,6 @@ def create_task(args: argparse.Namespace, process: Process, model: nn.Module, lo
                           f"{one_line(e)}; choose another teacher, student or type") from e
 
 
-def setup_ema(args: argparse.Namespace, task: TrainingTask, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Starts the average of the weights.
-
-    In bfloat16 it is rounded stochastically, by a generator of its own that all ranks seed alike; float16 has too few
-    bits for that.
-
-    Args:
-        args: All options.
-        task: Gets the average.
-        dtype: Of the weights; None: float32.
-
-    Returns:
-        The type of the average; None: that of the weights.
-    """
-    wider = dtype == torch.float16 or dtype == torch.bfloat16 and args.model_ema_force_fp32
-    ema_dtype = torch.float32 if wider else None
-    task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
-                   device=torch.device("cpu") if args.model_ema_force_cpu else None, dtype=ema_dtype,
-                   stochastic_rounding_seed=args.seed)
-    return ema_dtype
-
-
 def learning_rate(args: argparse.Namespace, process: Process, data: Data) -> float:
     """--lr, or without it --lr-base scaled to the global batch size."""
     if args.lr:
