@@ -29,7 +29,7 @@ def normalization(variant: str, name: str, w: Tensor, g: Tensor, eta: float) -> 
     if variant in ('elementwise_l2', 'elementwise_linf'):
         return w.abs() + eta
     if variant == 'elementwise_l2_orig':
-        is_weight = name.split('.')[-1] == 'weight'
+        is_weight = 'weight' in name.split('.')[-1]  # also in_proj_weight, weight_ih_l0
         return w.abs() + eta if is_weight else torch.ones_like(w)
     if variant == 'layerwise_l2':
         return torch.ones_like(w) * (w ** 2).sum().sqrt()

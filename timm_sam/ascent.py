@@ -23,7 +23,7 @@ class Ascent:
 
     def __init__(self, selected: Sequence[tuple[str, nn.Parameter]], stages: Stages, group: Group) -> None:
         self.params = [p for _, p in selected]
-        self._is_weight = [name.rsplit(".", 1)[-1] == "weight" for name, _ in selected]
+        self._is_weight = ["weight" in name.rsplit(".", 1)[-1] for name, _ in selected]  # in_proj_weight, too
         self._stages = stages
         self._group = group
         if stages.mask is not None:

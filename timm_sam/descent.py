@@ -23,13 +23,9 @@ class Descent:
         passes: Whose parameters are trained.
         group: The ranks.
         sync: Whether g, and with it G, is averaged over all ranks before it is used.
-
-    Attributes:
-        needs_g: Whether any slot asks for g after the pass at w.
     """
 
     def __init__(self, stages: Stages, passes: Passes, group: Group, sync: bool) -> None:
-        self.needs_g = stages.full_ascent or bool(stages.observers)
         self._stages = stages
         self._passes = passes
         self._group = group
@@ -41,6 +37,11 @@ class Descent:
         self._scale: float | Tensor | None = None
         self._weight: Tensor | None = None
         self._mean: list[Tensor] = []
+
+    @property
+    def needs_g(self) -> bool:
+        """Whether any slot asks for g of this update after the pass at w."""
+        return self._stages.full_ascent or bool(self._stages.observers)
 
     def keep(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], scale: float | Tensor | None,
              weight: Tensor | None) -> None:

@@ -113,8 +113,8 @@ def perturbation(
         grads: g, the gradient of the mean loss of the batch at w, same shapes, in true scale (no loss scale in it).
         rho: Radius, >= 0.
         eta: eta of Table 9; None takes the variant's default.
-        is_weight: Per parameter, whether the last part of its name is ``weight``; only ``elementwise_l2_orig`` treats
-            the others differently. None means all.
+        is_weight: Per parameter, whether the last part of its name contains ``weight``; only ``elementwise_l2_orig``
+            treats the others differently. None means all.
         direction: d, what eps points along instead of g; T stays that of g.
         masked: d with zeros where nothing is perturbed; None: all of d.
         full_norm: Whether ||T d|| normalizes masked directions, too; else ||T masked||.

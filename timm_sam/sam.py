@@ -311,7 +311,7 @@ class SAM(Facade):
                     loss = self._losses.at_w(loss_fn)
                     self._backpropagate(loss, weigh, scaler)
                 return self._record(loss, loss)
-            if ascent_fn is not None and (self._descent.needs_g or self._stages.rows is not None):
+            if ascent_fn is not None and self._stages.whole_batch:
                 raise ValueError(f"ascent_fn: {self._method_names()} needs the gradient of the whole batch at w")
             recording = None if ascent_fn is not None else self._sharing.record()
             loss = self._ascend(ascent_fn or loss_fn, weigh, scaler, recording)

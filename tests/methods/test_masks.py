@@ -169,6 +169,17 @@ def test_gradient_that_is_not_finite_exchanges_nothing():
     assert torch.equal(before, mask.flat())
 
 
+def test_mean_gradient_is_asked_for_at_the_first_update_of_an_epoch_only():
+    mask = dynamic()
+    mask.prepare(at(), None)
+    asked = [mask.observes]
+    mask.observe(gradients(), YES)
+    asked.append(mask.observes)
+    mask.prepare(at(1), None)
+    assert [*asked, mask.observes] == [True, False, True]
+    assert not Sparse(0.5, 1, 'masked').observes
+
+
 @pytest.mark.parametrize('waiting', [True, False])
 def test_state_is_a_bit_for_each_element_and_goes_on(waiting):
     mask, again = dynamic(), dynamic()

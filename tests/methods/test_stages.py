@@ -137,6 +137,7 @@ class Half:
 
     def __init__(self, full, drawn=None):
         self.full, self.drawn, self.prepared, self.asked = full, drawn, [], []
+        self.observes = False
 
     def bind(self, params):
         assert [p.shape for p in params] == [p.shape for n, p in TinyNet().named_parameters() if n in ONLYNORM]

@@ -347,3 +347,26 @@ def test_overflow_of_the_loss_scale_is_counted_and_skips_the_base_step():
     assert_identical(loss_fn.weights_seen[1], before)
     assert_identical(weights(model), before)
     assert scaler.get_scale() < 2.0 ** 120
+
+
+def test_weights_are_what_has_weight_in_the_last_part_of_its_name():
+    """nn.MultiheadAttention's in_proj_weight is one; biases are none."""
+    def moved(variant):
+        torch.manual_seed(0)
+        model = torch.nn.MultiheadAttention(4, 2).double()
+        x = torch.randn(3, 2, 4, dtype=torch.float64)
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, params='all', variant=variant, rho=0.5, eta=0.0)
+        before = weights(model)
+        sam.zero_grad()
+        with sam.ascent():
+            model(x, x, x)[0].square().mean().backward()
+        with sam.perturbed():
+            after = weights(model)
+        return {name: after[name] - before[name] for name in before}, before
+
+    eps, w = moved('elementwise_l2_orig')
+    # w^2 g and g are in the same ratio in all elements of a weight only if it has T = |w|
+    assert (eps['in_proj_weight'] / w['in_proj_weight'] ** 2).isfinite().all()
+    sam_like, _ = moved('elementwise_l2')
+    ratio = eps['in_proj_weight'] / sam_like['in_proj_weight']
+    assert_close(ratio, torch.full_like(ratio, float(ratio.flatten()[0])), rtol=1e-8)

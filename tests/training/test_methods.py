@@ -97,6 +97,18 @@ def test_run_with_any_method_goes_on_bit_for_bit_with_its_state(run_train, name,
     assert differences(*({'methods': state} for state in saved)) == []
 
 
+def test_msam_begins_where_another_method_says(run_train, updates):
+    done = run_train(f'{SAM_ON} --sam-method msam late --sam-late-start 2 --no-sam-late-ramp --epochs 3 '
+                     '--warmup-epochs 1')
+    assert done.code == 0, done.err[-1000:]
+    assert [perturbed for perturbed, _ in updates] == [0] * 10 + [1] * 5
+
+
+def test_part_of_the_batch_gives_the_perturbation_under_a_random_mask(run_train):
+    done = run_train(f'{SAM_ON} --sam-method random_mask --sam-random-mask-sparsity 0.5 --sam-ascent-fraction 0.5')
+    assert done.code == 0 and all(finite(row) for row in done.summary())
+
+
 def test_msam_begins_after_the_warm_up_and_says_so(run_train, updates):
     done = run_train(f'{SAM_ON} --sam-method msam --epochs 3 --warmup-epochs 1 --warmup-lr 0.01')
     assert done.log('SAM begins after the warm-up, with epoch 1; --sam-start-epoch sets another')
@@ -125,6 +137,11 @@ def test_msam_begins_after_the_warm_up_and_says_so(run_train, updates):
     (f'{SAM_ON} --sam-method msam --opt momentum --momentum 0', '--sam-method msam: SGD keeps no first moment'),
     (f'{SAM_ON} --sam-method usam --sam-usam-lam 2', "--sam-usam-lam '2' must be a number from 0 to 1, or 1-1/t"),
     (f'{SAM_ON} --sam-variant elementwise_linf --sam-method usam', '--sam-method: usam(lam=0) with --sam-variant'),
+    (f'{SAM_ON} --sam-method friendly --sam-ascent-fraction 0.5',
+     '--sam-ascent-fraction 0.5: --sam-method friendly needs the gradient of the whole batch'),
+    (f'{SAM_ON} --sam-method msam --sam-ascent-fraction 0.5',
+     '--sam-ascent-fraction 0.5: --sam-method msam has no pass at w'),
+    (f'{SAM_ON} --sam-method msam --sam-sync', '--sam-sync has no effect with --sam-method msam'),
     (f'{SAM_ON} --sam-method lookahead', "argument --sam-method: invalid choice: 'lookahead'")])
 def test_what_does_not_fit_is_one_line_and_writes_nothing(run_train, options, message):
     done = run_train(options)

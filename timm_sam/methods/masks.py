@@ -41,6 +41,10 @@ class Sparse:
         self.device = torch.device("cpu")
         self.drawn_for: int | None = None
 
+    @property
+    def observes(self) -> bool:
+        return False
+
     def bind(self, params: Sequence[Tensor]) -> None:
         self.shapes = [p.shape for p in params]
         self.device = params[0].device
@@ -102,6 +106,10 @@ class Dynamic(Sparse):
         if self.drawn_for != self.period(at.epoch):
             self.drawn_for = self.period(at.epoch)
             self.at = at
+
+    @property
+    def observes(self) -> bool:
+        return self.at is not None
 
     def exchanged(self, epoch: int) -> int:
         """n_d of an epoch."""

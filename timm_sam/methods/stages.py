@@ -107,9 +107,13 @@ class Mask(Protocol):
 
     Attributes:
         full: Whether eps is normalized by ||T d||, so that it gets shorter by the mask; else by ||T mask(d)||.
+        observes: Whether it wants to see the mean of g of this update.
     """
 
     full: bool
+
+    @property
+    def observes(self) -> bool: ...
 
     def bind(self, params: Sequence[Tensor]) -> None:
         """Looks at the selected parameters once, when SAM is built."""
@@ -194,8 +198,15 @@ class Stages:
 
     @property
     def observers(self) -> list[Direction | Mask]:
-        """What looks at the mean of g after an update."""
-        return [slot for slot in (self.direction, self.mask) if slot is not None]
+        """What looks at the mean of g after this update."""
+        mask = None if self.mask is None or not self.mask.observes else self.mask
+        return [slot for slot in (self.direction, mask) if slot is not None]
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether g has to be that of all samples, since more than eps comes of it."""
+        return self.full_ascent or self.direction is not None or self.rows is not None or isinstance(
+            self.mask, Stateful)
 
     def filled(self) -> dict[str, Any]:
         """Name -> slot, of those that are not empty."""

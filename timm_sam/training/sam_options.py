@@ -177,9 +177,14 @@ def _check_methods(args: argparse.Namespace) -> None:
         if method.timing.epoch and method.timing.epoch >= (epochs := planned_epochs(args)):
             raise OptionError(f"--sam-method {name}: it begins with epoch {method.timing.epoch}, which is not before "
                               f"the end of training, which has {epochs} epochs; lower it, or raise --epochs")
-    if any(method.full_ascent or method.rows is not None for method in methods) and args.sam_ascent_fraction < 1:
-        raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} needs the "
-                          f"gradient of the whole batch; leave one of the two out")
+    stages = merged(methods)
+    if args.sam_ascent_fraction < 1 and (stages.whole_batch or stages.ahead is not None):
+        why = "has no pass at w" if stages.ahead is not None else "needs the gradient of the whole batch"
+        raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} {why}; "
+                          f"leave one of the two out")
+    if args.sam_sync and stages.ahead is not None:
+        raise OptionError(f"--sam-sync has no effect with --sam-method {' '.join(names)}, whose perturbation is the "
+                          f"same on all ranks; leave it out")
 
 
 def _methods(args: argparse.Namespace, of_the_run: dict[str, Any]) -> list[Method]:
@@ -231,7 +236,8 @@ def create_update(args: argparse.Namespace, process: Process, optimizer: torch.o
     of_the_run = dict(lr_max=lr, lr_min=args.min_lr, total_updates=total_updates, total_epochs=total_epochs)
     methods = _in_flags(lambda: _methods(args, of_the_run))
     start = args.sam_start_epoch
-    if not start and any(method.timing.after_warmup for method in methods):
+    chosen = any(method.timing.epoch or method.timing.update for method in methods)
+    if not start and not chosen and any(method.timing.after_warmup for method in methods):
         start = args.warmup_epochs
         if start and process.primary:
             _logger.info(f"SAM begins after the warm-up, with epoch {start}; --sam-start-epoch sets another")
