@@ -7,7 +7,7 @@ from support.places import ROOT, TESTS
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]}
 # | subject | what happens | the tests that hold it |
 ROWS = [line.strip('|').split(' | ') for line in PAGES['docs/guarantees.md'].splitlines() if line.startswith('| ')][1:]
-NAMED = re.compile(r'`(test_\w+\.py)::(test_\w+)`')
+NAMED = re.compile(r'`((?:\w+/)*test_\w+\.py)::(test_\w+)`')
 
 
 def test_table_has_rows_of_three_columns():
