@@ -1,5 +1,6 @@
 """scikit-learn's digits as an image folder."""
 import hashlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -247,3 +248,26 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         digits.export(str(tmp_path / 'data'))
     assert len(saved) == 100 and list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    saved = []
+
+    def full(self, path, *args, **kwargs):
+        saved.append(path)
+        if len(saved) == 3:
+            raise OSError(28, 'No space left on device')
+        return save(self, path, *args, **kwargs)
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, 'save', full)
+    assert digits.main([str(tmp_path / 'digits')]) == 2
+    assert capsys.readouterr().err == (
+        f'python -m timm_sam.digits: error: {tmp_path}/digits cannot be written (No space left on device): make room, '
+        'or name another folder\n')
+    assert list(tmp_path.iterdir()) == [] and len(saved) == 3
+
+
+def test_pipe_is_not_replaced(tmp_path, capsys):
+    os.mkfifo(tmp_path / 'digits')
+    assert digits.main([str(tmp_path / 'digits')]) == 2
+    assert 'digits is in use' in capsys.readouterr().err and (tmp_path / 'digits').is_fifo()

@@ -214,3 +214,18 @@ def test_unreadable_image_of_the_hub_is_an_error_of_an_evaluation(run_in, named,
     done = run_validate(tmp_path, '--dataset hfds/broken --data-dir cache',
                         '--device cpu -j 0 --checkpoint out/run/last.pth.tar')
     assert done.code == 2 and 'cannot read the image' in done.last_line and 'red/3.png (no image)' in done.last_line
+
+
+@pytest.mark.filterwarnings('default::DeprecationWarning', 'default::FutureWarning', 'default::ResourceWarning')
+def test_stream_that_passes_over_samples_says_so(run_in, named, tmp_path):
+    """webdataset goes on where an image cannot be decoded: the number of images tells."""
+    pytest.importorskip('webdataset')
+    assert run_in(tmp_path).code == 0
+    path = tmp_path / 'shards' / 'validation-0000.tar'
+    with tarfile.open(path) as tar:
+        offset = next(member.offset_data for member in tar if member.name == '0003.png')
+    content = bytearray(path.read_bytes())
+    content[offset:offset + 8] = b'no image'
+    path.write_bytes(content)
+    done = run_validate(tmp_path, named['wds'][1], '--device cpu -j 0 --checkpoint out/run/last.pth.tar')
+    assert result(done) and '(15 images)' in done.err and 'WARNING: --dataset wds/ gave 15 of 16 images' in done.err

@@ -40,7 +40,8 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         Number of images per split.
 
     Raises:
-        OptionError: The folder is in use, a size or share is out of range, or scikit-learn is missing.
+        OptionError: The folder is in use or cannot be written, a size or share is out of range, or scikit-learn is
+            missing.
     """
     try:
         import numpy as np
@@ -55,7 +56,7 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         raise OptionError(f"--label-noise {label_noise} is not a share in [0, 1)")
     if seed < 0:
         raise OptionError(f"--seed {seed} is negative: use 0 or more")
-    if os.path.isdir(folder) and os.listdir(folder) or os.path.isfile(folder):
+    if os.path.isdir(folder) and os.listdir(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
         raise OptionError(f"{folder} is in use: remove it, or name another folder")
 
     data = load_digits()
@@ -80,7 +81,10 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
     except OSError as e:
         raise OptionError(f"{folder} cannot be made ({e.strerror}): name another folder") from e
     # written aside and moved in one piece: an interrupted export leaves nothing that looks like a data set
-    temporary = tempfile.mkdtemp(dir=parent, prefix=".digits-")
+    try:
+        temporary = tempfile.mkdtemp(dir=parent, prefix=".digits-")
+    except OSError as e:
+        raise OptionError(f"{folder} cannot be made ({e.strerror}): name another folder") from e
     try:
         for split, indices in splits.items():
             for i in sorted(indices.tolist()):
@@ -95,8 +99,11 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         if os.path.isdir(folder):
             os.rmdir(folder)
         os.replace(temporary, folder)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise OptionError(
+                f"{folder} cannot be written ({e.strerror or e}): make room, or name another folder") from e
         raise
     return {split: len(indices) for split, indices in splits.items()}
 

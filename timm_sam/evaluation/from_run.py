@@ -117,7 +117,7 @@ def _read(actions: Mapping[str, argparse.Action], path: str, kind: str | None) -
     """
     try:
         run = read_yaml(path)
-    except (OSError, ValueError):
+    except Exception:  # YAML makes dates, numbers and more of its text, and fails in as many ways
         run = None
     if not isinstance(run, dict):
         raise OptionError(f"--model is not given, and {path} cannot be read; name the model of the checkpoint")
