@@ -20,8 +20,7 @@ def setup_ema(args: argparse.Namespace, task: TrainingTask, dtype: torch.dtype |
     wider = dtype == torch.float16 or dtype == torch.bfloat16 and args.model_ema_force_fp32
     task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                    device=torch.device("cpu") if args.model_ema_force_cpu else None,
-                   dtype=torch.float32 if wider else None,
-                   stochastic_rounding_seed=args.seed)
+                   dtype=torch.float32 if wider else None, stochastic_rounding_seed=args.seed)
 
 
 def rounding_state(task: TrainingTask) -> Tensor | None:
