@@ -30,6 +30,7 @@ from .runs import files, timing
 from .training import averaging, checkpoint, factory, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
+from .training.diverged import EXIT_DIVERGED, Diverged, Watch
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
 from .training.losses import create_loss
 from .training.options import build_train_parser, parse_args
@@ -56,7 +57,12 @@ def build_parser() -> OptionParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs training; returns the exit code: 0, 2 for a mistake in the options, 75 when SIGTERM stopped the run."""
+    """Runs training.
+
+    Returns:
+        The exit code: 0; 1 where loss or weights stopped being finite; 2 for a mistake in the options; 75 when SIGTERM
+        stopped the run.
+    """
     parser = build_parser()
     args = parse_args(parser, argv)
     setup_logging()
@@ -71,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted:
         _logger.warning("Stopped by SIGTERM with a checkpoint written; go on with --resume auto.")
         code = EXIT_PREEMPTED
+    except Diverged as e:
+        if e.primary:
+            report(parser.prog, e)
+        code = EXIT_DIVERGED
     except BaseException:
         end_failed_rank(1)
         raise
@@ -87,6 +97,7 @@ def train(args: argparse.Namespace) -> None:
     Raises:
         OptionError: Something that only shows when it is built does not fit.
         Preempted: SIGTERM came, and a checkpoint is written.
+        Diverged: Loss or weights are not finite any more.
     """
     process = prepare_process(args)
     with Output(args, process) as output:
@@ -168,8 +179,9 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             args=args, process=process, task=task, data=data, optimizer=optimizer, update=update,
             measures=SAM_MEASURES if perturbed else (), counts=SAM_COUNTS if perturbed else (), scaler=scaler,
             autocast=autocast, model_dtype=model_dtype, scheduler=scheduler, preemption=preemption,
-            progress=Progress(process, updates_per_epoch, first_update, total_updates), tracked=tracked,
-            output_dir=output_dir, saver=saver)
+            progress=Progress(process, updates_per_epoch, first_update, total_updates),
+            watch=Watch(args, process, factory.trained(task), scaler), tracked=tracked, output_dir=output_dir,
+            saver=saver)
         if resume:
             random_states = place["started_from"] if place else saved.get("random_state")
             states.restore(process, random_states, tracked, data.loaders)

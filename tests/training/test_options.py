@@ -57,6 +57,8 @@ SAM = [
      'default': None},
     {'flags': ['--sam-ssam-dynamic-drop'], 'dest': 'sam_ssam_dynamic_drop', 'action': 'StoreAction', 'default': None},
     {'flags': ['--sam-ssam-dynamic-norm'], 'dest': 'sam_ssam_dynamic_norm', 'action': 'StoreAction', 'default': None},
+    {'flags': ['--allow-nonfinite'], 'dest': 'allow_nonfinite', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
+     'default': False},
 ]
 
 
@@ -65,11 +67,11 @@ def actions(keep):
 
 
 def test_flags_are_those_of_timm_in_every_field():
-    ours = actions(lambda dest: not dest.startswith('sam_') and dest not in ('help', 'config'))
+    ours = actions(lambda dest: not dest.startswith('sam_') and dest not in ('help', 'config', 'allow_nonfinite'))
     assert as_lines(record(a) for a in ours) == as_lines(TIMM['train.py'])
 
 
-def test_flags_beyond_timm_are_help_config_and_the_sam_group():
+def test_flags_beyond_timm_are_help_config_the_sam_group_and_what_a_diverged_run_does():
     ours = actions(lambda dest: dest not in TIMM_DESTS)
     assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in SAM)]
     assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(SAM)

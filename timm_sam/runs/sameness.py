@@ -26,6 +26,7 @@ NOT_COMPARED = {
     "recovery_interval": "checkpoints",
     "checkpoint_hist": "checkpoints",
     "save_epochs": "checkpoints",
+    "allow_nonfinite": "when a run ends",
 }
 
 

@@ -25,6 +25,7 @@ from . import states
 from .averaging import rounding_state
 from .batches import Weigher, chunks, samples_of
 from .data import Data
+from .diverged import Watch
 from .factory import trained
 from .meters import Meters
 from .plain import Update
@@ -59,6 +60,7 @@ class Run:
         scheduler: timm's, or None.
         preemption: Knows whether the run is to stop.
         progress: Writes the log.
+        watch: Ends a run that has diverged.
         tracked: The training loader whose workers' states are known, or None.
         output_dir, saver: Where results go; None on all ranks but the first.
     """
@@ -77,6 +79,7 @@ class Run:
     scheduler: Any
     preemption: Preemption
     progress: Progress
+    watch: Watch
     tracked: TrackedLoader | None = None
     output_dir: str | None = None
     saver: Saver | None = None
@@ -101,6 +104,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
 
     Raises:
         Preempted: SIGTERM came; the update was finished, and a recovery checkpoint written.
+        Diverged: The loss or the weights are not finite any more.
 
     Returns:
         ``loss``, the average over samples (the one at w, with SAM), and with SAM ``sam_loss`` (at w + eps),
@@ -165,9 +169,9 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
 
         if update_idx % args.log_interval == 0 or last_batch:
             meters.flush()
-            run.progress.log_update(
+            run.watch.loss(epoch, num_updates, run.progress.log_update(
                 epoch, update_idx, num_updates, meters, nonfinite() if run.counts else 0, optimizer, update_time,
-                data_time, float(samples))
+                data_time, float(samples)))
             if args.save_images and run.output_dir and not data.naflex:
                 torchvision.utils.save_image(
                     input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
@@ -176,6 +180,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
         # asked after each update, though at the end of an epoch it is the run that stops
         stop = run.preemption.should_stop(num_updates) and not last_batch
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
+            run.watch.weights(epoch, num_updates)
             place = position(
                 process, epoch=epoch, batch=batch_idx + 1, update=num_updates, nonfinite=nonfinite(),
                 meters=meters.state_dict(), started_from=started_from, fetched_from=fetching.state() or started_from,
@@ -191,6 +196,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
 
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
+    run.watch.weights(epoch, num_updates)
     meters.flush()
     metrics = OrderedDict(loss=process.mean(meters["loss"].avg))
     for name in run.measures:

@@ -8,6 +8,7 @@ from ..cli.errors import OptionError
 from ..cli.parser import OptionParser, config_defaults
 from .checks import check_surroundings, check_values
 from .completed import complete
+from .diverged import add_run_flags
 from .flags import add_train_flags
 from .losses import loss_type, without_effect
 from .sam_options import add_sam_flags, check_sam
@@ -23,6 +24,7 @@ def build_train_parser(prog: str = "train.py") -> OptionParser:
                         help="YAML file of defaults; its keys are the names of the flags, with underscores")
     add_train_flags(parser)
     add_sam_flags(parser)
+    add_run_flags(parser)
     return parser
 
 

@@ -44,8 +44,8 @@ class Progress:
 
     def log_update(self, epoch: int, update_idx: int, num_updates: int, meters: Meters, nonfinite: int,
                    optimizer: torch.optim.Optimizer, update_time: utils.AverageMeter, data_time: utils.AverageMeter,
-                   samples: float) -> None:
-        """One line. Every rank has to call it.
+                   samples: float) -> float:
+        """One line, and the average loss of the epoch over all ranks. Every rank has to call it.
 
         Args:
             epoch: From 0.
@@ -63,7 +63,7 @@ class Progress:
         loss_avg = process.mean(meters["loss"].avg)
         nonfinite = round(process.mean(float(nonfinite)) * process.world_size)
         if not process.primary:
-            return
+            return loss_avg
         rates = [group["lr"] for group in optimizer.param_groups]
         sam = ""
         if "sam_loss" in now and meters["sam_loss"].count:
@@ -80,3 +80,4 @@ class Progress:
             f"LR: {sum(rates) / len(rates):.3e}  "
             f"Data: {data_time.val:.3f} ({data_time.avg:.3f})  "
             f"Left: {self.time_left(num_updates)}")
+        return loss_avg
