@@ -6,6 +6,7 @@ import torch
 
 from timm_sam import SAM
 from timm_sam.cli.device import Process
+from timm_sam.training.diverged import Watch
 from timm_sam.training.engine import SAM_COUNTS, SAM_MEASURES, Run
 from timm_sam.training.plain import Plain
 from timm_sam.training.progress import Progress
@@ -22,4 +23,5 @@ def run_around(args, task, data, optimizer, sam=None, *, process=CPU, scaler=Non
         measures=SAM_MEASURES if perturbed else (), counts=SAM_COUNTS if perturbed else (), scaler=scaler,
         autocast=nullcontext, model_dtype=model_dtype, scheduler=None,
         preemption=SimpleNamespace(should_stop=lambda update: False),
+        watch=Watch(args, process, task.get_trainable_module(), scaler),
         progress=Progress(process, total_updates, 0, total_updates))
