@@ -23,5 +23,5 @@ def run_around(args, task, data, optimizer, sam=None, *, process=CPU, scaler=Non
         measures=SAM_MEASURES if perturbed else (), counts=SAM_COUNTS if perturbed else (), scaler=scaler,
         autocast=nullcontext, model_dtype=model_dtype, scheduler=None,
         preemption=SimpleNamespace(should_stop=lambda update: False),
-        watch=Watch(args, process, task.get_trainable_module(), scaler),
+        watch=Watch(SimpleNamespace(allow_nonfinite=False), process, task.get_trainable_module(), scaler),
         progress=Progress(process, total_updates, 0, total_updates))
