@@ -1,6 +1,5 @@
 """How a rank of several ends, and how all of them stop together."""
 import argparse
-import time
 
 import pytest
 import torch
@@ -23,10 +22,10 @@ from timm_sam.cli.errors import OptionError
 def fail_or_wait(*args):
     if torch.distributed.get_rank() == {rank}:
         raise {error}
-    time.sleep(100)
+    time.sleep(10_000)
 
 
-torch.distributed.destroy_process_group = lambda *args: time.sleep(100)  # as nccl's, which waits for the others
+torch.distributed.destroy_process_group = lambda *args: time.sleep(10_000)  # as nccl's, which waits for the others
 {script}.{function} = fail_or_wait
 sys.exit({script}.main({arguments}))
 '''
@@ -43,9 +42,7 @@ def test_failing_rank_says_why_and_ends_without_waiting_for_the_others(
     path = tmp_path / 'failing.py'
     path.write_text(FAILING.format(
         script=script, function=function, rank=rank, error=error, arguments=arguments))
-    start = time.monotonic()
-    done = run(torchrun(path), tmp_path)
-    assert time.monotonic() - start < 60
+    done = run(torchrun(path), tmp_path)  # a rank that waits for the others never ends
     assert done.code == 1 and f'exitcode  : {code}' in done.err
     ours = done.err.split('torch/distributed/elastic')[0]  # torchrun has a traceback of its own
     if code == 1:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from reference import base_step, gsam_gradients
 from support.method_ranks import ALPHA, CHUNKED, MICRO_BATCHES, RHO_MIN, UPDATES, UPDATES_PER_EPOCH, TwoHeads
 from support.models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, weights
-from support.processes import RANKS, run, torchrun
+from support.processes import RANKS
 from support.ranks import RHO, SIZE, Engine, joined, network, samples, seed_rank
+from support.scenarios import of_both_ranks
 from support.states import differences
 
 from timm_sam import SAM, methods
@@ -19,17 +20,7 @@ from timm_sam import SAM, methods
 @pytest.fixture(scope='session')
 def scenario(tmp_path_factory):
     """What both ranks have of a scenario."""
-    folder = tmp_path_factory.mktemp('method_ranks')
-    done = run(torchrun('-m', 'support.method_ranks', folder), folder)
-    assert done.code == 0, done.err[-3000:]
-    results = [torch.load(folder / f'rank{i}.pt') for i in range(RANKS)]
-
-    def of_both(name):
-        both = [result[name] for result in results]
-        for result in both:
-            assert not isinstance(result, str), result
-        return both
-    return of_both
+    return of_both_ranks('support.method_ranks', tmp_path_factory.mktemp('method_ranks'))
 
 
 def assert_close(actual, expected, tolerance=1e-10):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference import base_step, sam_gradients
 from support.models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, buffers, weights
-from support.processes import RANKS, run, torchrun
+from support.processes import RANKS
 from support.ranks import (
     BATCHES,
     CHUNKED,
@@ -29,6 +29,7 @@ from support.ranks import (
     samples,
     seed_rank,
 )
+from support.scenarios import of_both_ranks
 from torch import nn
 
 from timm_sam import SAM, select_parameters
@@ -37,17 +38,7 @@ from timm_sam import SAM, select_parameters
 @pytest.fixture(scope='session')
 def scenario(tmp_path_factory):
     """What both ranks have of a scenario: `scenario('sam default')`."""
-    folder = tmp_path_factory.mktemp('ranks')
-    done = run(torchrun('-m', 'support.ranks', folder), folder)
-    assert done.code == 0, done.err[-3000:]
-    results = [torch.load(folder / f'rank{i}.pt') for i in range(RANKS)]
-
-    def of_both(name):
-        both = [result[name] for result in results]
-        for result in both:
-            assert not isinstance(result, str), result
-        return both
-    return of_both
+    return of_both_ranks('support.ranks', tmp_path_factory.mktemp('ranks'))
 
 
 def assert_close(actual, expected, tolerance=1e-10):

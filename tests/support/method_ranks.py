@@ -4,21 +4,17 @@
 
 A scenario that raises has its traceback as the result.
 """
-import datetime
-import gc
-import sys
-import time
-import traceback
 from collections import Counter
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.models import OPTIMIZERS, buffers, weights
 from support.ranks import RANKS, RHO, Engine, collectives, network, samples, seed_rank
+from support.scenarios import main
 from support.slots import Noting, Residual
 from timm_sam import SAM, compile_split, methods
 from timm_sam.methods import Method
@@ -161,21 +157,5 @@ def scenarios():
     yield 'observed', observed, [], {}
 
 
-def main(folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=20))
-    rank = distributed.get_rank()
-    results = {}
-    for name, function, arguments, options in scenarios():
-        try:
-            results[name] = function(rank, *arguments, **options)
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f'{folder}/rank{rank}.pt')
-    gc.collect()
-    time.sleep(0.1)  # gloo's destructor may wait for ever for a thread that has yet to let go of its tensors
-    distributed.destroy_process_group()
-
-
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(scenarios)

@@ -5,13 +5,8 @@
 A scenario that raises has its traceback as the result. The tests import networks and batches from here as well.
 """
 import argparse
-import datetime
-import gc
 import itertools
 import math
-import sys
-import time
-import traceback
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -21,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
-from torch import distributed, nn
+from torch import nn
 from torch.autograd.profiler import profile
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from support.loop import run_around
 from support.models import OPTIMIZERS, TinyNet, batch, buffers, weights
+from support.scenarios import main
 from support.sync_batchnorm import synchronized_on_cpu
 from timm_sam import SAM, compile_split
 from timm_sam import train as train_script
@@ -335,21 +331,9 @@ def scenarios():
     yield 'static graph', refused, ()
 
 
-def main(folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=20))
-    rank = distributed.get_rank()
-    results = {}
-    for name, function, arguments in scenarios():
-        try:
-            results[name] = function(rank, *arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f'{folder}/rank{rank}.pt')
-    gc.collect()
-    time.sleep(0.1)  # gloo's destructor may wait for ever for a thread that has yet to let go of its tensors
-    distributed.destroy_process_group()
+def with_no_options():
+    return ((name, function, arguments, {}) for name, function, arguments in scenarios())
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(with_no_options)
