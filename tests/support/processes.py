@@ -65,7 +65,7 @@ class Process:
         self.cwd = Path(cwd)
         self.process = subprocess.Popen(
             list(map(str, command)), cwd=cwd, env=environment(**more), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace', start_new_session=True)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
         self.pid = self.process.pid
         self._lines = {'out': [], 'err': []}
         self._news = threading.Condition()
