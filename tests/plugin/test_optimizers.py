@@ -10,7 +10,7 @@ from torch import nn
 from timm_sam import SAM
 
 # bitsandbytes and apex are packages of their own that timm imports if they are there
-NAMES = [n for n in timm.optim.list_optimizers() if not n.startswith(('bnb', 'fused', 'novograd'))]
+NAMES = [n for n in timm.optim.list_optimizers() if not n.startswith(('bnb', 'fused'))]
 SECOND_ORDER = 'adahessian'
 
 
