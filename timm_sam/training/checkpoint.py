@@ -42,9 +42,9 @@ def resume(
             optimizer.load_state_dict(saved["optimizer"])
         if scaler is not None and scaler.state_dict_key in saved:
             scaler.load_state_dict(saved[scaler.state_dict_key])
-        epoch = saved.get("epoch") if entry else None
-        if epoch is not None:  # older versions of the format name the next one
-            epoch = int(epoch) + int(saved.get("version", 1) > 1)
+        epoch = None
+        if entry and "epoch" in saved:  # older versions of the format name the next one
+            epoch = int(saved["epoch"]) + int(saved.get("version", 1) > 1)
     except Exception as e:  # foreign files hold anything
         hint = "start from them by --initial-checkpoint" if "averaged weights only" in str(e) else (
             "give a whole checkpoint of this model and optimizer (or --no-resume-opt)")

@@ -126,6 +126,8 @@ def _losses(args: argparse.Namespace) -> Rules:
 
 def _conflicts(args: argparse.Namespace) -> Rules:
     mixup, splits = mixup_active(args), args.aug_splits
+    yield (bool(args.pretrained_path) and not args.pretrained,
+           f"--pretrained-path {args.pretrained_path} is not loaded without --pretrained: add it")
     yield from amp_takes_float32(args)
     yield splits == 1 or splits < 0, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
     yield (args.split_bn and splits < 2 and not args.resplit,
