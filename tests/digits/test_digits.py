@@ -245,7 +245,8 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
             raise error
 
     monkeypatch.setattr(Image.Image, 'save', save)
-    with pytest.raises(error):
+    # an OSError is the user's to mend: one line
+    with pytest.raises(digits.OptionError if error is OSError else error):
         digits.export(str(tmp_path / 'data'))
     assert len(saved) == 100 and list(tmp_path.iterdir()) == []
 

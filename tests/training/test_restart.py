@@ -223,7 +223,6 @@ def test_newest_checkpoint_prefers_progress_and_ignores_unfinished_files(tmp_pat
     assert newest_checkpoint(str(tmp_path)) is None
     save('checkpoint-3', 3)
     save('last', 4)
-    save('tmp', 9)
     save('recovery_tmp', 9)
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'last.pth.tar')
     save('recovery-5-2', 5, position={'batch': 3})
@@ -231,6 +230,8 @@ def test_newest_checkpoint_prefers_progress_and_ignores_unfinished_files(tmp_pat
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'recovery-5-2.pth.tar')
     save('last', 5)
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'last.pth.tar')
+    save('tmp', 9)  # whole, and not yet renamed when its process was killed
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'tmp.pth.tar')
 
 
 def test_random_state_of_a_device_goes_to_the_one_that_the_run_goes_on_with():
