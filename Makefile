@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
+# tests by the file, on two cores: one that fixtures are made for stays in one process
+PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: train validate digits-table test test-fast test-slow test-newest lint typecheck clean
 
@@ -26,11 +28,11 @@ digits-table: $(INSTALLED)
 	$(BIN)/python benchmarks/digits_table.py --out output/digits_table
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # plugin and unit tests: no whole runs, a few cases of each test
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not full"
+	$(BIN)/python $(PYTEST) -m "not slow and not full"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -23,8 +23,9 @@ torch.set_num_threads(1)
 # ---- the quick tier
 
 # fixtures of tests that train, evaluate, start processes, or report on many runs
-LARGE = {'image_folder', 'teacher', 'fitted', 'checkpoints', 'scenario', 'four_images', 'small', 'grid'}
-CASES = 4
+LARGE = {'image_folder', 'labelled', 'mixed', 'teacher', 'fitted', 'checkpoints', 'scenario', 'four_images', 'small',
+         'grid'}
+CASES = 3
 
 
 @pytest.hookimpl(tryfirst=True)

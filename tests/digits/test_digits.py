@@ -13,13 +13,17 @@ from support.running import working_directory
 from timm_sam.digits import __main__ as digits
 from timm_sam.digits.shifts import SHIFTS
 
-load_digits = pytest.importorskip('sklearn.datasets').load_digits
 pytestmark = pytest.mark.full
 
 
+@pytest.fixture(scope='module', autouse=True)
+def sklearn_datasets():
+    return pytest.importorskip('sklearn.datasets')  # takes seconds
+
+
 @pytest.fixture(scope='module')
-def scans():
-    return load_digits()
+def scans(sklearn_datasets):
+    return sklearn_datasets.load_digits()
 
 
 @pytest.fixture(scope='module')

@@ -18,8 +18,6 @@ from timm_sam import train
 from timm_sam.perturbation import VARIANTS
 from timm_sam.training.options import parse_args
 
-pytest.importorskip('sklearn.datasets')
-
 
 def whole_grid():
     return digits_table.grid(list(digits_table.RADII), digits_table.VARIANTS, digits_table.SEEDS)
@@ -54,6 +52,7 @@ def test_every_run_has_the_options_of_its_name(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """A grid of plain training and one radius, of one epoch each."""
+    pytest.importorskip('sklearn.datasets')
     argv = digits_table.Job.argv
     monkeypatch.setattr(digits_table, 'RADII', {'vit_tiny': {('sam', 'onlynorm'): (0.1,)}})
     monkeypatch.setattr(digits_table, 'DATA', {'vit_tiny': (40, 0.2)})

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from sklearn.metrics import average_precision_score, f1_score
 from support.images import write_image_folder
 from support.models import assert_identical
 from support.multilabel import CLASSES, FIELDS, install, multi_hot, write_labelled_tree
@@ -63,6 +62,8 @@ def logits(folder, name, labelled, key='state_dict'):
 
 def by_definition(outputs, targets, threshold=0.5):
     """The metrics by scikit-learn's functions, in percent; classes without a positive target have AP 0."""
+    from sklearn.metrics import average_precision_score, f1_score  # takes seconds
+
     predicted = (torch.sigmoid(outputs) >= threshold).numpy()
     scores = [average_precision_score(t, o) if t.any() else 0.0 for t, o in zip(targets.T, outputs.numpy().T)]
     loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs, torch.tensor(targets, dtype=torch.float32))

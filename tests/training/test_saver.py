@@ -53,6 +53,7 @@ def test_three_epochs_leave_the_newest_and_the_best(tmp_path):
     assert epochs(tmp_path) == WHOLE and HISTORY == 2
 
 
+@pytest.mark.full
 def test_save_killed_in_front_of_any_operation_on_files_loses_nothing_that_was_written(tmp_path):
     done = run(python('-m', 'support.killed_saves', tmp_path), TESTS)
     assert done.code == 0, done.err[-3000:]
