@@ -33,7 +33,7 @@ def commands(fitted, real):
         'class_map': f'{data} --valid-labels valid.txt',
         'real': f'--data-dir {real} --real-labels {real}/real.json',
         'folder': f'{data} --checkpoint folder --results-file folder.csv',
-        'suites': f'{suites} {attack} --results-file suites',
+        'suites': f'{suites} {attack} --calibration --results-file suites',
         'one_batch_attacked': f'{suites} {attack} -b 100 --results-file one_batch',
         'continued': f'{suites} {attack} --results-file continued --skip-existing',
         'memory': f'{data} --retry',

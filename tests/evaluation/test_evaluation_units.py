@@ -123,8 +123,21 @@ def test_table_in_every_format():
                            mean='45.0000', std='21.2132', flags='partial')
     content = json.loads(tables.as_json(merged, ['x', 'y'], {'seed': 1}))
     assert content['checkpoints'] == ['x', 'y'] and content['protocol'] == {'seed': 1}
-    assert content['results'][0] == dict(group='ID', dataset='val', measure='top1', images=7, values=[10.0, 20.0],
-                                         non_finite=[0, 0], n=2, mean=15.0, std=statistics.stdev([10, 20]), flags=[])
+    assert content['results'][0] == dict(group='ID', dataset='val', measure='top1', unit='%', images=7,
+                                         values=[10.0, 20.0], non_finite=[0, 0], n=2, mean=15.0,
+                                         std=statistics.stdev([10, 20]), flags=[])
+
+
+def test_measures_have_units_digits_and_details_of_their_own():
+    one, two = ([Measure('calibration', 'val', 'nll', 7, (), [value], [broken], 'nats', 4, [[broken]])]
+                for value, broken in ((0.5, 0), (float('nan'), 7)))
+    merged = tables.merge([one, two])
+    assert merged[0].details == [[0], [7]] and merged[0].mean == 0.5
+    assert '| calibration | val | nll (nats) | 7 | 0.5000 | nan non-finite |' in tables.as_markdown(merged, ['x', 'y'])
+    text = tables.as_json(merged, ['x', 'y'], {})
+    row = json.loads(text)['results'][0]
+    assert (row['unit'], row['values'], row['details']) == ('nats', [0.5, None], [[0], [7]])
+    assert 'NaN' not in text  # which is no JSON
 
 
 @pytest.mark.parametrize('name, kind, expected', [

@@ -78,7 +78,7 @@ def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
     for dest in ("real_labels", "valid_labels"):
         yield (is_multilabel(args) and bool(getattr(args, dest)),
                f"{flag(dest)} is for one class per image: leave it out with --task multilabel")
-    for dest in ("allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
+    for dest in ("calibration", "allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
         yield (getattr(args, dest) != default(dest),
                f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
     yield args.results_format == "md", "--results-format md is for suites: use csv or json, or add --eval NAME=DIR"

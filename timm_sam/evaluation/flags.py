@@ -130,6 +130,9 @@ def add_suites(parser: argparse.ArgumentParser) -> None:
         help=f"data sets: {', '.join(PUBLISHED)} in their label spaces; any other name: class folders of training")
     add("--eval-root", metavar="DIR",
         help="folder with published data sets under their own names: all that are found")
+    add("--calibration", action="store_true",
+        help="also calibration errors (15 bins of equal width, and of equal mass), negative log likelihood and Brier "
+             "score of each data set")
     add("--allow-partial", action="store_true",
         help="evaluate sets that lack classes, and mark them, instead of failing")
     add("--skip-existing", action="store_true",

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from . import provenance, results, tables
+from . import calibration, provenance, results, tables
 from .attack.robustness import AttackedSet, attack_suite
 from .journal import Journal, key_of
+from .per_image import Collector, Kept, whole
 from .precision import full_precision
 from .ranks import batches_of
-from .scoring import mean_of, score
+from .scoring import Batch, mean_of, score
 from .session import Session
 from .sets.loaders import suite_loader
 from .sets.suites import Suite
@@ -81,35 +82,66 @@ def _check_kept(session: Session, files: Mapping[str, str], checkpoints: Sequenc
 def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,
           outputs: int) -> set[tuple[str, str]]:
     """What the table will hold, as pairs (data set, measure)."""
-    rows = {(suite.name, name) for suite in suites for name in _names(suite, outputs)}
+    rows = {(suite.name, name) for suite in suites for name in _accuracies(suite, outputs)}
+    if session.args.calibration:
+        rows |= {(suite.name, name) for suite in suites for name in calibration.names(outputs, suite.space.differs)}
     if attacked is not None:
         rows |= {(attacked.suite.name, name) for name in ("clean", *map(str, session.args.attack))}
     return rows
 
 
-def _names(suite: Suite, outputs: int) -> list[str]:
+def _accuracies(suite: Suite, outputs: int) -> list[str]:
     return ["top1", "top5", *([f"top1_{outputs}way"] if suite.space.differs else [])]
 
 
 def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: Journal) -> list[Measure]:
-    args, ranks = session.args, session.ranks
-    key = key_of(part="scores", **provenance.identity(args, subject, suite))
-    if "non_finite" not in journal.done.get(key, ()):  # an older version's: it did not look
-        batches = batches_of(range(len(suite.samples)), args.batch_size)
-        loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-        with full_precision():
-            parts = ranks.run(lambda: score(
-                subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
-                channels_last=args.channels_last, log_freq=args.log_freq))
-        together = [batch for part in parts for batch in part]
-        scores = dataclasses.asdict(mean_of(sorted(together, key=lambda batch: batch.index)))
-        if ranks.primary:
+    key = key_of(part="scores", **provenance.identity(session.args, subject, suite))
+    done = journal.done.get(key, {})
+    # an older version did not look at what is not finite, and calibration may not have been asked for
+    if "non_finite" not in done or (session.args.calibration and "calibration" not in done):
+        scores = _scores(session, subject, suite)
+        if session.primary:
             journal.add(key, scores)
         journal.done[key] = scores
-    scores = journal.done[key]
+    return _measures(session, subject, suite, journal.done[key])
+
+
+def _scores(session: Session, subject: Subject, suite: Suite) -> dict[str, Any]:
+    """Runs the model over a data set, all ranks together."""
+    args, ranks = session.args, session.ranks
+    batches = batches_of(range(len(suite.samples)), args.batch_size)
+    loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
+    look = partial(calibration.certainties, space=suite.space) if args.calibration else None
+
+    def share() -> tuple[list[Batch], dict[int, Kept]]:
+        collector = None if look is None else Collector(look, loaded.places, args.log_freq)
+        scored = score(
+            subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
+            channels_last=args.channels_last, log_freq=args.log_freq, watch=collector)
+        return scored, {} if collector is None else collector.by_place()
+
+    with full_precision():
+        parts = ranks.run(share)
+    together = [batch for scored, _ in parts for batch in scored]
+    scores = dataclasses.asdict(mean_of(sorted(together, key=lambda batch: batch.index)))
+    if args.calibration:
+        images = whole(kept for _, kept in parts)
+        scores["calibration"] = {space: calibration.calibration(values) for space, values in images.items()}
+    return scores
+
+
+def _measures(session: Session, subject: Subject, suite: Suite, scores: Mapping[str, Any]) -> list[Measure]:
     images, broken = scores["images"], scores["non_finite"]
     flags = [*suite.flags, *([f"{broken} of {images} outputs not finite"] if broken else [])]
     session.note_non_finite(f"{subject.checkpoint or subject.name} on {suite.name}", broken, images)
     right = (scores["right1"], scores["right5"], scores["right1_all"])
-    return [Measure(suite.kind.upper(), suite.name, name, images, flags, [100 * count / images], [broken])
-            for name, count in zip(_names(suite, subject.num_classes), right)]
+    measures = [Measure(suite.kind.upper(), suite.name, name, images, flags, [100 * count / images], [broken])
+                for name, count in zip(_accuracies(suite, subject.num_classes), right)]
+    if session.args.calibration:
+        for name, (space, measure) in calibration.names(subject.num_classes, suite.space.differs).items():
+            found = scores["calibration"][space]
+            unit, digits = calibration.MEASURES[measure]
+            bins = calibration.bins_shown(found, measure)
+            measures.append(Measure("calibration", suite.name, name, found["images"], flags, [found[measure]], [broken],
+                                    unit, digits, [] if bins is None else [bins]))
+    return measures

@@ -96,7 +96,7 @@ def score(
         prefetcher: bool,
         channels_last: bool,
         log_freq: int,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> list[Batch]:
     """Runs the model over a loader. Nothing reads the device between two log lines.
 
@@ -109,7 +109,7 @@ def score(
         prefetcher: Whether the loader has brought the batches to the device.
         channels_last: Whether images go in that layout.
         log_freq: Batches between two log lines.
-        watch: Called with each batch's outputs in the label space (B, C) and targets.
+        watch: Called with each batch's outputs (B, K), these in the label space (B, C), and targets (B,).
 
     Returns:
         One entry per batch.
@@ -135,7 +135,7 @@ def score(
                 reduced = space.reduce(output)
                 loss = loss_fn(reduced, target)
             if watch is not None:
-                watch(reduced, target)
+                watch(output, reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
             counts = [non_finite_rows(output).sum()]
             if space.differs:

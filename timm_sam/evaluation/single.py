@@ -166,7 +166,7 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
             share.targets = [(batch.targets >= 0.5).numpy() for batch in share.labelled]
         return share
 
-    def watch(outputs: Tensor, targets: Tensor) -> None:
+    def watch(_: Tensor, outputs: Tensor, targets: Tensor) -> None:
         if real is not None:
             real.add_result(outputs)
         if args.metrics_avg:

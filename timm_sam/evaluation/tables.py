@@ -1,5 +1,6 @@
 """Results of suites as a table: on the terminal, as Markdown, CSV and JSON."""
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from ..cli.escape import markdown_text, printable
 from ..cli.text import csv_text, markdown, sample_std, spread
 
 FORMATS = ("csv", "json", "md")
-GROUPS = ("ID", "OOD", "adversarial")  # the order of Table 4 of the SAM-ON paper
+GROUPS = ("ID", "OOD", "adversarial", "calibration")  # the first three as in Table 4 of the SAM-ON paper
 _TEXT = 3  # columns before the numbers
 
 
@@ -24,9 +25,12 @@ class Measure:
         name: Of the measure: ``top1``, ``top5``, ``top1_1000way``, ``clean``, ``l2 0.25``, ...
         images: Number of images behind it.
         flags: What makes it not the number of the whole data set.
-        values: In percent, one per checkpoint.
+        values: In ``unit``, one per checkpoint.
         non_finite: Images whose outputs are NaN or infinite, one number per checkpoint: a value with some says nothing,
             and is in no mean. Empty: none has any.
+        unit: Of the values: percent, or what else the measure has.
+        digits: That tables show.
+        details: What the JSON keeps beside the values, one entry per checkpoint; empty: nothing.
     """
 
     group: str
@@ -36,6 +40,9 @@ class Measure:
     flags: Sequence[str] = ()
     values: list[float] = field(default_factory=list)
     non_finite: list[int] = field(default_factory=list)
+    unit: str = "%"
+    digits: int = 2
+    details: list[Any] = field(default_factory=list)
 
     @property
     def counted(self) -> list[float]:
@@ -59,14 +66,15 @@ class Measure:
 
 
 def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
-    """The same measures of several checkpoints side by side, in the order ID, OOD, adversarial."""
+    """The same measures of several checkpoints side by side, in the order of ``GROUPS``."""
     merged = []
     for same in zip(*per_checkpoint, strict=True):
         flags = list(dict.fromkeys(flag for m in same for flag in m.flags))
         values = [value for m in same for value in m.values]
         broken = [number for m in same for number in m.broken]
         merged.append(Measure(same[0].group, same[0].dataset, same[0].name, same[0].images, flags, values,
-                              broken if any(broken) else []))
+                              broken if any(broken) else [], same[0].unit, same[0].digits,
+                              [detail for m in same for detail in m.details]))
     return sorted(merged, key=lambda m: GROUPS.index(m.group))
 
 
@@ -76,18 +84,19 @@ def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]
     group = None
     for m in measures:
         flags = f" ({'; '.join(m.flags)})" if m.flags else ""
-        row = [m.group if m.group != group else "", m.dataset + flags, m.name, f"{m.images:,}",
-               *(f"{value:.2f}{' non-finite' if broken else ''}" for value, broken in zip(m.values, m.broken))]
+        name = m.name if m.unit in ("%", "") else f"{m.name} ({m.unit})"
+        row = [m.group if m.group != group else "", m.dataset + flags, name, f"{m.images:,}",
+               *(f"{value:.{m.digits}f}{' non-finite' if broken else ''}" for value, broken in zip(m.values, m.broken))]
         if many:
             left_out = f" (n = {len(m.counted)})" if any(m.broken) else ""
-            row.append(("–" if m.mean is None else spread(m.mean, m.std)) + left_out)
+            row.append(("–" if m.mean is None else spread(m.mean, m.std, m.digits)) + left_out)
         rows.append(row)
         group = m.group
     return rows
 
 
 def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
-    """The table for a terminal; accuracies in percent."""
+    """The table for a terminal; in percent, where no other unit is said."""
     rows = [list(map(printable, row)) for row in _cells(measures, names)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -99,14 +108,14 @@ def as_text(measures: Sequence[Measure], names: Sequence[str]) -> str:
 
 
 def as_markdown(measures: Sequence[Measure], names: Sequence[str]) -> str:
-    """The table in Markdown; accuracies in percent."""
+    """The table in Markdown; in percent, where no other unit is said."""
     header, *rows = _cells(measures, names)
     escaped = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
     return markdown(escaped[0], escaped[1:], left=_TEXT) + "\n"
 
 
 def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
-    """The table as CSV: numbers in percent with four digits, mean and standard deviation in columns of their own.
+    """The table as CSV: numbers in their units with four digits, mean and standard deviation in columns of their own.
 
     A value that is in no mean is ``nan``, so that it is in none that a reader computes either.
     """
@@ -120,8 +129,11 @@ def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
 
 def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """The table and all that its numbers depend on."""
-    results = [dict(group=m.group, dataset=m.dataset, measure=m.name, images=m.images, values=m.values,
-                    non_finite=m.broken, n=len(m.counted), mean=m.mean, std=m.std, flags=list(m.flags))
+    results = [dict(group=m.group, dataset=m.dataset, measure=m.name, unit=m.unit, images=m.images,
+                    # NaN is no JSON: a measure of nothing is null
+                    values=[None if math.isnan(value) else value for value in m.values],
+                    non_finite=m.broken, n=len(m.counted), mean=m.mean, std=m.std, flags=list(m.flags),
+                    **({"details": m.details} if m.details else {}))
                for m in measures]
     return json.dumps(dict(checkpoints=list(names), results=results, protocol=protocol), indent=2, default=str) + "\n"
 

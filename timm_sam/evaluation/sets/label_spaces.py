@@ -98,19 +98,13 @@ class LabelSpace:
         """
         # not argmax: ties fall as for timm.utils.accuracy with topk=(1, 5), which counts in the space itself
         best = logits.topk(min(5, logits.shape[1]), 1, True, True)[1][:, 0]
-        return (best if self.groups is None else self._owners(logits.shape[1], logits.device)[best]) == targets
+        return (best if self.groups is None else self.owners(logits.shape[1], logits.device)[best]) == targets
 
-    def _members(self, device: torch.device) -> Tensor:
-        """The groups one after the other, each padded to the largest one's length with its first output."""
-        key = ("members", device)
-        if key not in self._tables:
-            assert self.groups is not None
-            width = max(len(group) for group in self.groups)
-            self._keep(key, [i for group in self.groups for i in (*group, *group[:1] * (width - len(group)))], device)
-        return self._tables[key]
+    def owners(self, outputs: int, device: torch.device) -> Tensor:
+        """``(outputs,)``: the class of each output; what is no class is none that a target has.
 
-    def _owners(self, outputs: int, device: torch.device) -> Tensor:
-        """``(outputs,)``: the class of each output."""
+        Only for spaces that differ from the outputs.
+        """
         key = ("owners", outputs, device)
         if key not in self._tables:
             assert self.groups is not None
@@ -119,6 +113,15 @@ class LabelSpace:
                 for output in group:
                     owners[output] = index
             self._keep(key, owners, device)
+        return self._tables[key]
+
+    def _members(self, device: torch.device) -> Tensor:
+        """The groups one after the other, each padded to the largest one's length with its first output."""
+        key = ("members", device)
+        if key not in self._tables:
+            assert self.groups is not None
+            width = max(len(group) for group in self.groups)
+            self._keep(key, [i for group in self.groups for i in (*group, *group[:1] * (width - len(group)))], device)
         return self._tables[key]
 
     def _keep(self, key: Any, values: list, device: torch.device) -> None:
