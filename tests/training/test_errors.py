@@ -111,8 +111,8 @@ ROWS = [
     # optimizer and schedule
     ('--opt nosuch', ['--opt nosuch', 'list_optimizers']),
     ('--opt-kwargs foo=1', ['--opt-kwargs', "'foo'"]),
-    ('--lr -1', ['learning rate', '-1']),
-    ('--lr nan', ['--lr', 'nan']),
+    ('--lr -1', ['--lr -1', '>= 0']),
+    ('--lr nan', ['--lr nan', 'finite']),
     ('--sched nosuch', ['--sched nosuch']),
     ('--clip-mode foo', ['--clip-mode foo', 'agc']),
     ('--epochs 0', ['--epochs 0', '>= 1']),

@@ -321,7 +321,7 @@ COMMANDS = [
     '--scale 0.5 1 --ratio 1 1 --mean 0.5 --input-size 3 64 32 --opt-betas 0.9 0.99 --cutmix-minmax 0.2 0.8',
     "--model-kwargs img_size=32 layers=[1,2] name=x flag=True none=None p=1e-3 word='on' --opt-kwargs caution=True",
     "--wandb-tags 1 1e3 true null '' --wandb-project 007",
-    "--lr 1e-3 --opt-eps 1e-16 --min-lr 0 --model-ema --torchcompile --seed -1 --class-map '' --val-split ''",
+    "--lr 1e-3 --opt-eps 1e-16 --min-lr 0 --model-ema --torchcompile --seed 7 --class-map '' --val-split ''",
     "--experiment 'a: b # c' --wandb-project 'übung \\ \"x\" %d {y}'",
     '--grad-accum-steps 0',
 ]

@@ -1,7 +1,9 @@
 """Mistakes of the user: what they are raised as, and how the scripts report them."""
 import os
+import reprlib
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -25,6 +27,26 @@ def report(prog: str, message: object) -> None:
     elif store is not None:
         store.set(key, "1")
     print(f"{prog}: error{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+
+
+class _Short(reprlib.Repr):
+    """Values as a message shows them: a file may hold numbers of a million digits, and lists in lists in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 8, 8, 4
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 128 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, but short, whatever it is."""
+    return _SHORT.repr(value)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

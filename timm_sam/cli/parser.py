@@ -1,16 +1,18 @@
 """What the commands' parsers share: one-line errors, YAML files of defaults, numbers with ranges."""
 import argparse
 import difflib
+import errno
 import math
 import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 from timm import utils
 
-from .errors import OptionError, report
+from .errors import OptionError, one_line, report, shown
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -83,9 +85,10 @@ def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     for file, config in reversed(_read_yaml(path, [])):
         for key, value in config.items():
             if key not in actions:
-                close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
+                name = key.replace("-", "_")[:80] if isinstance(key, str) else ""
+                close = difflib.get_close_matches(name, actions, 1)
                 hint = f"did you mean {close[0]!r}?" if close else "remove it, or see --help for the flags"
-                raise OptionError(f"--config {file}: unknown key {key!r}; {hint}")
+                raise OptionError(f"--config {file}: unknown key {shown(key)}; {hint}")
             values[key] = yaml_value(f"--config {file}", actions[key], value)
     return values
 
@@ -94,18 +97,28 @@ def read_yaml(path: str) -> Any:
     """What a YAML file holds.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read, or is no regular file: a pipe may never end.
         ValueError: It is no YAML, or no text.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        kind = "it is a directory" if os.path.isdir(path) else "it is no regular file"
+        raise OSError(errno.EINVAL, kind)
     with open(path, encoding="utf-8") as f:
         try:
             return yaml.safe_load(f)
-        except yaml.YAMLError as e:
-            raise ValueError(str(e)) from e
+        except OSError:
+            raise
+        except Exception as e:  # it makes dates, numbers and more of text, and fails in as many ways
+            raise ValueError(one_line(e)) from e
+
+
+_MOST_BASES = 50
 
 
 def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     """The mapping in a file, followed by those of its bases."""
+    if len(above) > _MOST_BASES:
+        raise OptionError(f"--config {above[0]}: has more than {_MOST_BASES} bases, one of another; write them as one")
     if os.path.realpath(path) in above:
         raise OptionError(f"--config {path}: is its own base, by {' -> '.join(above)}; remove one 'base'")
     try:
@@ -121,8 +134,8 @@ def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     if "base" not in config:
         return [(path, config)]
     base = config.pop("base")
-    if not isinstance(base, str):
-        raise OptionError(f"--config {path}: base: {base!r} is not the path of a YAML file")
+    if not isinstance(base, str) or not base or not _is_writable_text(base):
+        raise OptionError(f"--config {path}: base: {shown(base)} is not the path of a YAML file")
     base = os.path.join(os.path.dirname(path), base)
     return [(path, config), *_read_yaml(base, [*above, os.path.realpath(path)])]
 
@@ -133,14 +146,17 @@ def yaml_value(origin: str, action: argparse.Action, value: Any) -> Any:
     Raises:
         OptionError: It has a wrong type; the message begins with ``origin``.
     """
-    def wrong(expected: str) -> OptionError:
-        return OptionError(f"{origin}: {action.dest}: {value!r} is not {expected}")
+    def wrong(expected: str, what: Any = value) -> OptionError:
+        return OptionError(f"{origin}: {action.dest}: {shown(what)} is not {expected}")
 
     if value is None:
+        if action.default is not None:
+            raise wrong(f"a value of this flag: leave it out for the default, {shown(action.default)}")
         return None
     if isinstance(action, ParseKwargs):
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise wrong("a mapping of keyword arguments")
+        _check_plain(value, wrong)
         return value
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -152,20 +168,60 @@ def yaml_value(origin: str, action: argparse.Action, value: Any) -> Any:
     values = list(value) if many else [value]
     if isinstance(action.nargs, int) and len(values) != action.nargs:
         raise wrong(f"a list of {action.nargs} values")
+    if action.nargs == "+" and not values and action.default != []:
+        raise wrong("a list of one value or more")
     convert: Any = action.type or str
-    out = []
-    for v in values:
-        text_ok = convert is str and isinstance(v, (str, int, float)) and not isinstance(v, bool)
-        if convert is not str and (isinstance(v, bool) or not isinstance(v, (int, float, str))) or \
-                convert is str and not text_ok or isinstance(v, float) and convert in (int, positive_int, epoch):
-            raise wrong(f"of type {_type_name(convert)}")
-        try:
-            out.append(convert(v))  # YAML 1.1 reads 1e-3 as a string; converting makes it the number it looks like
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            raise wrong(f"of type {_type_name(convert)}") from None
-        if action.choices is not None and out[-1] not in action.choices:
+    out = [_converted(convert, v, wrong) for v in values]
+    for v in out:
+        if action.choices is not None and v not in action.choices:
             raise wrong(f"one of {', '.join(map(str, action.choices))}")
     return out if many else out[0]
+
+
+def _converted(convert: Any, value: Any, wrong: Callable[..., OptionError]) -> Any:
+    """One value of a YAML file as a flag's type."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong(f"of type {_type_name(convert)}")
+    if isinstance(value, float) and convert in (int, positive_int, epoch):
+        if not value.is_integer():  # of infinity and NaN, too; older scripts wrote epochs: 300.0
+            raise wrong(f"of type {_type_name(convert)}")
+        value = int(value)
+    if isinstance(value, int) and value.bit_length() > 1024:
+        raise wrong(f"a number of this size, but of type {_type_name(convert)}")
+    try:
+        converted = convert(value)  # YAML 1.1 reads 1e-3 as a string; converting makes it the number it looks like
+    except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
+        raise wrong(f"of type {_type_name(convert)}") from None
+    if isinstance(converted, str) and not _is_writable_text(converted):
+        raise wrong("text that can be written: it has a NUL character, or half a surrogate pair")
+    return converted
+
+
+def _is_writable_text(text: str) -> bool:
+    """Whether a file may have this name: bytes that are no UTF-8 may be in one, other lone surrogates may not."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _check_plain(value: Any, wrong: Callable[..., OptionError]) -> None:
+    """Keyword arguments are numbers, text, dates and the like, in lists and mappings; aliases may make them endless."""
+    left, budget = [value], 10_000
+    while left:
+        part = left.pop()
+        budget -= 1
+        if budget < 0:
+            raise wrong("a mapping of keyword arguments, but endless or far too large")
+        if isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            left += part
+        elif isinstance(part, str) and not _is_writable_text(part):
+            raise wrong("text that can be written: it has a NUL character, or half a surrogate pair", part)
+        elif isinstance(part, int) and part.bit_length() > 1024:
+            raise wrong("a number of this size", part)
 
 
 def _type_name(convert: Any) -> str:
@@ -180,13 +236,16 @@ def dump_args(args: argparse.Namespace) -> str:
     return yaml.safe_dump(kept, default_flow_style=False)
 
 
+_LARGEST = {int: 2 ** 31 - 1}  # of what counts something
+
+
 def _number(text: str, convert: Any, at_least: float, expected: str) -> Any:
     try:
         value = convert(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = math.nan
-    if not (math.isfinite(value) and value >= at_least):
-        raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+    if not at_least <= value <= _LARGEST.get(convert, math.inf) or value == math.inf:
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text if isinstance(text, str) else shown(text)}")
     return value
 
 

@@ -1,13 +1,13 @@
 """Rules that options keep, each with what to say when one is broken; those that several commands have in common."""
 import argparse
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 
-from .errors import OptionError
+from .errors import OptionError, one_line
 from .models import channels
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -40,12 +40,11 @@ def flag(dest: str) -> str:
     return "--" + dest.replace("_", "-")
 
 
-def is_device(name: str) -> bool:
+def _device(name: str) -> torch.device | None:
     try:
-        torch.device(name)
-    except RuntimeError:
-        return False
-    return True
+        return torch.device(name)
+    except (RuntimeError, ValueError, OverflowError):  # text that is none, and numbers that are too large
+        return None
 
 
 def reads_files(args: argparse.Namespace) -> bool:
@@ -66,13 +65,6 @@ def known(args: argparse.Namespace, values: Mapping[str, Collection[Any]]) -> Ru
         yield value not in allowed, f"{flag(dest)} {value} is unknown: use one of {shown}"
 
 
-def at_least_one(args: argparse.Namespace, dests: Iterable[str]) -> Rules:
-    """Options that count something, or are None."""
-    for dest in dests:
-        value = getattr(args, dest)
-        yield value is not None and value < 1, f"{flag(dest)} {value} must be >= 1"
-
-
 def per_channel(args: argparse.Namespace) -> Rules:
     """Mean and standard deviation: one number per channel, or one for all."""
     count = channels(args)
@@ -88,13 +80,36 @@ def amp_takes_float32(args: argparse.Namespace) -> Rules:
 
 
 def device_is_there(args: argparse.Namespace, others: Collection[str] | None = None) -> Rules:
-    """The device is one of torch's, and there is CUDA if it is that; ``others`` are modules that may bring it."""
-    yield not is_device(args.device), f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
-    yield (args.device.split(":")[0] == "cuda" and not torch.cuda.is_available() and not others,
-           f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
+    """The device is one of torch's, and the machine has it; ``others`` are modules that may bring it."""
+    device = _device(args.device)
+    yield device is None, f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
+    assert device is not None
+    yield (device.type == "meta",
+           f"--device {args.device} holds no numbers, only their shapes: use cuda, cuda:1, cpu, mps, ...")
+    if others:
+        return
+    if device.type == "cuda":
+        yield (not torch.cuda.is_available(),
+               f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
+        # of several processes each takes the index of its place on the machine
+        count = torch.cuda.device_count()
+        yield ((device.index or 0) >= count and "WORLD_SIZE" not in os.environ,
+               f"--device {args.device}: there are {count} CUDA devices here, numbered from 0; use one of them")
+    elif device.type != "cpu":
+        reason = _why_not(device)
+        yield reason is not None, f"--device {args.device}: torch has none here ({reason}); use cuda or cpu"
+
+
+def _why_not(device: torch.device) -> str | None:
+    try:
+        torch.empty(1, device=device)
+    except Exception as e:  # of any kind, and its text is for the programmer: the first sentence will do
+        return one_line(e).split(". ")[0]
+    return None
 
 
 def class_map_is_there(args: argparse.Namespace) -> Rules:
-    found = [os.path.exists(path) for path in (args.class_map, os.path.join(args.data_dir or "", args.class_map))]
+    found = [os.path.isfile(path) for path in (args.class_map, os.path.join(args.data_dir or "", args.class_map))]
     yield (bool(args.class_map) and not any(found),
-           f"--class-map {args.class_map} does not exist: give a text file, relative to --data-dir or absolute")
+           f"--class-map {args.class_map} does not exist, or is no regular file: give a text file, relative to "
+           f"--data-dir or absolute")

@@ -49,8 +49,6 @@ def task_rules(args: argparse.Namespace) -> Rules:
         return
     yield (args.num_classes is None,
            "--task multilabel needs --num-classes: targets do not tell how many classes there are")
-    yield (not 0 < args.multilabel_threshold < 1,
-           f"--multilabel-threshold {args.multilabel_threshold} is a probability between 0 and 1: use 0.5, say")
     if several:
         fields = args.target_key.count(",") + 1
         yield (args.target_format == "multihot",

@@ -1,12 +1,11 @@
 """Checks of an evaluation's options against each other and the machine, before anything is built or written."""
 import argparse
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
-from ..cli import rules
+from ..cli import ranges, rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel, task_rules
 from ..cli.text import why_not_writable
@@ -30,19 +29,32 @@ def files(args: argparse.Namespace, suites: bool) -> Rules:
     yield from rules.class_map_is_there(args)
 
 
+RANGES = {
+    "multilabel_threshold": ranges.BETWEEN,
+    "num_samples": ranges.COUNT,
+    "num_classes": ranges.COUNT,
+    "img_size": ranges.PIXELS,
+    "in_chans": ranges.COUNT,
+    "input_size": ranges.PIXELS,
+    "crop_pct": ranges.POSITIVE,
+    "crop_border_pixels": ranges.NOT_NEGATIVE,
+    "mean": ranges.ANY,
+    "std": ranges.POSITIVE,
+    "naflex_max_seq_len": ranges.COUNT,
+    "workers": ranges.WORKERS,
+    "batch_size": ranges.COUNT,
+    "log_freq": ranges.COUNT,
+    "num_gpu": ranges.Range(1, 1024),
+    "seed": ranges.SEED,
+    "attack_num_samples": ranges.COUNT,
+    "attack_steps": ranges.COUNT,
+    "attack_targets": ranges.COUNT,
+}
+
+
 def values(args: argparse.Namespace) -> Rules:
     """Each option for itself, and the device."""
-    yield from rules.at_least_one(args, (
-        "batch_size", "log_freq", "num_gpu", "num_samples", "num_classes", "img_size", "in_chans",
-        "attack_num_samples", "attack_steps", "attack_targets", "naflex_max_seq_len"))
-    size = args.input_size
-    yield size is not None and min(size) < 1, f"--input-size {size}: channels, height and width must be >= 1"
-    yield (args.crop_pct is not None and not 0 < args.crop_pct < math.inf,
-           f"--crop-pct {args.crop_pct} must be > 0: 1 keeps the whole image, 0.875 cuts its border")
-    border = args.crop_border_pixels
-    yield border is not None and border < 0, f"--crop-border-pixels {border} must be >= 0"
-    yield args.workers < 0, f"--workers {args.workers} must be >= 0"
-    yield not 0 <= args.seed < 2 ** 63, f"--seed {args.seed} must be >= 0 and < 2^63"
+    yield from ranges.in_range(args, RANGES)
     yield from rules.known(args, {
         **rules.KNOWN,
         "amp_dtype": LOWER_PRECISIONS,
@@ -50,10 +62,6 @@ def values(args: argparse.Namespace) -> Rules:
         "results_format": FORMATS,
     })
     yield from rules.per_channel(args)
-    for dest in ("mean", "std"):
-        value = getattr(args, dest)
-        yield (value is not None and not all(math.isfinite(v) and (v > 0 or dest == "mean") for v in value),
-               f"--{dest} {value} must be finite{'' if dest == 'mean' else ' and > 0'}")
     yield from rules.device_is_there(args)
 
 

@@ -1,12 +1,13 @@
 """Checks of the options against each other and the machine, before anything is built or written."""
 import argparse
-import math
 import os
 import re
 from collections.abc import Collection
 from typing import Any
 
+from ..cli.errors import OptionError, one_line, shown
 from ..cli.models import channels
+from ..cli.ranges import in_order, in_range, weights
 from ..cli.rules import (
     INTERPOLATIONS,
     KNOWN,
@@ -14,7 +15,6 @@ from ..cli.rules import (
     Rules,
     amp_takes_float32,
     apply,
-    at_least_one,
     class_map_is_there,
     device_is_there,
     flag,
@@ -24,18 +24,68 @@ from ..cli.rules import (
 )
 from ..cli.tasks import EVALUATORS, is_multilabel, task_rules
 from .losses import create_loss, loss_type, mixup_active
-from .schedule import check_epochs, planned_epochs
+from .ranges import RANGES
+from .schedule import check_epochs, last_epoch, planned_epochs
+
+_MOST_EPOCHS = 10 ** 9  # of a schedule: cycles that grow come to any number
 
 
-def check_values(args: argparse.Namespace) -> None:
-    """Checks timm's options, each by itself and against the others.
+def check_numbers(args: argparse.Namespace) -> None:
+    """Checks the range of each of timm's numbers, as they are given.
 
     Raises:
         OptionError: With flag, value and remedy.
     """
-    apply(args, _choices, _ranges, _lengths, task_rules, _losses, _conflicts)
+    apply(args, lambda args: in_range(args, RANGES))
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Checks timm's options, each by itself and against the others, once they are completed.
+
+    Raises:
+        OptionError: With flag, value and remedy.
+    """
+    apply(args, _choices, _lengths, task_rules, _losses, _conflicts, _filter)
     create_loss(args)
-    check_epochs(args, planned_epochs(args))
+    epochs = _epochs(args)
+    check_epochs(args, epochs)
+    apply(args, lambda args: _start(args, epochs))
+
+
+def _epochs(args: argparse.Namespace) -> int:
+    """The epochs of the schedule.
+
+    Raises:
+        OptionError: There is no such schedule.
+    """
+    try:
+        epochs = planned_epochs(args)
+    except (ArithmeticError, TypeError) as e:  # of numbers that are allowed one by one
+        raise OptionError(f"--sched {args.sched}: {one_line(e)}; use smaller --epochs, --lr-cycle-mul, "
+                          f"--lr-cycle-limit, --warmup-epochs and --cooldown-epochs") from None
+    if not 1 <= epochs <= _MOST_EPOCHS:
+        raise OptionError(f"--sched {args.sched} has {shown(epochs)} epochs: mend --epochs, --lr-cycle-mul, "
+                          f"--lr-cycle-limit, --warmup-epochs or --cooldown-epochs")
+    return epochs
+
+
+def _start(args: argparse.Namespace, epochs: int) -> Rules:
+    end = last_epoch(args, epochs)
+    yield (args.start_epoch is not None and args.start_epoch >= end,
+           f"--start-epoch {args.start_epoch}: there is nothing to train from there on, training ends after {end} "
+           f"epochs; lower it, or raise --epochs")
+
+
+def _filter(args: argparse.Namespace) -> Rules:
+    """--sam-filter can be used: how long it takes on the names of the model is seen when that is built."""
+    try:
+        re.compile(args.sam_filter or "")
+        reason = None
+    except re.error as e:
+        reason = f"is not a regular expression ({e}): mend or quote it"
+    except (ArithmeticError, RecursionError, MemoryError) as e:
+        reason = f"is too large ({one_line(e)}): write it shorter"
+    yield reason is not None, f"--sam-filter {shown(args.sam_filter)} {reason}"
 
 
 def check_surroundings(args: argparse.Namespace) -> None:
@@ -65,37 +115,17 @@ def _choices(args: argparse.Namespace) -> Rules:
     yield from known(args, names)
 
 
-def _ranges(args: argparse.Namespace) -> Rules:
-    yield from at_least_one(args, (
-        "batch_size", "validation_batch_size", "train_batches_per_epoch", "epochs", "log_interval", "val_interval",
-        "checkpoint_hist", "num_classes", "img_size", "in_chans"))
-    for dest in ("workers", "start_epoch", "warmup_epochs", "cooldown_epochs", "recovery_interval"):
-        value = getattr(args, dest)
-        yield value is not None and value < 0, f"{flag(dest)} {value} must be >= 0"
-    for dest in ("drop", "drop_path", "drop_block", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-        value = getattr(args, dest)
-        yield value is not None and not 0 <= value <= 1, f"{flag(dest)} {value} is a probability: use 0 to 1"
-    yield not 0 <= args.smoothing < 1, f"--smoothing {args.smoothing} must be >= 0 and < 1"
-    for dest in ("lr", "lr_base", "weight_decay"):
-        value = getattr(args, dest)
-        yield value is not None and not math.isfinite(value), f"{flag(dest)} {value} must be a finite number"
-    yield args.decay_epochs <= 0, f"--decay-epochs {args.decay_epochs} must be > 0"
-    for dest in ("lr_stable_timescale", "twoway_tp", "twoway_tn", "loss_weight_max"):
-        value = getattr(args, dest)
-        yield value is not None and not 0 < value < math.inf, f"{flag(dest)} {value} must be a finite number > 0"
-    yield not 0 < args.loss_weight_beta < 1, f"--loss-weight-beta {args.loss_weight_beta} must be > 0 and < 1"
-
-
 def _lengths(args: argparse.Namespace) -> Rules:
-    for dest in ("scale", "ratio", "cutmix_minmax"):
-        value = getattr(args, dest)
-        yield value is not None and len(value) != 2, f"{flag(dest)} {value} must be two numbers, lower and upper"
+    yield from in_order(args, ("scale", "ratio", "cutmix_minmax"))
+    yield (args.lr_noise is not None and len(args.lr_noise) > 2,
+           f"--lr-noise {args.lr_noise} must be where it starts, and where it ends")
     yield from per_channel(args)
     count = channels(args)
     yield (count not in (1, 3) and args.input_img_mode is None,
            f"--in-chans {count}: images are read as RGB or L; name what gives {count} channels by "
            f"--input-img-mode, e.g. RGBA for 4")
     probs, sizes = args.naflex_patch_size_probs or (), args.naflex_patch_sizes or ()
+    yield from weights(args, ("train_size_probs", "naflex_patch_size_probs"))
     yield (bool(probs) and len(probs) != len(sizes),
            f"--naflex-patch-size-probs has {len(probs)} values for {len(sizes)} --naflex-patch-sizes: give as many")
 
@@ -129,7 +159,7 @@ def _conflicts(args: argparse.Namespace) -> Rules:
     yield (bool(args.pretrained_path) and not args.pretrained,
            f"--pretrained-path {args.pretrained_path} is not loaded without --pretrained: add it")
     yield from amp_takes_float32(args)
-    yield splits == 1 or splits < 0, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
+    yield splits == 1, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
     yield (args.split_bn and splits < 2 and not args.resplit,
            f"--split-bn needs splits, got --aug-splits {splits}: add --aug-splits 2")
     yield args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"
@@ -145,6 +175,18 @@ def _conflicts(args: argparse.Namespace) -> Rules:
            "--naflex-loader and --train-img-sizes are two ways to vary the image size: leave one out")
     yield (args.naflex_loader and args.use_multi_epochs_loader,
            "--use-multi-epochs-loader does not work with --naflex-loader: leave one of the two out")
+    # what is not below --lr-noise-pct is drawn again, for ever if hardly anything is
+    yield (args.lr_noise is not None and args.lr_noise_std > 1000 * args.lr_noise_pct,
+           f"--lr-noise-std {args.lr_noise_std} hardly ever gives noise below --lr-noise-pct {args.lr_noise_pct}: use "
+           f"a smaller one")
+    batch = args.validation_batch_size or args.batch_size
+    yield (args.tta > batch,
+           f"--tta {args.tta} is more than the {batch} images of a validation batch: use a smaller one, or raise "
+           f"--validation-batch-size")
+    for dest in ("class_stats", "loss_pos_weight", "loss_class_weight"):
+        path = getattr(args, dest)
+        yield (path is not None and os.path.exists(path) and not os.path.isfile(path),
+               f"{flag(dest)} {path} is no regular file: give the path of one")
     yield (args.resume == "auto" and not args.experiment,
            "--resume auto needs --experiment NAME: the folder whose newest checkpoint is resumed")
     yield (args.torchscript and args.torchcompile is not None,
@@ -168,7 +210,8 @@ def _surroundings(args: argparse.Namespace) -> Rules:
         auto = dest == "resume" and path == "auto"
         yield (bool(path) and not remote and not auto and not os.path.isfile(path),
                f"{flag(dest)} {path} is not a file: give the path of a checkpoint")
-    yield os.path.isfile(args.output), f"--output {args.output} is a file: name a folder"
+    yield (os.path.exists(args.output) and not os.path.isdir(args.output),
+           f"--output {args.output} is a file: name a folder")
     parts = args.experiment.split(os.sep)
     yield (os.path.isabs(args.experiment) or ".." in parts or args.experiment == ".",
            f"--experiment {args.experiment} is not a name below --output: leave out '..' and leading slashes")

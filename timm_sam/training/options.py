@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..cli.errors import OptionError
 from ..cli.parser import OptionParser, config_defaults
-from .checks import check_surroundings, check_values
+from .checks import check_numbers, check_surroundings, check_values
 from .completed import complete
 from .diverged import add_run_flags
 from .flags import add_train_flags
@@ -58,6 +58,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     for dest in sam_dests:
         if dest not in given:
             setattr(args, dest, parser.get_default(dest))
+    check_numbers(args)
     warnings = complete(args)
     check_values(args)
     check_sam(args, given)

@@ -143,12 +143,6 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
             f"the values of the paper)")
     if args.sam_eta is not None and VARIANTS[args.sam_variant].eta is None:
         raise OptionError(f"--sam-eta {args.sam_eta}: --sam-variant {args.sam_variant} has no eta; leave it out")
-    if args.sam_filter is not None:
-        try:
-            re.compile(args.sam_filter)
-        except re.error as e:
-            raise OptionError(
-                f"--sam-filter {args.sam_filter!r} is not a regular expression ({e}): mend or quote it") from None
     if args.sam_end_epoch is not None and args.sam_end_epoch <= args.sam_start_epoch:
         raise OptionError(
             f"--sam-end-epoch {args.sam_end_epoch} is not after --sam-start-epoch {args.sam_start_epoch}: raise it, or "
