@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .group import Group
-from .multi_tensor import Backup, add_, converted
+from .multi_tensor import Backup
 from .random_state import RandomState
 from .recording import Recording
+from .rounding import Rounding
 from .selection import is_norm
 
 BN_STATS = ("clean", "both")
@@ -45,6 +46,7 @@ class Passes:
         self.bn_stats = bn_stats
         self.group = group
         self._weights, self._statistics = Backup(), Backup()
+        self._rounding = Rounding(self.params)
         self._random_state: RandomState | None = None
         norms = {id(m) for m in self.norm_layers}
         # the state of other layers, as spectral normalization's vectors or the averages of a codebook
@@ -98,12 +100,15 @@ class Passes:
             torch.clear_autocast_cache()
 
     @contextmanager
-    def at_perturbed(self, eps: list[Tensor], only: bool = False) -> Iterator[None]:
+    def at_perturbed(self, eps: list[Tensor], only: bool = False) -> Iterator[Tensor]:
         """The pass at w + eps: run forward and backward inside; w is copied back on the way out.
 
         Args:
             eps: One tensor per selected parameter; emptied, so that its memory is free during the pass.
             only: Whether there was no pass at w: then random numbers and running statistics are those of this one.
+
+        Yields:
+            The l2 norm of what the weights changed by, which is not that of eps where they are rounded.
         """
         buffers, states = [], []
         if self.bn_stats == "clean" and not only:  # the running statistics, to be put back after the pass
@@ -114,13 +119,11 @@ class Passes:
         self._weights.save(self.params)
         self._statistics.save(buffers)
         try:
-            with torch.no_grad():
-                add_(self.params, converted(eps, [p.dtype for p in self.params]))
-            eps.clear()
+            norm = self._rounding.add(eps, self._weights.values)
             if not only:
                 self.rewind()
             with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
-                yield
+                yield norm
         finally:
             self._random_state = None
             self._weights.restore()

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from .arguments import check_arguments, check_methods, check_model
 from .ascent import Ascent, Scale
+from .closures import holding, zeroing
 from .descent import Descent
 from .facade import Facade
 from .group import Group
 from .losses import Losses, LossFn, slope
 from .methods.stages import At, Method, Samples, merged, when
 from .passes import Passes
-from .perturbation import VARIANTS, global_norm
+from .perturbation import VARIANTS
 from .recording import Recording
 from .selection import select_parameters, unwrap
 from .sharing import Sharing, ruled_out
@@ -232,7 +233,7 @@ class SAM(Facade):
 
         Raises:
             ValueError: There is no closure and :meth:`backward` did not run since the last step, or the closure
-                leaves no gradient in any selected parameter.
+                leaves no gradient in any selected parameter, or adds to gradients of earlier batches.
         """
         if closure is not None:
             with torch.enable_grad():
@@ -257,12 +258,13 @@ class SAM(Facade):
             self._finish_plain(True)
             self._record(loss)
             return
+        held = holding(self._params)
         if self._stages.ahead is not None:
-            with self._perturbed(True, accumulate=False):
+            with self._perturbed(True, accumulate=False), zeroing(held):
                 loss = closure()
             self._record(loss, loss)
             return
-        with self.ascent():
+        with self.ascent(), zeroing(held):
             loss = closure()
         with self._perturbed(True, accumulate=False):
             loss_perturbed = closure()
@@ -397,7 +399,7 @@ class SAM(Facade):
         rho = self._ascent.radius(self.at, self.rho, self.param_groups)
         self._eps, norm = self._ascent.eps(self.variant, g, rho, self.eta, self.at, away)
         self.nonfinite = self.nonfinite.to(norm.device) + ~torch.isfinite(norm)
-        self._norms = norm, global_norm(self._eps)
+        self._norms = norm,
 
     def _look_ahead(self) -> bool:
         """eps of an update that has one pass; False where it is not known yet."""
@@ -432,7 +434,8 @@ class SAM(Facade):
             raise ValueError("SAM.perturbed() needs an eps: run the loss and its backward() inside SAM.ascent() first")
         self._eps = None
         only = self._stages.ahead is not None
-        with self._descent.alone(accumulate), self._passes.at_perturbed(eps, only):  # E, around D
+        with self._descent.alone(accumulate), self._passes.at_perturbed(eps, only) as norm:  # E, around D
+            self._norms = self._norms[0], norm
             yield
         self._descent.finish(self.at, last)
         self._when.m_batch += 1

@@ -11,7 +11,7 @@ class Stats(NamedTuple):
         loss: Loss at w.
         loss_perturbed: Loss at w + eps; like what follows it, None after a plain update.
         grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
-        eps_norm: l2 norm of eps.
+        eps_norm: l2 norm of eps, as it was added to the weights: half-precision ones round it.
     """
 
     loss: Tensor
