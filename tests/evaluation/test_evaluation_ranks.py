@@ -33,7 +33,7 @@ def commands(fitted, real):
         'class_map': f'{data} --valid-labels valid.txt',
         'real': f'--data-dir {real} --real-labels {real}/real.json',
         'folder': f'{data} --checkpoint folder --results-file folder.csv',
-        'suites': f'{suites} {attack} --calibration --results-file suites',
+        'suites': f'{suites} {attack} --calibration --save-outputs logits --results-file suites',
         'one_batch_attacked': f'{suites} {attack} -b 100 --results-file one_batch',
         'continued': f'{suites} {attack} --results-file continued --skip-existing',
         'memory': f'{data} --retry',
@@ -112,6 +112,12 @@ def test_two_processes_print_what_one_prints_and_the_second_prints_nothing(alone
                                   for kind in ('json', 'csv', 'md'))])
 def test_two_processes_write_the_files_of_one_byte_for_byte(alone, together, file):
     assert (together[0] / file).read_bytes() == (alone[0] / file).read_bytes()
+
+
+def test_two_processes_keep_the_outputs_of_one_byte_for_byte(alone, together):
+    kept = [{path.name: path.read_bytes() for path in (folder / 'suites.outputs').iterdir()}
+            for folder, _ in (alone, together)]
+    assert kept[0] == kept[1] and len(kept[0]) == 2
 
 
 def test_nothing_else_is_written_by_two_processes_but_a_second_journal(alone, together):

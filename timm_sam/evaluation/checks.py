@@ -86,7 +86,7 @@ def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
     for dest in ("real_labels", "valid_labels"):
         yield (is_multilabel(args) and bool(getattr(args, dest)),
                f"{flag(dest)} is for one class per image: leave it out with --task multilabel")
-    for dest in ("calibration", "allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
+    for dest in ("calibration", "save_outputs", "allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
         yield (getattr(args, dest) != default(dest),
                f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
     yield args.results_format == "md", "--results-format md is for suites: use csv or json, or add --eval NAME=DIR"
@@ -109,6 +109,8 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
         yield (bool(getattr(args, dest)),
                f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
     yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"
+    yield (args.save_outputs is not None and not args.results_file,
+           f"--save-outputs {args.save_outputs} needs --results-file: outputs are kept beside it")
     yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
     extension = os.path.splitext(args.results_file)[1][1:]
     yield (bool(extension) and not format_given and extension not in FORMATS,

@@ -7,6 +7,7 @@ from ..cli.parser import ParseKwargs
 from .attack.attack import STEPS, TARGETS
 from .attack.ball import NORMS, Radius
 from .attack.robustness import MOST
+from .outputs import KINDS
 from .sets.folders import PUBLISHED
 from .tables import FORMATS
 
@@ -133,6 +134,9 @@ def add_suites(parser: argparse.ArgumentParser) -> None:
     add("--calibration", action="store_true",
         help="also calibration errors (15 bins of equal width, and of equal mass), negative log likelihood and Brier "
              "score of each data set")
+    add("--save-outputs", choices=KINDS,
+        help="keep what is said of each image, with its name, in a folder beside --results-file: the predicted class, "
+             "or also all logits as float16; the report compares by them")
     add("--allow-partial", action="store_true",
         help="evaluate sets that lack classes, and mark them, instead of failing")
     add("--skip-existing", action="store_true",

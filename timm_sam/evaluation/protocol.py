@@ -8,7 +8,8 @@ from typing import Any
 from . import calibration, provenance, results, tables
 from .attack.robustness import AttackedSet, attack_suite
 from .journal import Journal, key_of
-from .per_image import Collector, Kept, whole
+from .outputs import Outputs
+from .per_image import Collector, Kept, Look, whole
 from .precision import full_precision
 from .ranks import batches_of
 from .scoring import Batch, mean_of, score
@@ -33,10 +34,11 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
         OptionError: A data set is not what it is said to be, weights do not fit, or results would be replaced.
     """
     args, ranks = session.args, session.ranks
-    journal = _journal(session)
+    journal, outputs = _journal(session), _outputs(session)
     results.refuse_special([*files.values(), *journal.files()], f"--results-file {args.results_file}")
     if not (args.overwrite or args.skip_existing):
-        results.refuse_existing([*files.values(), *journal.files()], f"--results-file {args.results_file}")
+        kept = [outputs.folder] if outputs.kind else []
+        results.refuse_existing([*files.values(), *journal.files(), *kept], f"--results-file {args.results_file}")
     checkpoints = session.checkpoints()
 
     suites: list[Suite] = []
@@ -53,7 +55,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
             journal.begin(ranks, args.skip_existing)  # the options are in order: from here on files change
         measures: list[Measure] = []
         for suite in suites:
-            measures += _evaluate_suite(session, subject, suite, journal)
+            measures += _evaluate_suite(session, subject, suite, journal, outputs)
         if attacked is not None:
             identity = provenance.identity(args, subject, attacked.suite)
             broken = next(measure.non_finite for measure in measures if measure.dataset == attacked.suite.name)
@@ -69,8 +71,18 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
 
 def _journal(session: Session) -> Journal:
     """The journal beside the results."""
-    path = session.args.results_file
-    return Journal(path if session.resolved.format_given else os.path.splitext(path)[0], session.ranks.rank)
+    return Journal(_beside(session), session.ranks.rank)
+
+
+def _outputs(session: Session) -> Outputs:
+    """The outputs beside the results."""
+    return Outputs(_beside(session), session.args.save_outputs)
+
+
+def _beside(session: Session) -> str:
+    """What names of files beside the results begin with."""
+    path: str = session.args.results_file
+    return path if session.resolved.format_given else os.path.splitext(path)[0]
 
 
 def _check_kept(session: Session, files: Mapping[str, str], checkpoints: Sequence[str | None], subject: Subject,
@@ -94,40 +106,56 @@ def _accuracies(suite: Suite, outputs: int) -> list[str]:
     return ["top1", "top5", *([f"top1_{outputs}way"] if suite.space.differs else [])]
 
 
-def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: Journal) -> list[Measure]:
-    key = key_of(part="scores", **provenance.identity(session.args, subject, suite))
+def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: Journal,
+                    outputs: Outputs) -> list[Measure]:
+    ranks, args = session.ranks, session.args
+    key = key_of(part="scores", **provenance.identity(args, subject, suite))
+    path = outputs.path(subject.sha256, suite)
+    # one process writes these files, and only where that one runs they need be
+    missing = outputs.kind is not None and not ranks.gather(ranks.primary and outputs.holds(path, key))[0]
     done = journal.done.get(key, {})
     # an older version did not look at what is not finite, and calibration may not have been asked for
-    if "non_finite" not in done or (session.args.calibration and "calibration" not in done):
-        scores = _scores(session, subject, suite)
+    if missing or "non_finite" not in done or (args.calibration and "calibration" not in done):
+        scores, kept = _scores(session, subject, suite, outputs if missing else None)
+        if missing:
+            # if one cannot write, all end
+            ranks.run(lambda: outputs.write(path, suite, key, kept) if ranks.primary else None)
         if session.primary:
             journal.add(key, scores)
         journal.done[key] = scores
-    return _measures(session, subject, suite, journal.done[key])
+    measures = _measures(session, subject, suite, journal.done[key])
+    if outputs.kind is not None:
+        measures[0].details = [outputs.shown(path)]
+    return measures
 
 
-def _scores(session: Session, subject: Subject, suite: Suite) -> dict[str, Any]:
-    """Runs the model over a data set, all ranks together."""
+def _scores(session: Session, subject: Subject, suite: Suite,
+            outputs: Outputs | None) -> tuple[dict[str, Any], Kept]:
+    """Runs the model over a data set, all ranks together; returns its scores, and what ``outputs`` keep."""
     args, ranks = session.args, session.ranks
     batches = batches_of(range(len(suite.samples)), args.batch_size)
     loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-    look = partial(calibration.certainties, space=suite.space) if args.calibration else None
+    looks: list[Look] = []
+    if args.calibration:
+        looks.append(partial(calibration.certainties, space=suite.space))
+    if outputs is not None:
+        looks.append(outputs.look)
 
-    def share() -> tuple[list[Batch], dict[int, Kept]]:
-        collector = None if look is None else Collector(look, loaded.places, args.log_freq)
+    def share() -> tuple[list[Batch], list[dict[int, Kept]]]:
+        collectors = [Collector(look, loaded.places, args.log_freq) for look in looks]
         scored = score(
             subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
-            channels_last=args.channels_last, log_freq=args.log_freq, watch=collector)
-        return scored, {} if collector is None else collector.by_place()
+            channels_last=args.channels_last, log_freq=args.log_freq, watch=collectors)
+        return scored, [collector.by_place() for collector in collectors]
 
     with full_precision():
         parts = ranks.run(share)
     together = [batch for scored, _ in parts for batch in scored]
     scores = dataclasses.asdict(mean_of(sorted(together, key=lambda batch: batch.index)))
+    images = [whole(collected[i] for _, collected in parts) for i in range(len(looks))]
     if args.calibration:
-        images = whole(kept for _, kept in parts)
-        scores["calibration"] = {space: calibration.calibration(values) for space, values in images.items()}
-    return scores
+        scores["calibration"] = {space: calibration.calibration(values) for space, values in images[0].items()}
+    return scores, images[-1] if outputs is not None else {}
 
 
 def _measures(session: Session, subject: Subject, suite: Suite, scores: Mapping[str, Any]) -> list[Measure]:

@@ -96,7 +96,7 @@ def score(
         prefetcher: bool,
         channels_last: bool,
         log_freq: int,
-        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        watch: Sequence[Callable[[Tensor, Tensor, Tensor], None]] = (),
 ) -> list[Batch]:
     """Runs the model over a loader. Nothing reads the device between two log lines.
 
@@ -109,7 +109,7 @@ def score(
         prefetcher: Whether the loader has brought the batches to the device.
         channels_last: Whether images go in that layout.
         log_freq: Batches between two log lines.
-        watch: Called with each batch's outputs (B, K), these in the label space (B, C), and targets (B,).
+        watch: Are called with each batch's outputs (B, K), these in the label space (B, C), and targets (B,).
 
     Returns:
         One entry per batch.
@@ -134,8 +134,8 @@ def score(
             with subject.autocast():
                 reduced = space.reduce(output)
                 loss = loss_fn(reduced, target)
-            if watch is not None:
-                watch(output, reduced, target)
+            for look in watch:
+                look(output, reduced, target)
             accuracy = utils.accuracy(reduced, target, topk=(1, 5))
             counts = [non_finite_rows(output).sum()]
             if space.differs:

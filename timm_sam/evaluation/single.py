@@ -175,7 +175,7 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
 
     share.batches = score(
         subject, loaded, loaded.places, space, "Test", prefetcher=not args.no_prefetcher,
-        channels_last=args.channels_last, log_freq=args.log_freq, watch=watch)
+        channels_last=args.channels_last, log_freq=args.log_freq, watch=[watch])
     if real is not None:
         share.real = real.is_correct
     if loaded.indices is None and (seen := sum(batch.size for batch in share.batches)) < len(dataset):
