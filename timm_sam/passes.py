@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .group import Group
 from .multi_tensor import Backup
+from .norms import is_norm
 from .random_state import RandomState
 from .recording import Recording
 from .rounding import Rounding
-from .selection import is_norm
 
 BN_STATS = ("clean", "both")
 
@@ -29,6 +29,7 @@ class Passes:
         params: The selected parameters w_S.
         bn_stats: Which passes update running statistics, of ``BN_STATS``.
         group: Who must not synchronize at w.
+        norm_types: What is a normalization layer beside the known ones.
 
     Attributes:
         second_order: Whether the base optimizer differentiates the gradient again in its step (AdaHessian).
@@ -36,13 +37,13 @@ class Passes:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, params: Sequence[nn.Parameter],
-                 bn_stats: str, group: Group) -> None:
+                 bn_stats: str, group: Group, norm_types: tuple[type[nn.Module], ...] = ()) -> None:
         self.optimizer = optimizer
         self.params = list(params)
         chosen = {id(p) for p in self.params}
         self.outside = [p for p in model.parameters() if id(p) not in chosen]
         self.second_order = bool(getattr(optimizer, "is_second_order", False))
-        self.norm_layers = [m for m in model.modules() if is_norm(m)]
+        self.norm_layers = [m for m in model.modules() if is_norm(m, norm_types)]
         self.bn_stats = bn_stats
         self.group = group
         self._weights, self._statistics = Backup(), Backup()

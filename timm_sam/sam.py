@@ -26,6 +26,7 @@ from .facade import Facade
 from .group import Group
 from .losses import Losses, LossFn, slope
 from .methods.stages import At, Method, Samples, merged, when
+from .norms import NormTypes, checked_types
 from .passes import Passes
 from .perturbation import VARIANTS
 from .recording import Recording
@@ -50,6 +51,7 @@ class SAM(Facade):
         rho: Radius of the perturbation, >= 0.
         eta: eta of Table 9; None takes the variant's default.
         filter: Regular expression that keeps only matching parameter names.
+        norm_types: Classes that are normalization layers beside those that are known.
         share_forward: Whether :meth:`minimize` and :meth:`backward` compute what lies below the first perturbed layer
             once for both passes, where that is possible; :attr:`sharing` says after the first update.
         sync: Whether g is averaged over all ranks of the process group before eps: m-sharpness with m = global batch,
@@ -87,6 +89,7 @@ class SAM(Facade):
             rho: float,
             eta: float | None = None,
             filter: str | None = None,
+            norm_types: NormTypes | None = None,
             bn_stats: str = "clean",
             share_forward: bool = True,
             sync: bool = False,
@@ -105,7 +108,7 @@ class SAM(Facade):
         self.bn_stats = bn_stats
         self.sync = sync
         self.methods = [] if method is None else [method] if isinstance(method, Method) else list(method)
-        self.selected = select_parameters(model, params, filter)
+        self.selected = select_parameters(model, params, filter, norm_types)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.selected[0][1].device)
         self.stats: Stats | None = None
 
@@ -121,7 +124,7 @@ class SAM(Facade):
         self._group = Group(model)
         self._ascent = Ascent(self.selected, self._stages, self._group)
         self._params = self._ascent.params
-        self._passes = Passes(optimizer, model, self._params, bn_stats, self._group)
+        self._passes = Passes(optimizer, model, self._params, bn_stats, self._group, checked_types(norm_types))
         self._descent = Descent(self._stages, self._passes, self._group, sync)
         self._losses = Losses(self._stages.rows, self._method_names(), self._passes)
         whole_pass = self._stages.full_ascent or self._stages.rows is not None

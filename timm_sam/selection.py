@@ -1,52 +1,18 @@
 """Which parameters are perturbed: normalization layers by the type of the module that owns the parameter.
 
 ``onlynorm`` is SAM-ON (Section 4 of https://arxiv.org/abs/2306.04226), ``all`` is SAM, ``nonorm`` its complement.
-This file holds the project's only list of normalization types.
+What a normalization layer is, ``norms.py`` says.
 """
 import re
+import warnings
 from collections import Counter
 
-from timm import layers
-from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .norms import NormTypes, checked_types, is_norm, left_out, norm_parameters
+
 SELECTIONS = ("onlynorm", "all", "nonorm")
-
-# Base classes only: their subclasses (LayerNorm2d, BatchNormAct2d, SyncBatchNormAct, the NoBias forms, ...) count too.
-NORM_TYPES: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
-    layers.RmsNorm, layers.RmsNormFp32, layers.RmsNorm2d, layers.RmsNorm2dFp32,
-    layers.SimpleNorm, layers.SimpleNormFp32, layers.SimpleNorm2d, layers.SimpleNorm2dFp32,
-    GlobalResponseNorm, layers.InplaceAbn, layers.FrozenBatchNormAct2d,
-    layers.EvoNorm2dB0, layers.EvoNorm2dB1, layers.EvoNorm2dB2,
-    layers.EvoNorm2dS0, layers.EvoNorm2dS1, layers.EvoNorm2dS2,
-    layers.FilterResponseNormAct2d, layers.FilterResponseNormTlu2d,
-)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalization layer of torch.nn or timm.layers.
-
-    A module that ``torch.jit.script`` made keeps only the name of its class; it is looked up among the subclasses of
-    the same types.
-    """
-    original = getattr(module, "original_name", None)
-    if isinstance(original, str):
-        return original in _class_names()
-    return isinstance(module, NORM_TYPES)
-
-
-def _class_names() -> set[str]:
-    names: set[str] = set()
-    todo = list(NORM_TYPES)
-    while todo:
-        cls = todo.pop()
-        names.add(cls.__name__)
-        todo.extend(cls.__subclasses__())
-    return names
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -63,6 +29,7 @@ def select_parameters(
         model: nn.Module,
         params: str = "onlynorm",
         filter: str | None = None,
+        norm_types: NormTypes | None = None,
 ) -> list[tuple[str, nn.Parameter]]:
     """The parameters that SAM perturbs.
 
@@ -71,13 +38,19 @@ def select_parameters(
         params: ``"onlynorm"``: the parameters that normalization layers own (SAM-ON); ``"all"``: every trainable
             parameter; ``"nonorm"``: every trainable parameter except those.
         filter: Regular expression; keeps only the names in which ``re.search`` finds it.
+        norm_types: A class, or several, whose modules are normalization layers beside those that are known; see
+            :func:`register_norm`.
 
     Returns:
         ``(name, Parameter)`` pairs in the order of ``model.named_parameters()``, each parameter once, trainable ones
         only.
 
     Raises:
-        ValueError: ``params`` is unknown, ``filter`` is no regular expression, or nothing is selected.
+        ValueError: ``params`` is unknown, ``filter`` is no regular expression, ``norm_types`` holds no class of
+            modules, or nothing is selected.
+
+    Warns:
+        UserWarning: A class with "norm" in its name owns trainable parameters, and is none of the known types.
     """
     if params not in SELECTIONS:
         raise ValueError(f"params={params!r} is unknown: use one of {', '.join(SELECTIONS)}")
@@ -86,15 +59,22 @@ def select_parameters(
     except (re.error, TypeError) as e:
         raise ValueError(f"filter={filter!r} is not a regular expression: {e}") from None
 
+    types = checked_types(norm_types)
     model = unwrap(model)
-    norm_ids = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+    norm_ids = {id(p) for m in model.modules() if is_norm(m, types) for p in norm_parameters(m)}
     trainable = [(_plain(n), p) for n, p in model.named_parameters() if p.requires_grad]
     keep = {"onlynorm": lambda p: id(p) in norm_ids, "all": lambda p: True, "nonorm": lambda p: id(p) not in norm_ids}
     candidates = [(n, p) for n, p in trainable if keep[params](p)]
+    missed = [] if params == "all" else left_out(model, norm_ids)
     if not candidates:
         raise ValueError(
             f"params={params!r} selects nothing in {type(model).__name__}: its trainable parameters "
-            f"belong to {_owners(model)}; use params='{_alternative(params)}' or another model")
+            f"belong to {_owners(model)}; {_remedy(model, params, norm_ids, missed)}")
+    if missed:
+        warnings.warn(
+            f"params={params!r}: {', '.join(missed)} {'owns' if len(missed) == 1 else 'own'} parameters and "
+            f"{'is' if len(missed) == 1 else 'are'} not known as normalization; if {missed[0]} normalizes, say "
+            f"norm_types=({missed[0]},) or timm_sam.register_norm({missed[0]})", stacklevel=2)
     selected = candidates if pattern is None else [(n, p) for n, p in candidates if pattern.search(n)]
     if not selected:
         raise ValueError(
@@ -107,8 +87,14 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _alternative(params: str) -> str:
-    return "onlynorm" if params == "nonorm" else "all"
+def _remedy(model: nn.Module, params: str, norm_ids: set[int], missed: list[str]) -> str:
+    frozen = sum(not p.requires_grad for p in model.parameters() if id(p) in norm_ids)
+    if params == "onlynorm" and frozen:
+        return (f"its normalization layers are frozen ({frozen} parameters): call requires_grad_(True) on them before, "
+                f"or use params='all'")
+    if params == "onlynorm" and missed:
+        return f"if {missed[0]} normalizes, say norm_types=({missed[0]},), else use params='all'"
+    return f"use params='{'onlynorm' if params == 'nonorm' else 'all'}' or another model"
 
 
 def _owners(model: nn.Module) -> str:

@@ -9,7 +9,8 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from torch import nn
 
 from timm_sam import select_parameters
-from timm_sam.selection import NORM_TYPES, SELECTIONS, is_norm
+from timm_sam.norms import NORM_TYPES, is_norm
+from timm_sam.selection import SELECTIONS
 
 # What may own parameters under these names, and is no normalization layer; everything else with "norm" in the name of
 # its class is one. A class of a later timm that is neither fails the test below: decide, and add it to one of the two.

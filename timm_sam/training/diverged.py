@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..cli.device import Process
-from ..selection import is_norm
+from ..norms import is_norm
 
 EXIT_DIVERGED = 1
 _FALLEN = 1e-6  # a loss scale of which nothing is left: every update for a long time has overflowed
