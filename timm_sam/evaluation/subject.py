@@ -16,6 +16,7 @@ from timm.models import create_model, resolve_model_input_args
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.errors import OptionError, one_line
 from ..cli.models import check_model_name
 from .weights import AVERAGED, Hashes, load_weights, weights_sha256

@@ -23,6 +23,7 @@ from timm.task import (
 )
 from torch import nn
 
+from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
 from ..cli.models import check_model_name
