@@ -88,6 +88,10 @@ class CifarResNet(ResNet):
         ValueError: ``drop_block_rate`` with pre-activation blocks, which have no place for it.
     """
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+
     def __init__(self, block: Any, layers: Sequence[int], channels: Sequence[int], stem_width: int,
                  cardinality: int = 1, base_width: int = 64, num_classes: int = 10, in_chans: int = 3,
                  global_pool: str = "avg", drop_rate: float = 0.0, drop_path_rate: float = 0.0,
@@ -126,7 +130,7 @@ class CifarResNet(ResNet):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
         else:
-            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]  # added by name
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.norm(x)
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
