@@ -88,10 +88,6 @@ class CifarResNet(ResNet):
         ValueError: ``drop_block_rate`` with pre-activation blocks, which have no place for it.
     """
 
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-
     def __init__(self, block: Any, layers: Sequence[int], channels: Sequence[int], stem_width: int,
                  cardinality: int = 1, base_width: int = 64, num_classes: int = 10, in_chans: int = 3,
                  global_pool: str = "avg", drop_rate: float = 0.0, drop_path_rate: float = 0.0,
@@ -111,10 +107,9 @@ class CifarResNet(ResNet):
             (block,) * len(layers), tuple(channels), tuple(layers), stem_width, cardinality=cardinality,
             base_width=base_width, drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate,
             norm_layer=nn.BatchNorm2d, **where)
-        for name, stage in stages:
-            self.add_module(name, stage)
-        if len(stages) == 3:
-            self.layer4 = nn.Sequential()  # ResNet's forward has four; empty, since checkpointing iterates over it
+        self.layer1, self.layer2, self.layer3, *fourth = (stage for _, stage in stages)
+        # ResNet has four; empty and no Identity, since checkpointing iterates over it
+        self.layer4 = fourth[0] if fourth else nn.Sequential()
         self.num_features = info[-1]["num_chs"]
         self.norm = BatchNormAct2d(self.num_features, **where) if pre_activation else nn.Identity()
         stem: dict[str, Any] = dict(num_chs=stem_width, reduction=1, module="conv1" if pre_activation else "act1")
