@@ -24,8 +24,10 @@ from timm.models import safe_model_name
 from .cli.device import Process, set_up
 from .cli.errors import OptionError, report
 from .cli.escape import setup_logging
+from .cli.image_folders import NothingReadable
 from .cli.parser import OptionParser, dump_args
 from .cli.processes import end_failed_rank, leave_process_group
+from .cli.text import say
 from .runs import files, timing
 from .training import averaging, checkpoint, factory, states, workers
 from .training.compiling import compile_task
@@ -33,6 +35,7 @@ from .training.data import create_data
 from .training.diverged import EXIT_DIVERGED, Diverged, Watch
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
 from .training.losses import create_loss
+from .training.model_checks import check_filter, check_single_samples
 from .training.options import build_train_parser, parse_args
 from .training.output import Output, check_output, writing
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
@@ -112,8 +115,10 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
 
     # model
     model = factory.build_model(args, process)
+    check_filter(args.sam_filter, (name for name, _ in model.named_parameters()))
     num_classes = factory.num_outputs(args, model)
     data_config = factory.data_config(args, process, model)
+    check_single_samples(args, model, data_config)
     patch_size = factory.patch_size(model) if args.naflex_loader else None
     model = factory.place_model(args, process, model, model_dtype)
 
@@ -189,6 +194,9 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             averaging.restore_rounding(task, saved.get("ema_rounding"))
         try:
             fit(run, eval_model, eval_metric, start_epoch, end_epoch, place)
+        except NothingReadable as e:
+            kept = "what was saved is kept, go on with --resume auto" if saver is None else saver.kept
+            raise OptionError(f"{e}; {kept}") from e
         finally:
             workers.dismiss(data.loaders)
 
@@ -295,7 +303,7 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
     if primary:
         worst_first = sorted(results, key=lambda r: r.get("validation", r["train"]).get(eval_metric, 0),
                              reverse=eval_metric == "loss")
-        print(f"--result\n{json.dumps(worst_first[-10:], indent=4)}", flush=True)
+        say(f"--result\n{json.dumps(worst_first[-10:], indent=4)}")
     if primary and best_metric is not None:
         for name in (files.ARGS, files.SUMMARY, timing.FILE, files.LAST, files.BEST):
             path = os.path.join(run.output_dir or "", name)

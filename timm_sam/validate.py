@@ -7,7 +7,6 @@
 On a single data set it prints the numbers of timm's script, digit for digit. With ``--eval``, ``--eval-root``,
 ``--attack`` or several checkpoints it evaluates all of them in one process (or group of processes) and prints a table.
 """
-import io
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from .cli.escape import setup_logging
 from .cli.parser import OptionParser
 from .cli.processes import end_failed_rank
 from .cli.tasks import EVALUATORS
-from .cli.text import csv_text, write_text
+from .cli.text import csv_text, say, write_text
 from .evaluation import results, tables
 from .evaluation.options import build_validate_parser, parse_validate_args
 from .evaluation.protocol import evaluate_suites
@@ -170,19 +169,6 @@ def as_file(found: Any, kind: str) -> str:
 def print_result(found: Any) -> None:
     """The results as JSON on stdout, after the line with which timm's script marks them."""
     say(f"--result\n{json.dumps(found, indent=4)}")
-
-
-def say(text: str) -> None:
-    """Prints a text.
-
-    Raises:
-        OptionError: It cannot be written: stdout is a file on a full disk, or a pipe that nobody reads.
-    """
-    try:
-        print(text, flush=True)
-    except OSError as e:
-        sys.stdout = io.StringIO()  # what is left in the other one's buffer would raise again at the end
-        raise OptionError(f"stdout cannot be written ({e.strerror}); make room, or send it elsewhere") from None
 
 
 if __name__ == "__main__":

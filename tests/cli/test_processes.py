@@ -6,6 +6,8 @@ import torch
 from support.processes import run, torchrun
 
 from timm_sam.cli.device import Process
+from timm_sam.cli.errors import OptionError
+from timm_sam.cli.processes import check_launcher
 from timm_sam.training.preemption import Preemption
 
 FAILING = '''
@@ -109,3 +111,40 @@ def test_ranks_stop_after_the_same_update_though_hosts_run_ahead_of_devices(monk
         hosts.close()
     assert hosts.stopped[0] == hosts.stopped[1] is not None
     assert hosts.stopped[0] <= after + 8
+
+
+# What launchers say
+
+@pytest.mark.parametrize('said, words', [
+    ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'},
+     ['SLURM_NTASKS=4', '4 processes', 'MASTER_ADDR, MASTER_PORT are not set', 'srun']),
+    ({'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'MASTER_ADDR': 'node1'}, ['MASTER_PORT is not set']),
+    ({'SLURM_NTASKS': '4', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '29500'}, ['RANK, WORLD_SIZE are not set', 'unset']),
+    ({'WORLD_SIZE': '2'}, ['WORLD_SIZE=2', 'MASTER_ADDR, MASTER_PORT, RANK are not set', 'torchrun']),
+    ({'WORLD_SIZE': 'two'}, ['WORLD_SIZE=two', 'no number']),
+    ({'WORLD_SIZE': '2', 'RANK': ''}, ['RANK=', 'no number']),
+])
+def test_launcher_that_leaves_something_out_is_one_line(said, words, run_in, tmp_path, monkeypatch):
+    for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', *said):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError) as error:
+        check_launcher()
+    assert [word for word in words if word not in str(error.value)] == []
+    if 'SLURM_NTASKS' in said:  # of which the runs of these tests leave what is set
+        done = run_in(tmp_path)
+        assert done.code == 2 and 'SLURM_NTASKS=4' in done.last_line and 'Traceback' not in done.err
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('said', [
+    {}, {'WORLD_SIZE': '1'}, {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'},
+    {'SLURM_NTASKS': '2', 'SLURM_PROCID': '0', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '29500'},
+    {'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '29500'}])
+def test_launcher_that_says_enough_is_taken(said, monkeypatch):
+    for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_NTASKS', 'SLURM_PROCID'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    check_launcher()

@@ -8,7 +8,7 @@ from timm.utils import reduce_tensor, set_jit_fuser
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
-from .processes import rendezvous_url
+from .processes import check_launcher, rendezvous_url, stay_on_machine
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,15 @@ def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Process:
             index of its local rank.
         fuser: ``te``, ``old`` or ``nvfuser``; empty: torch's own.
         fast_norm: Normalization layers in low precision under autocast.
+
+    Raises:
+        OptionError: The environment names other processes, but not where they are.
     """
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    check_launcher()
+    stay_on_machine()
     found = init_distributed_device_so(device, dist_url=rendezvous_url())
     if fuser:
         set_jit_fuser(fuser)

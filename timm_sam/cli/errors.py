@@ -15,11 +15,23 @@ class OptionError(ValueError):
     """A mistake that the user can mend: one line with flag, value and remedy. The scripts exit with code 2."""
 
 
+class WorkerError(OptionError):
+    """A mistake that may be found in a worker process of a loader. ``str()`` is one line in the main process too.
+
+    A worker hands over only the class and a text that ends with the traceback; torch builds the exception anew from
+    that text, and the line is taken out of it here.
+    """
+
+    def __init__(self, message: str) -> None:
+        _, found, line = message.rpartition(f"{type(self).__name__}: ")
+        super().__init__(" ".join((line if found else message).split()))
+
+
 def report(prog: str, message: object) -> None:
     """Prints the one line of an error, once per machine where every rank finds the same mistake."""
     who, key = "", f"timm_sam/error/{os.environ.get('GROUP_RANK')}"
     store = torch.distributed.distributed_c10d._get_default_store() if in_group() else None
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)  # the launcher stops all ranks when one is gone: leave the first one the time to speak
         if store is None or store.check([key]):
             return
@@ -46,7 +58,8 @@ _SHORT = _Short()
 
 def shown(value: Any) -> str:
     """A value as Python writes it, but short, whatever it is."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -55,6 +55,11 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
 
 
+def open_file(path: str) -> BinaryIO:
+    """Opens a file to be read; a pipe that has the name of an image is not waited for."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
 def readable(file: BinaryIO, mode: str | None) -> BinaryIO:
     """A file from which ``PIL.Image.open`` reads the image with 8 bits, for what opens files itself.
 

@@ -19,8 +19,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from .errors import OptionError, one_line
-from .image_files import EXTENSIONS, counted, extension, is_hidden, readable
+from .errors import OptionError, WorkerError, one_line
+from .image_files import EXTENSIONS, counted, extension, is_hidden, open_file, readable
 
 _logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class FolderReader(ReaderImageFolder):
 
     def __getitem__(self, index: int) -> Any:
         path, target = self.samples[index]
-        return readable(open(path, "rb"), self.img_mode), target
+        return readable(open_file(path), self.img_mode), target
 
 
 class TarReader(ReaderImageInTar):
@@ -252,6 +252,30 @@ class EightBitReader:
         return getattr(self.reader, name)
 
 
+class NothingReadable(WorkerError):
+    """So many images in a row cannot be read that none may be left."""
+
+
+class Images(ImageDataset):
+    """timm's data set of images, which goes on with the next one where one cannot be read, but not for ever.
+
+    Attributes:
+        origin: The flag that the images are from, with its value.
+    """
+
+    origin = ""
+
+    def __getitem__(self, index: int) -> Any:
+        """Raises NothingReadable where timm gives up."""
+        try:
+            return super().__getitem__(index)
+        except RuntimeError as e:
+            if "consecutive samples" not in str(e):
+                raise
+            raise NothingReadable(f"{self.origin}: {self._max_retries} images in a row cannot be read, from "
+                                  f"{self.filename(index)} on, for the reasons above; restore the files") from None
+
+
 def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", input_key: str | None = None,
                img_mode: str | None = "RGB", load_bytes: bool = False, verbose: bool = True,
                target_transform: Any = None, **fields: str | None) -> ImageDataset:
@@ -289,8 +313,10 @@ def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", i
         reader = FolderReader(root, extensions, classes, class_map, img_mode, where, flat)
     if reader.left_out and verbose:
         _logger.info(f"{root}: {reader.left_out}")
-    return ImageDataset(root, reader=reader, load_bytes=load_bytes, input_img_mode=img_mode,
-                        target_transform=target_transform)
+    images = Images(root, reader=reader, load_bytes=load_bytes, input_img_mode=img_mode,
+                    target_transform=target_transform)
+    images.origin = where
+    return images
 
 
 def open_named(name: str, data_dir: str | None, split: str, origin: str, *, class_map: str = "",

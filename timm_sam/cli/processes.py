@@ -2,6 +2,7 @@
 import gc
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -11,6 +12,52 @@ from typing import Any
 import torch
 
 from ..group import in_group
+from .errors import OptionError
+
+# numbers that launchers set, as timm reads them
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_LOOPBACK = ("lo", "lo0")  # names of the interface: Linux, BSD and macOS
+
+
+def check_launcher() -> None:
+    """Looks whether what a launcher has set in the environment is enough to find the other processes.
+
+    Raises:
+        OptionError: It is not.
+    """
+    for name in _NUMBERS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise OptionError(f"{name}={os.environ[name]} in the environment is no number: unset it, or start the "
+                              f"processes by torchrun")
+    said_by = next((name for name in ("WORLD_SIZE", "SLURM_NTASKS") if name in os.environ), None)
+    count = int(os.environ[said_by]) if said_by else 1
+    if count < 2:
+        return
+    needed = ["MASTER_ADDR", "MASTER_PORT"]
+    if "SLURM_PROCID" not in os.environ:
+        needed += ["RANK", "WORLD_SIZE"]
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise OptionError(
+            f"{said_by}={count} in the environment says that this is one of {count} processes, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start them by torchrun, or by srun "
+            f"with MASTER_ADDR (a name of the first machine) and MASTER_PORT; for a single process unset {said_by}")
+
+
+def stay_on_machine() -> None:
+    """Lets gloo listen on the loopback interface only, where all processes are on one machine.
+
+    Otherwise it listens on the address of the machine's name, which other machines may reach. What the environment
+    says of it already stays.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local is None or local != os.environ.get("WORLD_SIZE"):  # of torchrun: it knows how many are here
+        return
+    names = {name for _, name in socket.if_nameindex()} if hasattr(socket, "if_nameindex") else set()
+    for name in _LOOPBACK:
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
 
 
 def rendezvous_url() -> str:

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 
 from .errors import OptionError
@@ -104,3 +105,16 @@ def write_text(path: str, text: str, origin: str) -> None:
     except OSError as e:
         raise OptionError(
             f"{origin}: {path} cannot be written ({e.strerror}); make room, or name another file") from None
+
+
+def say(text: str) -> None:
+    """Prints a text.
+
+    Raises:
+        OptionError: It cannot be written: stdout is a file on a full disk, or a pipe that nobody reads.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        sys.stdout = io.StringIO()  # what is left in the other one's buffer would raise again at the end
+        raise OptionError(f"stdout cannot be written ({e.strerror}); make room, or send it elsewhere") from None

@@ -28,6 +28,7 @@ from .data import Data
 from .diverged import Watch
 from .factory import trained
 from .meters import Meters
+from .output import writing
 from .plain import Update
 from .position import Fetching, Resumed, position
 from .preemption import Preempted, Preemption
@@ -173,8 +174,9 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
                 epoch, update_idx, num_updates, meters, nonfinite() if run.counts else 0, optimizer, update_time,
                 data_time, float(samples)))
             if args.save_images and run.output_dir and not data.naflex:
-                torchvision.utils.save_image(
-                    input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
+                with writing(run.output_dir):
+                    torchvision.utils.save_image(
+                        input, os.path.join(run.output_dir, f"train-batch-{batch_idx}.jpg"), padding=0, normalize=True)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=num_updates, metric=meters["loss"].avg)
         # asked after each update, though at the end of an epoch it is the run that stops

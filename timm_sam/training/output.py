@@ -10,8 +10,8 @@ import yaml
 
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
-from ..cli.parser import dump_args
-from ..runs import files
+from ..cli.parser import dump_args, read_yaml
+from ..runs import files, timing
 from ..runs.checkpoints import NotWhole, Unreadable, check_records, newest_checkpoint, read
 from ..runs.lock import Lock, Locked
 from ..runs.sameness import changed_options
@@ -32,6 +32,11 @@ def check_output(args: argparse.Namespace) -> None:
         return
     with writing(folder):
         names = os.listdir(folder)
+    for name in (files.ARGS, files.SUMMARY, timing.FILE):
+        path = os.path.join(folder, name)
+        if name in names and not os.path.isfile(path):
+            raise OptionError(f"--experiment {args.experiment}: {path} is no regular file; remove it, or choose "
+                              f"another name")
     if args.resume == "auto":
         # more epochs are a reason to go on; anything else is another run under the name of this one
         changed = [name for name in _changed(folder, dump_args(args)) if name not in ("epochs", "stop_epoch")]
@@ -217,9 +222,8 @@ def _new_folder(folder: str) -> str:
 def _changed(folder: str, args_text: str) -> list[str]:
     """The options that make this run another one than that in the folder; none if that one's are unknown."""
     try:
-        with open(os.path.join(folder, files.ARGS), encoding="utf-8") as f:
-            before = yaml.safe_load(f)
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        before = read_yaml(os.path.join(folder, files.ARGS))
+    except (FileNotFoundError, ValueError):
         return []
     except OSError as e:
         raise OptionError(f"--experiment: {os.path.join(folder, files.ARGS)} cannot be read ({e.strerror}), so nobody "

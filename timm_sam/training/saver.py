@@ -153,13 +153,17 @@ class Saver:
             raise self._failed(e) from e
         self._newest = name
 
+    @property
+    def kept(self) -> str:
+        """What a run that ends here leaves to go on with, in words."""
+        return f"{self._path(self._newest)} is whole, go on with --resume auto" if self._newest else "nothing was kept"
+
     def _failed(self, error: Exception) -> OptionError:
         while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
             error = error.__context__
         reason = getattr(error, "strerror", None) or one_line(error)
-        kept = f"{self._path(self._newest)} is whole, go on with --resume auto" if self._newest else "nothing was kept"
-        return OptionError(f"--output: no checkpoint can be written in {self._folder} ({reason}); {kept} when there "
-                           f"is room and leave to write")
+        return OptionError(f"--output: no checkpoint can be written in {self._folder} ({reason}); {self.kept} when "
+                           f"there is room and leave to write")
 
     # Which are best
 

@@ -9,23 +9,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from ...cli.errors import OptionError, one_line
-from ...cli.image_files import eight_bits, is_deep
+from ...cli.errors import OptionError, WorkerError, one_line
+from ...cli.image_files import eight_bits, is_deep, open_file
 
 if TYPE_CHECKING:
     from .suites import Suite
 
 
-class UnreadableImage(OptionError):
-    """An image file that cannot be decoded. ``str()`` is one line in the main process too.
-
-    A worker process of a DataLoader hands over only the class and a text that ends with the traceback; torch builds
-    the exception anew from that text, and the line is taken out of it here.
-    """
-
-    def __init__(self, message: str):
-        _, found, line = message.rpartition(f"{type(self).__name__}: ")
-        super().__init__(" ".join((line if found else message).split()))
+class UnreadableImage(WorkerError):
+    """An image file that cannot be decoded."""
 
 
 class SuiteDataset(Dataset):
@@ -66,7 +58,7 @@ def open_image(file: str | BinaryIO, mode: str | None, flag: str, name: str) -> 
         UnreadableImage: It cannot be decoded.
     """
     try:
-        with warnings.catch_warnings(), open(file, "rb") if isinstance(file, str) else nullcontext(file) as stream:
+        with warnings.catch_warnings(), open_file(file) if isinstance(file, str) else nullcontext(file) as stream:
             # of odd EXIF data and transparent palettes: their pixels are fine
             warnings.filterwarnings("ignore", category=UserWarning)
             image: Image.Image = Image.open(stream)
