@@ -12,6 +12,7 @@ from timm_sam.training.preemption import Preemption
 
 FAILING = '''
 """train.py or validate.py, of which one rank fails while the other waits for it."""
+import signal
 import sys
 import time
 
@@ -24,6 +25,7 @@ from timm_sam.cli.errors import OptionError
 def fail_or_wait(*args):
     if torch.distributed.get_rank() == {rank}:
         raise {error}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun need not wait until it may kill
     time.sleep(10_000)
 
 

@@ -251,8 +251,9 @@ whole_graphs = pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets
 @pytest.mark.full
 @pytest.mark.parametrize('every', [1, 2])
 @pytest.mark.parametrize('way, filter', [
-    pytest.param('whole', None, marks=whole_graphs), pytest.param('whole', r'blocks\.[45]', marks=whole_graphs),
-    ('split', r'blocks\.[45]'), ('split', None)])
+    pytest.param('whole', None, marks=[whole_graphs, pytest.mark.slow]),
+    pytest.param('whole', r'blocks\.[45]', marks=whole_graphs),
+    ('split', r'blocks\.[45]'), pytest.param('split', None, marks=pytest.mark.slow)])
 def test_compiled_passes_equal_eager_ones_and_nothing_recompiles_after_two_updates(way, filter, every):
     expected, expected_weights, _ = compiled_run(lambda model, backend: model, filter, every)
     measured, weights, graphs = compiled_run(WAYS[way], filter, every)

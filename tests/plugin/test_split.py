@@ -77,7 +77,8 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 1e-9) -> None:
         torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize('family', ARCHITECTURES)
+@pytest.mark.parametrize('family', [
+    pytest.param(family, marks=() if family in ('resnet', 'vit') else pytest.mark.slow) for family in ARCHITECTURES])
 def test_compiled_updates_equal_eager_ones_with_two_forwards(family):
     name, filter, options, size = ARCHITECTURES[family]
 

@@ -77,6 +77,7 @@ def test_run_in_a_warm_process_is_that_of_a_fresh_one(small, tmp_path):
     assert {path.name for path in folder.iterdir()} == {'args.yaml', 'summary.csv', 'timing.csv', 'log.txt'}
 
 
+@pytest.mark.slow
 def test_grid_survives_crashes_and_goes_on(small, tmp_path, monkeypatch, capfd):
     """Three seeds: one as it should be, one whose process dies, one whose options are refused."""
     (tmp_path / 'dies.py').write_text('import os\nos._exit(9)\n')
