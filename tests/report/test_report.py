@@ -34,7 +34,8 @@ def test_report_of_the_grid(grid, capsys):
     assert '| sam | all | 0.4 | 99.00 | 1 | 2.00 |' in text
     assert '| sam | all | 0.1 | **94.00 ± 1.00** | 3 | 2.00 |' in text
     assert 'torn` | unreadable | summary.csv is torn' in text and 'half` | stopped | evaluated up to epoch 0' in text
-    assert sorted(path.name for path in (grid / 'out').iterdir()) == ['report.csv', 'report.md', 'runs.csv']
+    assert sorted(path.name for path in (grid / 'out').iterdir()) == [
+        'differences.csv', 'report.csv', 'report.md', 'runs.csv']
 
     line = rows(grid / 'out' / 'report.csv')[1]
     assert [line[k] for k in ('variant', 'selection', 'rho', 'n', 'top1_mean', 'top1_std', 'chosen', 'seeds')] == [
@@ -69,9 +70,11 @@ def test_report_is_written_again_over_itself_and_old_pictures_go(grid, capsys):
     argv = [str(grid / 'runs'), '--out', str(grid / 'out'), '--no-plots']
     assert command.main(argv) == 0
     (grid / 'out' / 'table7-rho.png').write_bytes(b'of an earlier report')
+    (grid / 'out' / 'evaluations.csv').write_text('of an earlier report')
     (grid / 'out' / 'notes.txt').write_text('mine')
     assert command.main(argv) == 0
-    assert sorted(p.name for p in (grid / 'out').iterdir()) == ['notes.txt', 'report.csv', 'report.md', 'runs.csv']
+    assert sorted(p.name for p in (grid / 'out').iterdir()) == [
+        'differences.csv', 'notes.txt', 'report.csv', 'report.md', 'runs.csv']
 
 
 def test_interrupted_report_can_be_written_again(grid, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 import yaml
 from support.reports import age, rows, sam, write_run
 
+from timm_sam.report import __main__ as command
 from timm_sam.report.runs import (
     DIVERGED,
     FINISHED,
@@ -55,6 +56,35 @@ def test_run_evaluated_now_and_then_is_finished_by_its_last_epoch(tmp_path):
         (folder / 'summary.csv').write_text(f'epoch,train_loss,eval_loss,eval_top1\n1,1,1,50\n{last},1,1,60\n')
         age(folder)
         assert read_run(str(folder)).status == status
+
+
+def several_classes(folder, column='eval_map', **args):
+    """A run of --task multilabel, with this column in the place of top-1."""
+    folder = write_run(folder, task='multilabel', num_classes=4, **args)
+    summary = folder / 'summary.csv'
+    summary.write_text(summary.read_text().replace('eval_top1', column))
+    age(folder)
+    return folder
+
+
+def test_run_with_several_classes_per_image_is_reported_by_its_own_metric(tmp_path, capsys):
+    several_classes(tmp_path / 'runs' / 'several')
+    several_classes(tmp_path / 'runs' / 'more', **sam(0.1))
+    several_classes(tmp_path / 'runs' / 'none', 'eval_sample_f1', **sam(0.2))
+    write_run(tmp_path / 'runs' / 'one', (1.0, 2.0, 60.0))
+    run = read_run(str(tmp_path / 'runs' / 'several'))
+    assert (run.status, run.metric, run.accuracy('best')) == (FINISHED, 'map', 70.0)
+    run = read_run(str(tmp_path / 'runs' / 'none'))
+    assert run.status == UNSCORED and 'eval_map' in run.reason
+    assert command.main([str(tmp_path / 'runs'), '--out', str(tmp_path / 'out')]) == 0
+    text = capsys.readouterr().out
+    assert 'Validation top-1 accuracy or mAP (where the title says so) in %' in text
+    second, first = sorted(text.split('\n## ')[1:3], key=lambda section: 'task classification' in section)
+    assert '| top-1 |' in first and '60.00' in first and 'mAP' not in first
+    assert second.splitlines()[0].endswith('(mAP)') and '| mAP |' in second and '60.00' not in second
+    assert '| sam | all | 0.1 | 70.00 | 1 | unknown |' in second.replace('**', '')
+    lines = rows(tmp_path / 'out' / 'report.csv')
+    assert [line['metric'] for line in lines] == ['top1', 'map', 'map']
 
 
 def test_run_of_timms_own_script_is_read(tmp_path):

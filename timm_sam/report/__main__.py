@@ -1,19 +1,22 @@
-"""``python -m timm_sam.report RUNS... --out DIR``: tables and figures of any number of runs."""
+"""``python -m timm_sam.report RUNS... --out DIR``: tables and figures of any number of runs, and their evaluations."""
 import argparse
 import glob
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
 from ..cli.parser import OptionParser
 from ..cli.text import replace_file, why_not_writable
-from . import markdown
-from .runs import find_runs, read_run
+from . import evaluation_tables, markdown
+from .differences import PLAIN, Difference, check_baseline, differences
+from .evaluations import Joined, join, read_evaluations
+from .runs import Run, find_runs, read_run
 from .tables import Table, build_tables
 
 PICTURES = ("rho", "time", "loss")
+RELIABILITY = "reliability"  # a picture of evaluations
 
 
 def build_parser() -> OptionParser:
@@ -21,7 +24,11 @@ def build_parser() -> OptionParser:
                           description="Puts runs into the paper's tables and figures.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
     parser.add_argument("--out", required=True, metavar="DIR",
-                        help=f"folder for {', '.join(markdown.FILES)} and PNG files")
+                        help=f"folder for {', '.join((*markdown.FILES, *evaluation_tables.FILES))} and PNG files")
+    parser.add_argument("--evaluations", nargs="+", default=[], metavar="RESULTS.json",
+                        help="results of validate.py with --eval, joined with the runs by the checkpoints' hashes")
+    parser.add_argument("--baseline", default=PLAIN, metavar="NAME",
+                        help="what others are compared with: plain, or VARIANT:SELECTION, such as sam:all")
     parser.add_argument("--epoch", choices=("last", "best"), default="last",
                         help="whose accuracy counts; best is chosen on the validation images it is then reported for, "
                              "which flatters noisy runs")
@@ -52,43 +59,69 @@ def make_report(args: argparse.Namespace) -> None:
         OptionError: No runs there, or the folder cannot be written or holds something else under our names.
     """
     folders = find_runs(args.runs)
+    evaluations = read_evaluations(args.evaluations)
     tables, runs = build_tables([read_run(folder, args.running_minutes) for folder in folders], args.epoch)
-    draw, note = (None, "") if args.no_plots else _drawing()
-    pictures = {f"table{i}-{kind}.png": (kind, table) for i, table in enumerate(tables, 1) for kind in PICTURES}
-    names = [*markdown.FILES, *(pictures if draw else ())]
+    check_baseline(tables, args.baseline)
+    joined = join(runs, evaluations, args.epoch) if evaluations else None
+    odd: list[str] = [] if joined is None else joined.notes
+    compared = {i: differences(table, args.baseline, joined, odd) for i, table in enumerate(tables, 1)}
+    draw, note = (None, "") if args.no_plots else _drawing(joined, args.epoch)
+    pictures = {f"table{i}-{kind}.png": (kind, table) for i, table in enumerate(tables, 1)
+                for kind in (*PICTURES, *([RELIABILITY] if joined is not None else []))}
+    contents: dict[str, Callable[[Sequence[str]], str]] = dict(zip(markdown.FILES, (
+        lambda drawn: _text(tables, runs, args, drawn, joined, compared), lambda _: markdown.grid_csv(tables),
+        lambda _: markdown.runs_csv(runs, args.epoch))))
+    if joined is not None:
+        contents[evaluation_tables.FILES[0]] = lambda _: evaluation_tables.evaluations_csv(tables, joined)
+    if any(compared.values()):
+        contents[evaluation_tables.FILES[1]] = lambda _: evaluation_tables.differences_csv(args.baseline, compared)
+    names = [*contents, *(pictures if draw else ())]
     try:
         _prepare(args.out, names, args.overwrite)
         drawn, notes = [], [note] if note else []
         for name, (kind, table) in pictures.items() if draw else ():
             try:
-                if draw and draw(kind, table, args.epoch, os.path.join(args.out, name)):
+                if draw and draw(kind, table, os.path.join(args.out, name)):
                     drawn.append(name)
             except OSError:
                 raise
             except Exception as e:  # numbers that no axis can hold: the tables are still wanted
                 notes.append(f"{name} is not drawn: {type(e).__name__}: {one_line(e, 150)}")
-        text = markdown.report_text(tables, runs, args.epoch, drawn)
-        contents = (text, markdown.grid_csv(tables), markdown.runs_csv(runs, args.epoch))
-        for name, content in zip(markdown.FILES, contents):
-            replace_file(os.path.join(args.out, name), content)
+        texts = {name: content(drawn) for name, content in contents.items()}
+        for name, text in texts.items():
+            replace_file(os.path.join(args.out, name), text)
     except OSError as e:
         raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
-    print(text.removeprefix(markdown.MARK).strip())
-    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*markdown.FILES, *drawn])}"]:
+    print(texts[markdown.FILES[0]].removeprefix(markdown.MARK).strip())
+    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*contents, *drawn])}"]:
         print(printable(line))
 
 
-def _drawing() -> tuple[Callable[[str, Table, str, str], bool] | None, str]:
+def _text(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Namespace, drawn: Sequence[str],
+          joined: Joined | None, compared: Mapping[int, Sequence[Difference]]) -> str:
+    """The report in Markdown."""
+    more = {i: evaluation_tables.difference_text(table, args.baseline, compared[i])
+            for i, table in enumerate(tables, 1)}
+    parts = [] if joined is None else evaluation_tables.evaluation_text(tables, joined, drawn, compared)
+    return markdown.report_text(tables, runs, args.epoch, drawn, more, parts)
+
+
+def _drawing(joined: Joined | None, epoch: str) -> tuple[Callable[[str, Table, str], bool] | None, str]:
     """What draws pictures, or None and a note of why nothing does."""
     try:
-        from .plots import draw
+        from . import plots, reliability
     except ImportError as e:
         return None, f"No pictures: {e.name} is missing; pip install 'timm_sam[report]', or give --no-plots."
+
+    def draw(kind: str, table: Table, path: str) -> bool:
+        if kind == RELIABILITY:
+            return joined is not None and reliability.draw(table, joined, path)
+        return plots.draw(kind, table, epoch, path)
     return draw, ""
 
 
 def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
-    """Makes the folder and marks it as ours; removes an earlier report's pictures: there may be fewer tables now.
+    """Makes the folder and marks it as ours; removes what an earlier report left and this one may not write.
 
     Raises:
         OptionError: Something that no report wrote stands where a file goes, or what is no file.
@@ -111,9 +144,11 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
     # first of all, so that an interrupted report is taken for one
     replace_file(os.path.join(out, markdown.FILES[0]), f"{markdown.MARK}\n")
     if ours:
-        for kind in PICTURES:
+        for kind in (*PICTURES, RELIABILITY):
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):
                 os.remove(path)
+        for name in {*evaluation_tables.FILES} & {*os.listdir(out)} - {*names}:
+            os.remove(os.path.join(out, name))
 
 
 if __name__ == "__main__":

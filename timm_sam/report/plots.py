@@ -10,11 +10,11 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..cli.escape import printable
 from .runs import Run
-from .tables import Cell, Row, Table
+from .tables import NAMES, Cell, Row, Table
 
 # colour, marker, dashes: of the paper's figures, all is solid, OnlyNorm dashed, no-norm dotted
 SELECTION_STYLE: dict[str, tuple[str, str, Literal["-", "--", ":"]]] = {
@@ -54,12 +54,12 @@ def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
     return True
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
     """Text that is shown as it is: between two dollar signs matplotlib reads formulas."""
     return printable(text).replace("$", r"\$")
 
 
-def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
+def panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     """A figure with one panel per name, side by side and in up to three columns, with common axes."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -68,13 +68,18 @@ def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     for ax in axes[len(names):]:
         ax.remove()
     for ax, name in zip(axes, names):
-        ax.set_title(_label(name), fontsize=10)
-    figure.suptitle(_label(title), fontsize=11, wrap=True)
+        ax.set_title(label(name), fontsize=10)
+    figure.suptitle(label(title), fontsize=11, wrap=True)
     return figure, axes[:len(names)]
 
 
-def _accuracy_label(epoch: str) -> str:
-    return f"validation top-1 (%), {epoch} epoch"
+def columns_of(figure: Figure, handles: Sequence[Any]) -> int:
+    """How many entries of a legend stand side by side without being cut off."""
+    return min(len(handles), max(1, int(figure.get_figwidth() / 1.6)))
+
+
+def _accuracy_label(table: Table, epoch: str) -> str:
+    return f"validation {NAMES[table.metric]} (%), {epoch} epoch"
 
 
 def _seeds_note(table: Table) -> str:
@@ -90,7 +95,7 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
         cell.runs for selection in table.selections for cell in table.of(row, selection))]
     if not rows:
         return None
-    figure, axes = _panels([row.name for row in rows], f"{table.title} ({_seeds_note(table)})")
+    figure, axes = panels([row.name for row in rows], f"{table.title} ({_seeds_note(table)})")
     plain = table.plain
     floor = _floor(table)
     crashed = below = False
@@ -115,18 +120,18 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
                         markeredgewidth=1.5, linestyle="", transform=ax.get_xaxis_transform())
     if floor is not None:
         axes[0].set_ylim(bottom=floor)
-    for ax in _leftmost(axes):
-        ax.set_ylabel(_accuracy_label(epoch))
+    for ax in leftmost(axes):
+        ax.set_ylabel(_accuracy_label(table, epoch))
     handles = [Line2D([], [], color=c, marker=m, linestyle=d, label=name)
                for name, (c, m, d) in SELECTION_STYLE.items() if name in table.selections]
     if plain is not None:
-        handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=_label(f"plain ({table.optimizer})")))
+        handles.append(Line2D([], [], color=PLAIN, linestyle="-.", label=label(f"plain ({table.optimizer})")))
     if crashed:
         handles.append(Line2D([], [], color=PLAIN, marker="x", linestyle="", markeredgewidth=2, label="a run diverged"))
     if below:
         handles.append(Line2D([], [], color=PLAIN, marker="$\\downarrow$", markersize=9, linestyle="",
                               label="below the axis"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of(figure, handles), frameon=False)
     return figure
 
 
@@ -139,7 +144,7 @@ def _floor(table: Table) -> float | None:
     return floor if means[0] < floor else None
 
 
-def _leftmost(axes: Sequence[Any]) -> list[Any]:
+def leftmost(axes: Sequence[Any]) -> list[Any]:
     return [ax for ax in axes if ax.get_subplotspec().is_first_col()]
 
 
@@ -179,11 +184,13 @@ def _over_time(table: Table, epoch: str) -> Figure | None:
                     markersize=11 if cell.selection is None else 8, linestyle="", markeredgewidth=1.6,
                     elinewidth=1, fillstyle=SELECTION_FILL[cell.selection or "all"], markerfacecoloralt="white")
     ax.set_xlabel("training time / training time of plain training")
-    ax.set_ylabel(_accuracy_label(epoch))
-    ax.set_title(_label(f"{table.title}, at the chosen radii ({_seeds_note(table)})"), fontsize=10, wrap=True)
+    ax.set_ylabel(_accuracy_label(table, epoch))
+    untimed = sum(cell.chosen for cell in table.cells) - len(timed)
+    note = f"; {untimed} of unknown time not shown" if untimed else ""
+    ax.set_title(label(f"{table.title}, at the chosen radii ({_seeds_note(table)}{note})"), fontsize=10, wrap=True)
     handles = [Line2D([], [], color=PLAIN, marker="*", markersize=11, linestyle="",
-                      label=_label(f"plain ({table.optimizer})"))]
-    handles += [Line2D([], [], color=c, marker=m, linestyle="", label=_label(row.name))
+                      label=label(f"plain ({table.optimizer})"))]
+    handles += [Line2D([], [], color=c, marker=m, linestyle="", label=label(row.name))
                 for row, (c, m) in styles.items()]
     handles += [Line2D([], [], color=PLAIN, marker="o", linestyle="", fillstyle=SELECTION_FILL[s],
                        markerfacecoloralt="white", markeredgewidth=1.6, label=s) for s in table.selections]
@@ -199,25 +206,27 @@ def _losses(table: Table, epoch: str) -> Figure | None:
     if not rows and plain is None:
         return None
     names = [row.name for row in rows] or ["plain"]
-    figure, axes = _panels(names, f"{table.title}, at the chosen radii")
+    figure, axes = panels(names, f"{table.title}, at the chosen radii")
     for ax, row in zip(axes, rows or [Row(-1, None)]):
         ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if plain is not None:
             ax.plot(*_curve(plain.runs, "train_loss"), color=PLAIN, linestyle="-", linewidth=1.2)
         for selection in table.selections:
             cell = table.chosen(row, selection)
             if cell is not None:
                 _plot_losses(ax, cell)
-    for ax in _leftmost(axes):
+    for ax in leftmost(axes):
         ax.set_ylabel("training loss")
     there = [s for s in table.selections if any(table.chosen(row, s) for row in rows)]
     handles = [Line2D([], [], color=SELECTION_STYLE[s][0], marker=SELECTION_STYLE[s][1], label=s) for s in there]
     if plain is not None:
-        handles.append(Line2D([], [], color=PLAIN, label=_label(f"plain ({table.optimizer})")))
+        handles.append(Line2D([], [], color=PLAIN, label=label(f"plain ({table.optimizer})")))
     if there:
         handles += [Line2D([], [], color="black", linestyle="-", label="at w"),
                     Line2D([], [], color="black", linestyle="--", label="at w + eps")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of(figure, handles), frameon=False,
+                  columnspacing=1.2)
     return figure
 
 

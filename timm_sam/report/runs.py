@@ -14,6 +14,7 @@ from typing import Any
 
 from ..cli.errors import OptionError, one_line
 from ..cli.parser import read_yaml, yaml_value
+from ..cli.tasks import EVALUATORS
 from ..perturbation import VARIANTS
 from ..runs import files, timing
 from ..selection import SELECTIONS
@@ -22,10 +23,10 @@ from ..training.schedule import planned_epochs
 
 FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
     "finished", "diverged", "running", "stopped", "mixed", "unreadable", "unscored", "duplicate")
-ACCURACY = "eval_top1"
+COLUMN = "eval_{}"  # of summary.csv, by the name of a metric
 
 # What the report itself computes or sorts with; all other options are only compared.
-_TYPED = ("model", "dataset", "data_dir", "opt", "seed", "val_interval", "sam_variant", "sam_params", "sam_rho")
+_TYPED = ("task", "model", "dataset", "data_dir", "opt", "seed", "val_interval", "sam_variant", "sam_params", "sam_rho")
 _MOST_BYTES = {files.ARGS: 1 << 20, files.SUMMARY: 1 << 26, timing.FILE: 1 << 26}  # far more than any run writes
 _MOST_VALUES = 10_000  # of args.yaml, which may repeat a part of itself so often that no memory holds it
 
@@ -61,9 +62,15 @@ class Run:
         """Whether the last epoch was reached, with whatever result."""
         return bool(self.rows) and self.rows[-1]["epoch"] >= self.epochs - 1
 
+    @property
+    def metric(self) -> str:
+        """What ranks models of its task: ``top1``, or ``map`` where images have several classes."""
+        return EVALUATORS[self.args["task"]].default_metric
+
     def accuracy(self, epoch: str = "last") -> float:
-        """Validation top-1 accuracy in percent: of the last epoch, or with ``"best"`` the highest of any."""
-        return self.rows[-1][ACCURACY] if epoch == "last" else max(row[ACCURACY] for row in self.rows)
+        """Its metric on the validation images in percent: of the last epoch, or with ``"best"`` the highest of any."""
+        column = COLUMN.format(self.metric)
+        return self.rows[-1][column] if epoch == "last" else max(row[column] for row in self.rows)
 
 
 class _Unusable(Exception):
@@ -134,8 +141,9 @@ def _read(run: Run, running_minutes: float) -> Run:
         status = RUNNING if age <= running_minutes else STOPPED
         return replace(run, status=status,
                        reason=f"{done} of 0..{run.epochs - 1}; last written {max(0, round(age))} minutes ago")
-    if not all(ACCURACY in row and math.isfinite(row[ACCURACY]) for row in run.rows):
-        return replace(run, status=UNSCORED, reason=f"summary.csv has no {ACCURACY}: trained without validation")
+    column = COLUMN.format(run.metric)
+    if not all(column in row and math.isfinite(row[column]) for row in run.rows):
+        return replace(run, status=UNSCORED, reason=f"summary.csv has no {column}: trained without validation")
     return run
 
 
@@ -249,9 +257,10 @@ def _read_summary(path: str) -> list[dict[str, float]]:
             raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {one_line(e, 100)}") from None
         if not math.isfinite(row["epoch"]):
             raise _Unusable(UNREADABLE, f"line {number} of summary.csv: epoch {row['epoch']:g}")
-        top1 = row.get(ACCURACY, math.nan)
-        if math.isfinite(top1) and not 0 <= top1 <= 100:
-            raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {ACCURACY} {top1:g} is no percentage")
+        for column in (COLUMN.format(evaluator.default_metric) for evaluator in EVALUATORS.values()):
+            score = row.get(column, math.nan)
+            if math.isfinite(score) and not 0 <= score <= 100:
+                raise _Unusable(UNREADABLE, f"line {number} of summary.csv: {column} {score:g} is no percentage")
         if rows and not row["epoch"] > rows[-1]["epoch"]:
             raise _Unusable(MIXED, f"line {number} of summary.csv: epoch {row['epoch']:g} comes after "
                                    f"{rows[-1]['epoch']:g}: two runs in one file")

@@ -14,6 +14,7 @@ from .runs import DIVERGED, DUPLICATE, FINISHED, UNREADABLE, Run, default_args
 # These make the cells of one table.
 GRID = ("sam_variant", "sam_params", "sam_rho")
 SELECTIONS = ("all", "onlynorm", "nonorm")
+NAMES = {"top1": "top-1", "map": "mAP"}  # of metrics, for people
 
 
 @dataclass(frozen=True, order=True)
@@ -95,9 +96,15 @@ class Table:
     cells: list[Cell]
 
     @property
+    def metric(self) -> str:
+        """The name of what the accuracies are."""
+        return next(run.metric for cell in self.cells for run in (*cell.runs, *cell.diverged))
+
+    @property
     def title(self) -> str:
         differs = "".join(f", {key} {value}" for key, value in self.differs.items())
-        return f"{self.model} on {self.data}{differs}"
+        metric = "" if self.metric == "top1" else f" ({NAMES[self.metric]})"
+        return f"{self.model} on {self.data}{differs}{metric}"
 
     def chosen(self, row: Row, selection: str | None) -> Cell | None:
         cells = self.of(row, selection)

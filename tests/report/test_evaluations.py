@@ -1,0 +1,243 @@
+"""Evaluations joined with runs: by hash, in the paper's layouts; differences from a baseline; what is left over."""
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+from support.reports import rows, sam, write_run
+
+from timm_sam.evaluation.calibration import calibration
+from timm_sam.report import __main__ as command
+
+ROWS = {  # group, data set, measure, unit -> what plain has, and what each step towards SAM adds
+    ('ID', 'imagenet', 'top1', '%'): (70.0, 2.0), ('ID', 'imagenet', 'top5', '%'): (90.0, 1.0),
+    ('OOD', 'imagenet-r', 'top1', '%'): (25.0, 0.0), ('adversarial', 'imagenet', 'clean', '%'): (71.0, 2.0),
+    ('adversarial', 'imagenet', 'l2 0.25', '%'): (20.0, 9.0),
+    ('adversarial', 'imagenet', 'linf 0.5/255', '%'): (15.0, 7.0),
+    ('calibration', 'imagenet', 'ece_mass', '%'): (5.0, -1.0), ('calibration', 'imagenet', 'nll', 'nats'): (1.5, -0.1),
+}
+IMAGES = 400
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_results(path, checkpoints, steps, outputs=False, **changes):
+    """A file as validate.py writes it: ``steps`` says how far each of the checkpoints is from plain."""
+    results = []
+    generator = np.random.default_rng(0)
+    for (group, dataset, measure, unit), (value, step) in ROWS.items():
+        values = [value + step * s + 0.1 * i for i, s in enumerate(steps)]
+        row = dict(group=group, dataset=dataset, measure=measure, unit=unit, images=IMAGES, values=values,
+                   **{'non_finite': [0] * len(values), **changes})
+        if measure == 'ece_mass':
+            images = np.stack([generator.random((IMAGES, len(steps))), generator.random((IMAGES, len(steps))) > 0.5],
+                              axis=-1)
+            row['details'] = [calibration(np.concatenate([images[:, i], np.zeros((IMAGES, 2))], axis=1))['bins']['mass']
+                              for i in range(len(steps))]
+        if outputs and measure == 'top1' and group == 'ID':
+            row['details'] = [write_outputs(path.parent / f'{path.stem}.outputs' / f'{i}.npz', v / 100)
+                              for i, v in enumerate(values)]
+        results.append(row)
+    protocol = dict(checkpoints=[dict(path=str(c), sha256=sha256(c)) for c in checkpoints],
+                    datasets=[dict(name=name, folder=f'/data/{name}') for name in ('imagenet', 'imagenet-r')])
+    path.write_text(json.dumps(dict(checkpoints=[str(c) for c in checkpoints], results=results, protocol=protocol)))
+    return path
+
+
+def write_outputs(path, share, order=1):
+    """Outputs of which this share is right, always the first images; names in either order."""
+    path.parent.mkdir(exist_ok=True)
+    right = np.arange(IMAGES) < round(share * IMAGES)
+    np.savez(path, names=np.array([f'a/{i:04d}.png' for i in range(IMAGES)])[::order], right=right[::order])
+    return f'{path.parent.name}/{path.name}'
+
+
+def checkpoint(run, name='last.pth.tar', content=None):
+    path = run / name
+    path.write_bytes(str(content or path).encode())
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds each of plain, and of SAM on all and on normalization layers only; their checkpoints."""
+    found = {}
+    for name, options, accuracy in (('plain', {}, 70.0), ('all', sam(0.1), 72.0),
+                                    ('on', sam(1, params='onlynorm'), 74.0)):
+        found[name] = []
+        for seed in (0, 1):
+            run = write_run(tmp_path / 'runs' / f'{name}-{seed}', (1.0, 2.0, accuracy + 0.1 * seed),
+                            **{**options, 'seed': seed})
+            found[name].append(checkpoint(run))
+    return found
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    def make(*options, code=0):
+        assert command.main([str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), '--no-plots',
+                             *map(str, options)]) == code
+        shown = capsys.readouterr()
+        return (tmp_path / 'out' / 'report.md').read_text() if code == 0 else shown.err
+    return make
+
+
+def test_tables_in_the_layouts_of_the_paper(runs, report, tmp_path):
+    files = [write_results(tmp_path / f'{name}.json', runs[name], [step, step])
+             for name, step in (('plain', 0), ('all', 1), ('on', 2))]
+    text = report('--evaluations', *files)
+    for line in (
+            # Table 4
+            '|  | data set | plain | sam all | sam onlynorm |',
+            '| ID | imagenet | 70.05 ± 0.07 | 72.05 ± 0.07 | **74.05 ± 0.07** |',
+            '| OOD | imagenet-r | 25.05 ± 0.07 | **25.05 ± 0.07** ≈ | **25.05 ± 0.07** ≈ |',
+            '| adversarial | ℓ₂, ε = 0.25 | 20.05 ± 0.07 | 29.05 ± 0.07 | **38.05 ± 0.07** |',
+            # Tables 14 and 15
+            '| threat model | ε | plain | sam all | sam onlynorm |',
+            '| ℓ∞ | 0.5/255 | 15.05 ± 0.07 | 22.05 ± 0.07 | **29.05 ± 0.07** |',
+            '| Clean acc. |  | 71.05 ± 0.07 | 73.05 ± 0.07 | **75.05 ± 0.07** |',
+            # calibration: less is better
+            '| calibration | imagenet | ece_mass | 5.05 ± 0.07 | 4.05 ± 0.07 | **3.05 ± 0.07** |',
+            '| calibration | imagenet | nll (nats) | 1.5500 ± 0.0707 | 1.4500 ± 0.0707 | **1.3500 ± 0.0707** |'):
+        assert line in text.replace('\\_', '_').replace('&#95;', '_'), line
+    assert 'without a run' not in text and 'without an evaluation' not in text
+    found = {(r['variant'], r['selection'], r['dataset'], r['measure']): r
+             for r in rows(tmp_path / 'out' / 'evaluations.csv')}
+    line = found['sam', 'onlynorm', 'imagenet', 'l2 0.25']
+    assert (line['mean'], line['n'], line['of'], line['chosen'], line['group']) == (
+        '38.0500', '2', '2', '1', 'adversarial')
+    assert len(found) == 3 * len(ROWS)
+
+
+def test_optimizers_stand_side_by_side(runs, report, tmp_path):
+    lion = checkpoint(write_run(tmp_path / 'runs' / 'lion', opt='lion', lr=0.01))
+    files = [write_results(tmp_path / f'{i}.json', c, [i] * len(c)) for i, c in enumerate((runs['plain'], [lion]))]
+    text = report('--evaluations', *files)
+    assert '|  | data set | lion: plain | sgd: plain | sgd: sam all | sgd: sam onlynorm |' in text
+    assert '| ID | imagenet | 72.00 | 70.05 ± 0.07 | – | – |' in text
+
+
+def test_what_has_no_counterpart_is_listed(runs, report, tmp_path):
+    foreign = tmp_path / 'foreign.pth'
+    foreign.write_bytes(b'of nobody')
+    file = write_results(tmp_path / 'r.json', [runs['plain'][0], foreign], [0, 1])
+    text = report('--evaluations', file)
+    without_run = text.split('## Evaluations without a run')[1].split('##')[0]
+    assert 'foreign.pth' in without_run and sha256(foreign)[:12] in without_run
+    without = text.split('## Runs without an evaluation')[1].split('##')[0]
+    assert all(f'{name}-{seed}' in without for name, seed in (('plain', 1), ('all', 0), ('on', 1)))
+    assert 'plain-0' not in without and '70.00 (1 of 2)' in text
+
+
+def test_checkpoint_that_the_accuracy_is_of_counts(runs, report, tmp_path):
+    run = runs['plain'][0].parent
+    best, older = checkpoint(run, 'model_best.pth.tar'), checkpoint(run, 'checkpoint-0.pth.tar')
+    os.link(runs['plain'][0], run / 'checkpoint-2.pth.tar')  # the last one has two names
+    file = write_results(tmp_path / 'r.json', [best, older, runs['plain'][0]], [1, 2, 3])
+    text = report('--evaluations', file)
+    assert '| ID | imagenet | 76.20 (1 of 2) |' in text and f'{best}' in text.split('## Notes on evaluations')[1]
+    assert '| ID | imagenet | 72.00 (1 of 2) |' in report('--evaluations', file, '--epoch', 'best')
+    assert 'without a run' not in text
+    checkpoint(run, 'recovery-1-3.pth.tar', 'other')
+    only = write_results(tmp_path / 'r.json', [run / 'recovery-1-3.pth.tar'], [1])
+    assert 'recovery-1-3' in report('--evaluations', only).split('## Evaluations without a run')[1]
+
+
+def test_files_that_contradict_each_other_are_named(runs, report, tmp_path):
+    first = write_results(tmp_path / 'a.json', runs['plain'][:1], [0])
+    other = write_results(tmp_path / 'b.json', runs['plain'][:1], [1])
+    text = report('--evaluations', first, other)
+    assert '| ID | imagenet | 70.00 (1 of 2) |' in text
+    notes = text.split('## Notes on evaluations')[1]
+    assert 'is 70 in' in notes and 'and 72 in' in notes and 'imagenet-r' not in notes
+
+
+def test_numbers_of_outputs_that_are_not_finite_are_left_out(runs, report, tmp_path):
+    file = write_results(tmp_path / 'r.json', runs['plain'], [0, 0], non_finite=[3, 0])
+    content = json.loads(file.read_text())
+    assert content['results'][0]['non_finite'] == [3, 0]
+    assert '| ID | imagenet | 70.10 (1 of 2) |' in report('--evaluations', file)
+
+
+# Differences
+
+def test_differences_over_images_and_over_seeds(runs, report, tmp_path):
+    files = [write_results(tmp_path / f'{name}.json', runs[name], [step, step], outputs=True)
+             for name, step in (('plain', 0), ('all', 1))]
+    for path in (tmp_path / 'all.outputs').iterdir():  # the same images in another order
+        with np.load(path) as content:
+            names, right = content['names'][::-1], content['right'][::-1]
+        np.savez(path, names=names, right=right)
+    text = report('--evaluations', *files)
+    found = {(r['selection'], r['dataset'], r['measure']): r for r in rows(tmp_path / 'out' / 'differences.csv')}
+    line = found['all', 'imagenet', 'top1']
+    assert line['difference'] == '2.0000' and line['verdict'] == 'better'
+    # 8 of 400 images are right now: a share of 2 % with the interval of its binomial distribution
+    assert 0.5 <= float(line['images_low']) <= 1 and 3 <= float(line['images_high']) <= 3.75
+    assert float(line['seeds_low']) == pytest.approx(2 - 4.3027 * 0.0707, abs=0.01)
+    assert found['all', 'imagenet-r', 'top1']['verdict'] == 'not distinguishable'
+    assert found['all', 'imagenet-r', 'top1']['images_low'] == ''
+    assert found['all', 'validation', 'top1']['verdict'] == 'better'  # of the runs' own validation
+    assert found['onlynorm', 'validation', 'top1']['difference'] == '4.0000'
+    assert '| sam all | 0.1 | imagenet | +2.00 |' in text and '| not distinguishable |' in text
+
+
+def test_another_baseline(runs, report, tmp_path):
+    text = report('--baseline', 'sam:all')
+    assert 'Minus sam:all' in text and '| plain |  | validation | -2.00 | – |' in text and '| worse |' in text
+    assert report('--baseline', 'sam:nonorm', code=2).endswith('use one of plain, sam:all, sam:onlynorm\n')
+
+
+def test_single_seeds_without_outputs_say_nothing(tmp_path, report):
+    write_run(tmp_path / 'runs' / 'a')
+    write_run(tmp_path / 'runs' / 'b', **sam(1))
+    text = report()
+    assert '| sam all | 1 | validation | +0.00 | – | – | one seed, no outputs |' in text
+
+
+@pytest.mark.parametrize('odd', ['torn', 'missing', 'others'])
+def test_outputs_that_cannot_be_compared_are_named(runs, report, tmp_path, odd):
+    files = [write_results(tmp_path / f'{name}.json', runs[name], [0, 0], outputs=True) for name in ('plain', 'all')]
+    path = tmp_path / 'all.outputs' / '1.npz'
+    if odd == 'torn':
+        path.write_bytes(path.read_bytes()[:50])
+    elif odd == 'missing':
+        path.unlink()
+    else:
+        np.savez(path, names=np.array(['x']), right=np.array([True]))
+    notes = report('--evaluations', *files).split('## Notes on evaluations')[1]
+    assert 'not of the same images' in notes if odd == 'others' else '1.npz' in notes
+
+
+# Mistakes
+
+@pytest.mark.parametrize('content', [None, '', '[1]', '{"results": []}', '{"top1": 70}', '[' * 100_000,
+                                     '{"results": [{}], "protocol": {"checkpoints": [], "datasets": []}}'])
+def test_file_that_holds_no_suites_is_one_line(runs, report, tmp_path, content):
+    if content is not None:
+        (tmp_path / 'r.json').write_text(content)
+    message = report('--evaluations', tmp_path / 'r.json', code=2)
+    assert message.count('\n') == 1 and f"--evaluations {tmp_path / 'r.json'}: " in message
+    assert not (tmp_path / 'out').exists()
+
+
+def test_names_from_files_are_no_markup(runs, report, tmp_path):
+    file = write_results(tmp_path / 'r.json', runs['plain'], [0, 0])
+    file.write_text(file.read_text().replace('"imagenet-r"', '"<b>|x"'))
+    text = report('--evaluations', file)
+    assert '<b>|x' not in text and '<b>' not in text
+
+
+@pytest.mark.full
+def test_reliability_figure(runs, report, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    files = [write_results(tmp_path / f'{name}.json', runs[name], [1, 1]) for name in runs]
+    argv = [str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), '--evaluations', *map(str, files)]
+    assert command.main(argv) == 0
+    assert (tmp_path / 'out' / 'table1-reliability.png').stat().st_size > 10_000
+    assert (tmp_path / 'out' / 'report.md').read_text().count('](table1-reliability.png)') == 1
+    report('--evaluations', *files)
+    assert not list((tmp_path / 'out').glob('*.png'))
