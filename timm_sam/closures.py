@@ -1,9 +1,105 @@
-"""Closures of PyTorch's convention: whether one zeroes gradients is seen, not believed."""
-from collections.abc import Iterator, Sequence
+"""Closures of PyTorch's convention: whether one zeroes gradients, or does anything, is seen, not believed."""
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .losses import as_loss
+
+PLAIN = ("SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) before it, "
+         "or use SAM.minimize(loss_fn)")
+
+
+class NoLoss(Exception):
+    """A closure returned None and left no gradient: there is nothing to update with."""
+
+
+def loss_of(value: Any) -> Tensor:
+    """The loss that a closure returned, detached; numbers are losses, too.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    return as_loss(value, "closure").detach()
+
+
+def updating(method: Callable[[Any, Callable[[], Any]], None]) -> Callable[[Any, Callable[[], Any]], bool]:
+    """A method that calls a closure, with gradients on; made to return whether there is anything to step with."""
+    @functools.wraps(method)
+    def call(self: Any, closure: Callable[[], Any]) -> bool:
+        try:
+            with torch.enable_grad():
+                method(self, closure)
+        except NoLoss:
+            return False
+        return True
+
+    return call
+
+
+def check_idle(value: Any) -> None:
+    """Looks at what a closure returned that was called when gradients were there already.
+
+    Raises:
+        ValueError: It computed a loss.
+    """
+    if value is not None:
+        raise ValueError("closure: SAM.backward() or SAM.perturbed() ran since the last step, so that there is nothing "
+                         "for it to compute; call step() without it")
+
+
+def plain_call(closure: Callable[[], Any], params: Sequence[nn.Parameter]) -> Tensor:
+    """The closure's call of an update that is not perturbed.
+
+    Returns:
+        The loss, detached; nan if it returned None and gradients are there.
+
+    Raises:
+        NoLoss: It returned None, and none are.
+        ValueError: It returned no loss.
+    """
+    value = closure()
+    if value is None and holding(params) is None:
+        raise NoLoss
+    return torch.full((), torch.nan) if value is None else loss_of(value)
+
+
+def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held: nn.Parameter | None) -> Tensor:
+    """The closure's first call of an update.
+
+    Args:
+        closure: It.
+        params: The perturbed parameters.
+        held: Of those, one that has a gradient from before.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        NoLoss: It returned None after it zeroed gradients, as Lightning's does for a batch that is left out.
+        ValueError: It returned no loss, added to what was there, or did nothing at all (wrappers of trainers pass a
+            closure that does nothing).
+    """
+    with zeroing(held) as seen:
+        value = closure()
+        if value is None and held is not None and seen.untouched():
+            raise ValueError(PLAIN)
+        if value is None and not seen.arrived and all(p.grad is None for p in params if p is not held):
+            raise NoLoss
+        return loss_of(value)
+
+
+class _Seen:
+    """What a closure has done to the gradient of one parameter."""
+
+    def __init__(self) -> None:
+        self.arrived: list[bool] = []  # per backward pass, whether it added to what was there before
+        self.untouched: Callable[[], bool] = lambda: False
 
 
 def holding(params: Sequence[nn.Parameter]) -> nn.Parameter | None:
@@ -12,7 +108,7 @@ def holding(params: Sequence[nn.Parameter]) -> nn.Parameter | None:
 
 
 @contextmanager
-def zeroing(p: nn.Parameter | None) -> Iterator[None]:
+def zeroing(p: nn.Parameter | None) -> Iterator[_Seen]:
     """Around a closure: sees whether it zeroes gradients before it adds to them.
 
     A gradient that the first backward pass inside finds as it was has been left over, from the last update or from
@@ -24,27 +120,29 @@ def zeroing(p: nn.Parameter | None) -> Iterator[None]:
     Raises:
         ValueError: The closure adds to what was there.
     """
+    seen = _Seen()
     if p is None:
-        yield
+        yield seen
         return
     aside = p.grad is None
     held = torch.zeros_like(p) if aside else p.grad
     assert held is not None
     p.grad = held
-    version, left_over = held._version, []
+    version = held._version
+    seen.untouched = lambda: p.grad is held and held._version == version
 
     def look(p: torch.Tensor) -> None:
         # adding in place is one version; in-place zeroing before it is another; else the gradient is a new tensor
-        left_over.append(p.grad is held and held._version == version + 1)
+        seen.arrived.append(p.grad is held and held._version == version + 1)
 
     handle = p.register_post_accumulate_grad_hook(look)
     try:
-        yield
+        yield seen
     finally:
         handle.remove()
-        if aside and p.grad is held and not left_over:
+        if aside and p.grad is held and not seen.arrived:
             p.grad = None  # nothing arrived
-    if left_over and left_over[0]:
+    if seen.arrived and seen.arrived[0]:
         raise ValueError(
             "closure: it adds to gradients that were there before. One that forgets them calls zero_grad() first; to "
             "accumulate over micro-batches, each with a perturbation of its own, call SAM.backward(loss_fn, "

@@ -62,6 +62,12 @@ class Descent:
             weight = weight.reshape(())
         self._g, self._scale, self._weight = g, scale, weight
 
+    def weigh(self, share: Tensor | None) -> None:
+        """The share of the m-batch, where it is known only after the pass at w + eps; None: it was known."""
+        if share is not None and self._g:
+            (self._weight,) = self._group.mean([share.reshape(1)]) if self._sync else (share,)
+            self._weight = self._weight.reshape(())
+
     @contextmanager
     def alone(self, accumulate: bool = True) -> Iterator[None]:
         """The pass at w + eps: on the way out ``.grad`` holds what it held before, and G' of this m-batch.

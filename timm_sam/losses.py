@@ -1,11 +1,13 @@
 """The loss of each pass: that of all samples, or at w + eps of those that a method chooses."""
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .methods.stages import Rows
 from .passes import Passes
+from .same_input import SameInput
 
 LossFn = Callable[..., Tensor]
 
@@ -17,33 +19,46 @@ class Losses:
         rows: What chooses samples; None: the loss function returns the mean loss, and is simply called.
         name: Of the method that chooses.
         passes: Whose random state the choice must not move.
+        model: Whose input is compared in the first update.
     """
 
-    def __init__(self, rows: Rows | None, name: str, passes: Passes) -> None:
+    def __init__(self, rows: Rows | None, name: str, passes: Passes, model: nn.Module) -> None:
         self._rows = rows
         self._name = name
         self._passes = passes
         self._before: Tensor | None = None
+        self.same_input = SameInput(model)
 
-    def at_w(self, loss_fn: LossFn) -> Tensor:
-        """The mean loss of all samples.
+    def only(self, loss_fn: LossFn) -> Tensor:
+        """The mean loss of all samples, in an update of one pass.
 
         Raises:
-            ValueError: The losses of the samples are needed, and ``loss_fn`` returns something else.
+            ValueError: ``loss_fn`` is no function, or does not return a loss.
         """
-        if self._rows is None:
-            return loss_fn()
-        losses = loss_fn(None)
-        if losses.ndim != 1:
+        return self._mean(loss_fn) if self._rows is not None else as_loss(_function(loss_fn)())
+
+    def at_w(self, loss_fn: LossFn) -> Tensor:
+        """The mean loss of all samples, in the first of two passes.
+
+        Raises:
+            ValueError: The losses of the samples are needed, and ``loss_fn`` returns something else; or as above.
+        """
+        if self._rows is not None:
+            return self._mean(loss_fn)
+        return as_loss(self.same_input.at_w(_function(loss_fn)))
+
+    def _mean(self, loss_fn: LossFn) -> Tensor:
+        losses = _function(loss_fn)(None)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
             raise ValueError(f"loss_fn: {self._name} chooses samples, and needs a function that returns the loss of "
-                             f"each, shape (m,), not {tuple(losses.shape)}")
+                             f"each, shape (m,), not {_kind(losses)}")
         self._before = losses.detach()
         return losses.mean()
 
     def at_perturbed(self, loss_fn: LossFn) -> Tensor:
         """The mean loss of the samples that count."""
         if self._rows is None:
-            return loss_fn()
+            return as_loss(self.same_input.at_perturbed(loss_fn))
         assert self._before is not None
         with torch.no_grad():
             after = loss_fn(None)
@@ -51,7 +66,29 @@ class Losses:
         return loss_fn(self._rows(self._before, after)).mean()
 
 
-def slope(weigh: Callable[[Tensor], Tensor], loss: Tensor) -> Tensor:
-    """What ``weigh`` multiplies gradients by, at a loss."""
-    x = loss.detach().requires_grad_()
-    return torch.autograd.grad(weigh(x), x)[0]
+def as_loss(value: Any, name: str = "loss_fn") -> Tensor:
+    """What a function returned, if it is a loss.
+
+    Args:
+        value: It.
+        name: Of the argument that the function was.
+
+    Raises:
+        ValueError: It is no tensor of one element.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
+    raise ValueError(f"{name} returned {_kind(value)}: it must return the loss and nothing else, a 0-dim tensor")
+
+
+def _function(loss_fn: LossFn) -> LossFn:
+    if callable(loss_fn):
+        return loss_fn
+    raise ValueError(f"loss_fn must be a function that computes the loss, which is called twice, not "
+                     f"{_kind(loss_fn)}: sam.minimize(lambda: criterion(model(x), y))")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -2,7 +2,8 @@
 
 What goes wrong around SAM, and is handled here: gradients of parameters that are not perturbed (not computed at w),
 accumulated gradients (never part of g), BatchNorm's statistics and what other layers keep (from the pass at w only),
-dropout masks (the same in both passes), exact restoration (w copied back), stale casts of autocast.
+dropout masks (the same in both passes), exact restoration (w copied back), stale casts of autocast, checkpoints that
+see no gradient because what feeds them is frozen.
 """
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import without_reentrance
 from .group import Group
 from .multi_tensor import Backup
 from .norms import is_norm
@@ -90,7 +92,7 @@ class Passes:
         else:  # what is shared needs the graph to its own weights
             recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
         try:
-            with self.group.no_sync():
+            with self.group.no_sync(), without_reentrance(_nothing if recording is None else recording.give_up):
                 yield grads
             grads += [p.grad for p in wanted]
         finally:
@@ -147,6 +149,10 @@ def _keep_graph_valid(tensors: Sequence[Tensor]) -> AbstractContextManager:
         return saved.clone() if saved.untyped_storage().data_ptr() in storages else saved
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
+
+
+def _nothing(reason: str) -> None:
+    pass
 
 
 def _set_requires_grad(params: Sequence[nn.Parameter], value: bool) -> None:

@@ -173,7 +173,7 @@ class Recording:
             self._notice_changes()
             output = self._nested(forward, args, kwargs)
             tensors = _tensors(output)
-            if tensors is None:
+            if tensors is None or self.ended:
                 self._end()  # nothing that is known to be safe to keep
                 return output
             if id(module) not in self.outputs:
@@ -232,6 +232,12 @@ class Recording:
     def _notice_changes(self) -> None:
         # a recorded module that works in place is not run again; what is done between modules is
         self.changed_between |= self._version() != self.version
+
+    def give_up(self, reason: str) -> None:
+        """Shares nothing of this update, for something that was seen in the first pass."""
+        self.obstacle = reason
+        self.clear()
+        self._end()
 
     def clear(self) -> None:
         """Lets go of all outputs, and with them of the graph of the first pass."""

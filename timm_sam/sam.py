@@ -13,26 +13,29 @@ they share in ``sharing.py``, the slots of methods in ``methods/stages.py``.
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_arguments, check_methods, check_model
+from .arguments import check_arguments, check_methods, check_model, in_right_order
 from .ascent import Ascent, Scale
-from .closures import holding, zeroing
+from .backward import Backward
+from .closures import PLAIN, check_idle, first_call, holding, loss_of, plain_call, updating
 from .descent import Descent
-from .facade import Facade
+from .facade import Facade, on_itself
+from .first_update import FirstUpdate
 from .group import Group
-from .losses import Losses, LossFn, slope
+from .losses import Losses, LossFn
 from .methods.stages import At, Method, Samples, merged, when
 from .norms import NormTypes, checked_types
 from .passes import Passes
 from .perturbation import VARIANTS
 from .recording import Recording
-from .selection import select_parameters, unwrap
+from .selection import select_parameters, share_of
 from .sharing import Sharing, ruled_out
-from .stats import Stats
+from .stats import UNKNOWN, Stats
 from .when import When
 
 
@@ -79,6 +82,7 @@ class SAM(Facade):
         A gradient that is not finite gives eps = 0 for that batch, counted in :attr:`nonfinite`.
     """
 
+    @in_right_order
     def __init__(
             self,
             optimizer: torch.optim.Optimizer,
@@ -101,6 +105,8 @@ class SAM(Facade):
     ) -> None:
         super().__init__(optimizer)
         check_arguments(variant, bn_stats, rho, eta)
+        self._group = Group(model)
+        check_model(model, self._group)
         self.variant = variant
         self.params = params
         self.rho = float(rho)
@@ -121,20 +127,20 @@ class SAM(Facade):
         every, start, first = when(self.methods, every, start)
         self._when = When(every, start, end, seed, first)
         self._when.by_epoch |= any(method.timing.by_epoch for method in self.methods)
-        self._group = Group(model)
         self._ascent = Ascent(self.selected, self._stages, self._group)
         self._params = self._ascent.params
         self._passes = Passes(optimizer, model, self._params, bn_stats, self._group, checked_types(norm_types))
         self._descent = Descent(self._stages, self._passes, self._group, sync)
-        self._losses = Losses(self._stages.rows, self._method_names(), self._passes)
+        self._losses = Losses(self._stages.rows, self._method_names(), self._passes, model)
         whole_pass = self._stages.full_ascent or self._stages.rows is not None
         self._sharing = Sharing(
             model, self._params, ruled_out(
                 share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass,
                 one_pass=self._stages.ahead is not None),
             self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
-        check_model(model, self._group)
         check_methods(self._stages, self._method_names(), variant, optimizer, self._passes.second_order)
+        self._first = FirstUpdate(optimizer, model, self._group, self.selected,
+                                  partial(select_parameters, model, params, filter, norm_types))
         self._eps: list[Tensor] | None = None
         self._norms: tuple[Tensor, ...] = ()  # of g and of eps
         self._weight: Tensor | None = None
@@ -145,13 +151,10 @@ class SAM(Facade):
 
     def describe(self) -> str:
         """One line: variant, rho, eta, methods, and how many tensors and parameters of how many are perturbed."""
-        parameters = list(unwrap(self._model).parameters())
         eta = "" if self.eta is None else f", eta={self.eta:g}"
         methods = f", {self._method_names()}" if self.methods else ""
-        return (
-            f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}{methods}: perturbs {len(self.selected)} of "
-            f"{len(parameters)} tensors, {sum(p.numel() for p in self._params):,} of "
-            f"{sum(p.numel() for p in parameters):,} parameters")
+        return (f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}{methods}: perturbs "
+                f"{share_of(self._params, self._model)}")
 
     def _method_names(self) -> str:
         return " and ".join(method.name for method in self.methods)
@@ -224,27 +227,27 @@ class SAM(Facade):
         self.step()
         return loss
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    @on_itself
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
         """One update by PyTorch's convention, or the base step that follows :meth:`backward`.
 
         Args:
             closure: Zeroes gradients, computes the loss, calls ``backward()``, returns the loss; it is called twice.
-                None takes the base optimizer's step with the gradients that :meth:`backward` left.
+                None takes the base optimizer's step with the gradients that :meth:`backward` or :meth:`perturbed`
+                left; then a closure that returns None, as trainers pass it, is called once and counts as None.
 
         Returns:
-            The loss at w, detached (without a closure: that of the last :meth:`backward`).
+            The loss at w, detached (without a closure: that of the last :meth:`backward`; nan after
+            :meth:`perturbed`). None if a closure zeroed gradients and returned None: then nothing is updated.
 
         Raises:
             ValueError: There is no closure and :meth:`backward` did not run since the last step, or the closure
                 leaves no gradient in any selected parameter, or adds to gradients of earlier batches.
         """
-        if closure is not None:
-            with torch.enable_grad():
-                self._by_closure(closure)
-        elif self._stepped:
-            raise ValueError(
-                "SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) "
-                "before it, or use SAM.minimize(loss_fn)")
+        if closure is None and self._stepped:
+            raise ValueError(PLAIN)
+        if closure is not None and not self._by_closure(closure):
+            return None
         self.optimizer.step()
         self._stepped = True
         self._when.end_of_update()
@@ -252,27 +255,32 @@ class SAM(Facade):
         assert self.stats is not None
         return self.stats.loss
 
-    def _by_closure(self, closure: Callable[[], Tensor]) -> None:
+    @updating
+    def _by_closure(self, closure: Callable[[], Any]) -> None:
+        if not self._stepped:
+            check_idle(closure())
+            return
         if self._stages.rows is not None:
             raise ValueError(f"closure: {self._method_names()} chooses samples, which a closure cannot; use "
                              f"SAM.minimize(loss_fn)")
         if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
-            loss = closure()
+            loss = plain_call(closure, self._params)
             self._finish_plain(True)
             self._record(loss)
             return
         held = holding(self._params)
         if self._stages.ahead is not None:
-            with self._perturbed(True, accumulate=False), zeroing(held):
-                loss = closure()
+            with self._perturbed(True, accumulate=False):
+                loss = first_call(closure, self._params, held)
             self._record(loss, loss)
             return
-        with self.ascent(), zeroing(held):
-            loss = closure()
+        with self.ascent():
+            loss = first_call(partial(self._losses.same_input.at_w, closure), self._params, held)
         with self._perturbed(True, accumulate=False):
-            loss_perturbed = closure()
+            loss_perturbed = loss_of(self._losses.same_input.at_perturbed(closure))
         self._record(loss, loss_perturbed)
 
+    @on_itself
     def backward(
             self,
             loss_fn: LossFn,
@@ -280,6 +288,7 @@ class SAM(Facade):
             ascent_fn: LossFn | None = None,
             weigh: Callable[[Tensor], Tensor] | None = None,
             scaler: torch.amp.GradScaler | None = None,
+            backward_fn: Callable[[Tensor], Any] | None = None,
             last: bool = True,
     ) -> Tensor:
         """Both passes of one (micro-)batch: what ``loss_fn().backward()`` is in a plain loop.
@@ -296,6 +305,9 @@ class SAM(Facade):
             weigh: Applied to the loss at w + eps before its backward, e.g. ``lambda loss: loss / accumulation_steps``.
                 The ascent uses the loss as it is: eps does not depend on such factors.
             scaler: Its loss scale is applied in both passes and divided out of g.
+            backward_fn: Takes the place of ``loss.backward()`` at w + eps, for loops whose trainer owns that call
+                (``fabric.backward``, ``accelerator.backward``). It applies a loss scale itself; ``scaler`` is then for
+                the pass at w, and for methods that need to know the scale.
             last: Whether this is the last micro-batch of the update. False synchronizes nothing, like
                 ``ddp.no_sync()`` around the call.
 
@@ -303,55 +315,44 @@ class SAM(Facade):
             The loss at w (of ``ascent_fn``, if given), detached, not weighed.
 
         Raises:
-            ValueError: The loss does not depend on any selected parameter, or a method does not go with ``ascent_fn``.
+            ValueError: The loss does not depend on any selected parameter, a method does not go with ``ascent_fn``, or
+                the base optimizer not with ``backward_fn`` (it differentiates the gradient again).
         """
+        how = Backward(weigh, scaler, backward_fn, self._passes.second_order)
         with torch.enable_grad(), nullcontext() if last else self._group.no_sync():
             if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
-                loss = self._losses.at_w(loss_fn)
-                self._backpropagate(loss, weigh, scaler)
+                loss = self._losses.only(loss_fn)
+                how.descend(loss)
                 self._finish_plain(last and self._group.synchronizes)
                 return self._record(loss)
             if self._stages.ahead is not None:
-                with self.perturbed(last=last):
-                    loss = self._losses.at_w(loss_fn)
-                    self._backpropagate(loss, weigh, scaler)
+                with self._perturbed(last, accumulate=True):
+                    loss = self._losses.only(loss_fn)
+                    how.descend(loss)
                 return self._record(loss, loss)
             if ascent_fn is not None and self._stages.whole_batch:
                 raise ValueError(f"ascent_fn: {self._method_names()} needs the gradient of the whole batch at w")
             recording = None if ascent_fn is not None else self._sharing.record()
-            loss = self._ascend(ascent_fn or loss_fn, weigh, scaler, recording)
-            with self.perturbed(last=last):
+            loss = self._ascend(ascent_fn or loss_fn, how, recording)
+            with self._perturbed(last, accumulate=True):
                 loss_perturbed = self._sharing.answer(
                     lambda: self._losses.at_perturbed(loss_fn), recording, self._norms[1])
                 del recording
-                self._backpropagate(loss_perturbed, weigh, scaler)
+                self._descent.weigh(how.descend(loss_perturbed))
         return self._record(loss, loss_perturbed)
 
-    def _ascend(self, loss_fn: LossFn, weigh: Callable[[Tensor], Tensor] | None, scaler: torch.amp.GradScaler | None,
-                recording: Recording | None) -> Tensor:
+    def _ascend(self, loss_fn: LossFn, how: Backward, recording: Recording | None) -> Tensor:
         # in a function of its own, so that nothing of the first graph but what is shared is alive in the second forward
-        scale = None if scaler is None else scaler.scale(torch.ones((), device=self._params[0].device))
-        with self._at_w(scale, recording) as wanted:
+        with self._at_w(how.scale(self._params[0].device), recording) as wanted:
             with nullcontext() if recording is None else recording.record():
                 loss = self._losses.at_w(loss_fn)
             if not loss.requires_grad:
                 raise ValueError(
                     f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
                     f"({self.selected[0][0]}, ...): select others by params or filter")
-            scaled = loss if scaler is None else scaler.scale(loss)
-            if self._sharing.checkpointed:  # reentrant checkpoints know backward() only
-                scaled.backward()
-            else:  # leaves the graph of the shared part alone, and DDP's hooks on the parameters asleep
-                params = [p for p in wanted if p.requires_grad]
-                for p, grad in zip(params, torch.autograd.grad(scaled, params, allow_unused=True)):
-                    p.grad = grad
-            self._weight = slope(weigh, loss) if self._descent.needs_g and weigh is not None else None
+            how.ascend(loss, wanted)
+            self._weight = how.share(loss) if self._descent.needs_g else None
         return loss.detach()
-
-    def _backpropagate(self, loss: Tensor, weigh: Callable[[Tensor], Tensor] | None,
-                       scaler: torch.amp.GradScaler | None) -> None:
-        weighed = loss if weigh is None else weigh(loss)
-        (weighed if scaler is None else scaler.scale(weighed)).backward(create_graph=self._passes.second_order)
 
     def _record(self, loss: Tensor, loss_perturbed: Tensor | None = None) -> Tensor:
         measured = () if loss_perturbed is None else (loss_perturbed.detach(), *self._norms)
@@ -361,6 +362,7 @@ class SAM(Facade):
 
     # The two halves.
 
+    @on_itself
     @contextmanager
     def ascent(self, grad_scale: None | float | Tensor = None) -> Iterator[None]:
         """The pass at w: run the loss's forward and backward inside; on the way out eps is computed.
@@ -381,6 +383,7 @@ class SAM(Facade):
 
     @contextmanager
     def _at_w(self, grad_scale: Scale, recording: Recording | None) -> Iterator[Sequence[nn.Parameter]]:
+        self._first.look()
         self._eps = self._weight = None
         self._ascent.prepare(self.at, None)
         drawn = self._ascent.draw(self.at)
@@ -407,6 +410,7 @@ class SAM(Facade):
     def _look_ahead(self) -> bool:
         """eps of an update that has one pass; False where it is not known yet."""
         assert self._stages.ahead is not None
+        self._first.look()
         v = self._stages.ahead(self.optimizer, self._params)
         if v is not None:
             self._perturb(v, away=True)
@@ -417,6 +421,7 @@ class SAM(Facade):
             self._descent.finish_plain(self.at, last)
         self._when.m_batch += 1
 
+    @on_itself
     @contextmanager
     def perturbed(self, *, last: bool = True) -> Iterator[None]:
         """The pass at w + eps: run the loss's forward and backward inside; w is copied back on the way out.
@@ -429,6 +434,7 @@ class SAM(Facade):
         """
         with self._perturbed(last, accumulate=True):
             yield
+        self._record(UNKNOWN, UNKNOWN)
 
     @contextmanager
     def _perturbed(self, last: bool, accumulate: bool) -> Iterator[None]:

@@ -6,6 +6,7 @@ What a normalization layer is, ``norms.py`` says.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -23,6 +24,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def share_of(params: Sequence[nn.Parameter], model: nn.Module) -> str:
+    """How many tensors and numbers they are, and of how many."""
+    tensors = list(unwrap(model).parameters())
+    return (f"{len(params)} of {len(tensors)} tensors, {sum(p.numel() for p in params):,} of "
+            f"{sum(p.numel() for p in tensors):,} parameters")
 
 
 def select_parameters(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import REASON
 from .group import Group, in_group
 from .random_state import RandomState
 from .recording import Recording, SharedForward
@@ -49,7 +50,7 @@ def obstacle(model: nn.Module) -> str | None:
         if hasattr(module, "_orig_mod"):
             return "the model is compiled as a whole"
     if is_checkpointed(model):
-        return "gradient checkpointing computes the forward again"
+        return REASON
     return None
 
 
@@ -70,13 +71,11 @@ class Sharing:
 
     Attributes:
         said: What was decided and why, in words; None before it is known.
-        checkpointed: Whether the model computes its forward again during backward.
     """
 
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], reason: str | None, group: Group,
                  synchronizes: bool) -> None:
         self.said: str | None = None
-        self.checkpointed = is_checkpointed(model)
         self._model = model
         self._device = params[0].device
         self._devices = {p.device for p in params}
@@ -97,9 +96,8 @@ class Sharing:
 
     def record(self) -> Recording | None:
         """What keeps the first pass of an update for the second, or None if nothing is shared."""
-        if not self.checkpointed and is_checkpointed(self._model):  # since SAM was built
-            self.checkpointed = True
-            self._end("gradient checkpointing computes the forward again")
+        if self._shared is not None and is_checkpointed(self._model):  # since SAM was built
+            self._end(REASON)
         return None if self._shared is None else Recording(self._shared, self._devices)
 
     def answer(self, loss_fn: Callable[[], Tensor], recording: Recording | None, eps_norm: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ class Sharing:
         if not reason and self._checks and recording.uses_perturbed():
             reason, self._shared = "perturbed parameters are used below the module that owns them", None
         if reason:
-            if self._checks:
+            if self._checks or not recording.outputs:
                 self._say(reason)
             if not recording.outputs:  # nor will there be any next time
                 self._shared = None

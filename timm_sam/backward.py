@@ -1,0 +1,73 @@
+"""How a loss becomes gradients: weighed, scaled, by autograd or by a function of the loop that owns the call."""
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Backward(NamedTuple):
+    """What a loop asks of the backward passes of one (micro-)batch.
+
+    Attributes:
+        weigh: Applied to the loss at w + eps; None: nothing.
+        scaler: Its loss scale is applied; None: none.
+        function: Takes the place of ``loss.backward()`` at w + eps, and applies the loss scale itself.
+        create_graph: Whether the gradient is differentiated again.
+    """
+
+    weigh: Callable[[Tensor], Tensor] | None
+    scaler: torch.amp.GradScaler | None
+    function: Callable[[Tensor], Any] | None
+    create_graph: bool
+
+    def scale(self, device: torch.device) -> Tensor | None:
+        """The factor that gradients at w carry, 0-dim; None: nothing."""
+        return None if self.scaler is None else self.scaler.scale(torch.ones((), device=device))
+
+    def ascend(self, loss: Tensor, params: Sequence[nn.Parameter]) -> None:
+        """The backward pass at w, to some parameters' ``.grad``.
+
+        It leaves the graph of what both passes share alone, and DDP's hooks on the parameters asleep.
+        """
+        wanted = [p for p in params if p.requires_grad]
+        for p, grad in zip(wanted, torch.autograd.grad(self._scaled(loss), wanted, allow_unused=True)):
+            p.grad = grad
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def share(self, loss: Tensor) -> Tensor | None:
+        """What the gradient at w + eps is multiplied by beside the loss scale; None: 1, or known after it only."""
+        if self.weigh is None or self.function is not None:
+            return None
+        x = loss.detach().requires_grad_()
+        return torch.autograd.grad(self.weigh(x), x)[0]
+
+    def descend(self, loss: Tensor) -> Tensor | None:
+        """The backward pass at w + eps.
+
+        Returns:
+            What ``function`` and ``weigh`` multiplied the gradient by, the scaler's scale divided out; None without
+            ``function``.
+
+        Raises:
+            ValueError: ``function`` ran no backward pass, or cannot run one that is differentiated again.
+        """
+        weighed = loss if self.weigh is None else self.weigh(loss)
+        if self.function is None:
+            self._scaled(weighed).backward(create_graph=self.create_graph)
+            return None
+        if self.create_graph:
+            raise ValueError("backward_fn: the base optimizer differentiates the gradient again, which needs "
+                             "backward(create_graph=True); leave it out")
+        factors: list[Tensor] = []
+        with_hook = loss.register_hook(factors.append)
+        try:
+            self.function(weighed)
+        finally:
+            with_hook.remove()
+        if not factors:
+            raise ValueError("backward_fn: it was given the loss and did not call its backward()")
+        scale = self.scale(loss.device)
+        return factors[0].detach() if scale is None else factors[0].detach() / scale
