@@ -249,12 +249,12 @@ def test_class_map_of_another_encoding_is_an_error(tmp_path):
 
 @pytest.mark.parametrize('name', ['wsd/x', 'imagenet', 'wds', 'hf/x', '/x'])
 def test_data_set_of_an_unknown_kind_is_no_folder(data, name):
-    message = refused(open_named, name, data('cat/1.png'), 'validation', ORIGIN)
+    message = refused(open_named, name, data('cat/1.png'), 'validation', ORIGIN, num_classes=2)
     assert f'--dataset {name} is of no known kind: use torch/NAME' in message
 
 
 def test_hidden_folder_is_no_class_of_torchvisions_either(data):
     root = data('val/cat/1.png', 'Train/cat/1.png', 'Train/.ipynb_checkpoints/1.png')
-    assert len(open_named('torch/folder', root, 'validation', ORIGIN)) == 1
-    message = refused(open_named, 'torch/folder', root, 'train', '--train-split train')
+    assert len(open_named('torch/folder', root, 'validation', ORIGIN, num_classes=2)) == 1
+    message = refused(open_named, 'torch/folder', root, 'train', '--train-split train', num_classes=2)
     assert 'hidden folders for classes (.ipynb_checkpoints)' in message

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.images import COLORS, write_image_folder
+from support.multilabel import write_labelled_tree
 from support.validating import result, run_validate
 
 CLASSES = sorted(COLORS)
@@ -229,3 +230,41 @@ def test_stream_that_passes_over_samples_says_so(run_in, named, tmp_path):
     path.write_bytes(content)
     done = run_validate(tmp_path, named['wds'][1], '--device cpu -j 0 --checkpoint out/run/last.pth.tar')
     assert result(done) and '(15 images)' in done.err and 'WARNING: --dataset wds/ gave 15 of 16 images' in done.err
+
+
+@pytest.mark.filterwarnings('default::DeprecationWarning', 'default::FutureWarning', 'default::ResourceWarning')
+def test_streamed_samples_have_several_labels_or_the_flags_are_named(run_in, tmp_path):
+    pytest.importorskip('webdataset')
+    tree = write_labelled_tree(tmp_path / 'tree')
+    (tmp_path / 'shards').mkdir()
+    for split in ('train', 'validation'):
+        with tarfile.open(tmp_path / 'shards' / f'{split}-0000.tar', 'w') as tar:
+            for i, labels in enumerate(json.loads((tree / split / 'labels.json').read_text())):
+                image, labels = (tree / split / f'{i}.png').read_bytes(), json.dumps({'labels': labels}).encode()
+                for ending, content in (('png', image), ('json', labels)):
+                    info = tarfile.TarInfo(f'{i:04}.{ending}')
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    data = '--task multilabel --num-classes 4 --dataset wds/ --data-dir shards'
+    command = (f'{data} --train-split "train-0000.tar|24" --val-split "validation-0000.tar|7" --sam-variant sam '
+               f'--sam-rho 0.05')
+    done = run_in(tmp_path, f'{command} --target-key labels')
+    assert done.code == 0, done.err[-2000:]
+    with open(tmp_path / 'out' / 'run' / 'summary.csv', newline='') as f:
+        expected = float(list(csv.DictReader(f))[-1]['eval_map'])
+    evaluated = run_validate(tmp_path, f'{data} --target-key labels --split "validation-0000.tar|7"',
+                             '--device cpu -j 0 --checkpoint out/run/last.pth.tar')
+    assert result(evaluated)['map'] == pytest.approx(expected, abs=1e-4)
+    for wrong, word in (('--target-key names', "not found"), ('--target-key labels --num-classes 3', 'in [0, 3)')):
+        done = run_in(tmp_path, f'{command} --experiment wrong {wrong} -j 1')
+        assert done.code == 2 and word in done.last_line and 'check --' in done.last_line, done.err[-2000:]
+        assert 'Traceback' not in done.err
+
+
+@pytest.mark.filterwarnings('default::DeprecationWarning', 'default::FutureWarning', 'default::ResourceWarning')
+@pytest.mark.parametrize('kind, package', [('wds', 'webdataset'), ('hfds', 'datasets')])
+def test_class_that_the_model_has_not_is_one_line(run_in, named, tmp_path, kind, package):
+    pytest.importorskip(package)
+    done = run_in(tmp_path, f'{named[kind][0]} --num-classes 3')
+    assert done.code == 2 and 'Traceback' not in done.err, done.err[-2000:]
+    assert '--num-classes' in done.last_line and ('class 3' in done.last_line or '4 classes' in done.last_line)

@@ -20,14 +20,15 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 from .errors import OptionError, WorkerError, one_line
+from .fields import CheckedReader, CheckedTarget, Reader
 from .image_files import EXTENSIONS, counted, extension, is_hidden, open_file, readable
 
 _logger = logging.getLogger(__name__)
 
 # Names that stand for each other, the first that exists; as timm has them.
-_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _NAMED = ("torch", "hfds", "hfids", "tfds", "wds")
-_SPLITS = frozenset(name for names in _SYNONYMS for name in names) | {"test", "testing", "dev"}
+_SPLITS = frozenset(name for names in SYNONYMS for name in names) | {"test", "testing", "dev"}
 
 
 def split_root(data_dir: str, split: str, origin: str) -> str:
@@ -51,7 +52,7 @@ def split_root(data_dir: str, split: str, origin: str) -> str:
     if name and (os.path.isdir(path) or os.path.isfile(path) and extension(path) == ".tar"):
         return path
     folders = _folders(data_dir, origin)
-    names = next((names for names in _SYNONYMS if name.lower() in names), (name.lower(),))
+    names = next((names for names in SYNONYMS if name.lower() in names), (name.lower(),))
     for wanted in (name.lower(), *names) if name else ():
         found = [folder for folder in folders if folder.lower() == wanted]
         if len(found) > 1 and wanted not in found:
@@ -228,28 +229,21 @@ class TarReader(ReaderImageInTar):
         return readable(file, self.img_mode), target
 
 
-class EightBitReader:
+class EightBitReader(Reader):
     """Another reader's samples, whose images have 8 bits.
 
     Args:
-        reader: Gives an open file and a target.
+        reader: As of :class:`Reader`.
         img_mode: That images will be converted to.
     """
 
     def __init__(self, reader: Any, img_mode: str | None) -> None:
-        self.reader, self.img_mode = reader, img_mode
+        super().__init__(reader)
+        self.img_mode = img_mode
 
     def __getitem__(self, index: int) -> Any:
-        file, *rest = self.reader[index]
+        file, *rest = super().__getitem__(index)
         return readable(file, self.img_mode), *rest
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "reader":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.reader, name)
 
 
 class NothingReadable(WorkerError):
@@ -319,8 +313,8 @@ def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", i
     return images
 
 
-def open_named(name: str, data_dir: str | None, split: str, origin: str, *, class_map: str = "",
-               img_mode: str = "RGB", **options: Any) -> Any:
+def open_named(name: str, data_dir: str | None, split: str, origin: str, *, num_classes: int, class_map: str = "",
+               img_mode: str = "RGB", target_transform: Any = None, **options: Any) -> Any:
     """One of the data sets that a library knows by its name, through timm.
 
     Args:
@@ -328,8 +322,10 @@ def open_named(name: str, data_dir: str | None, split: str, origin: str, *, clas
         data_dir: Where it is, or is kept.
         split: Its name.
         origin: The flag that the split is from, with its value.
+        num_classes: How many there are.
         class_map: Path of the class map, also below ``data_dir``; empty: none.
         img_mode: PIL mode that images are converted to.
+        target_transform: Makes targets of what the samples hold; None: that is a class.
         options: Further arguments of ``timm.data.create_dataset``.
 
     Raises:
@@ -345,7 +341,9 @@ def open_named(name: str, data_dir: str | None, split: str, origin: str, *, clas
         options["class_map"] = read_class_map(class_map, data_dir or "")
     root = split_root(data_dir or "", split, origin) if of_files else data_dir
     try:
-        dataset = create_dataset(name, root=root, split=split, search_split=False, input_img_mode=img_mode, **options)
+        dataset = create_dataset(
+            name, root=root, split=split, search_split=False, input_img_mode=img_mode,
+            target_transform=CheckedTarget(target_transform, num_classes, where), **options)
     except Exception as e:  # a library's own, of its files, its network or the options
         raise OptionError(f"{where}: {one_line(e)}; check the data set's name, the folder and the split") from e
     if of_files and (hidden := [label for label in class_to_idx(dataset) if is_hidden(label)]):
@@ -353,6 +351,8 @@ def open_named(name: str, data_dir: str | None, split: str, origin: str, *, clas
                           f"--dataset, or remove them")
     if isinstance(dataset, ImageDataset):
         dataset.reader = EightBitReader(dataset.reader, img_mode)
+    if hasattr(dataset, "reader"):  # torchvision's own have none
+        dataset.reader = CheckedReader(dataset.reader, where)
     return dataset
 
 

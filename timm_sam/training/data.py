@@ -22,6 +22,8 @@ from ..cli.errors import OptionError
 from ..cli.image_folders import class_to_idx, open_files, open_named
 from ..cli.rules import reads_files
 from ..cli.tasks import is_multilabel, target_transform
+from . import cifar_policy
+from .holdout import hold_out
 from .losses import mixup_active
 
 _logger = logging.getLogger(__name__)
@@ -124,6 +126,8 @@ def create_data(
         reference, loss_scale = float(args.batch_size), "none"
         if args.train_img_sizes is not None:
             reference, loss_scale = train.batch_sampler.average_batch_size, args.variable_batch_loss_scale
+    if args.aa == cifar_policy.NAME and not args.no_aug:
+        cifar_policy.add_cifar10_policy(train)
     return Data(
         train=train,
         eval=None if eval_set is None else _eval_loader(args, process, eval_set, data_config, patch_size, common),
@@ -145,13 +149,24 @@ def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[s
         if reads_files(args):
             return open_files(args.data_dir, split, origin, verbose=process.primary, **common)
         return open_named(
-            args.dataset, args.data_dir, split, origin, download=args.dataset_download, batch_size=args.batch_size,
-            trust_remote_code=args.dataset_trust_remote_code, **streamed, **common)
+            args.dataset, args.data_dir, split, origin, num_classes=num_classes, download=args.dataset_download,
+            batch_size=args.batch_size, trust_remote_code=args.dataset_trust_remote_code, **streamed, **common)
 
-    train_set = create(
-        "--train-split", args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
-        num_samples=args.train_num_samples)
-    eval_set = None
+    def create_train() -> Any:
+        return create("--train-split", args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
+                      num_samples=args.train_num_samples)
+
+    train_set, eval_set = create_train(), None
+    if args.holdout is not None:
+        if is_multilabel(args):
+            raise OptionError(f"--holdout {args.holdout:g} takes a share of each class, and with --task multilabel "
+                              f"images have several: leave it out, and name a split of its own by --val-split")
+        _check_classes(args, process, num_classes, train_set, None)
+        train_set, eval_set = hold_out(train_set, create_train(), args.holdout, args.holdout_seed)
+        if process.primary:
+            _logger.info(f"--holdout {args.holdout:g}: {len(eval_set):,} of {len(train_set) + len(eval_set):,} training "
+                         f"images are validated on, and not trained on; --val-split is not read")
+        return train_set, eval_set
     if args.val_split:
         eval_set = create("--val-split", args.val_split, is_training=False, num_samples=args.val_num_samples)
     _check_roots(args, train_set, eval_set)
@@ -225,6 +240,7 @@ def augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> di
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config["interpolation"]
+    later = args.aa == cifar_policy.NAME  # put in when the loader is there: timm does not know it
     return dict(
         batch_size=args.batch_size,
         is_training=True,
@@ -238,11 +254,11 @@ def augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> di
         ratio=args.ratio,
         hflip=args.hflip,
         vflip=args.vflip,
-        color_jitter=args.color_jitter,
+        color_jitter=None if later else args.color_jitter,  # as timm under a policy
         color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
+        auto_augment=None if later else args.aa,
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=args.aug_splits,
         interpolation=interpolation,

@@ -107,7 +107,8 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
                                   target_transform=transform)
     else:
         dataset = open_named(
-            args.dataset, args.data_dir, args.split, origin, class_map=args.class_map, img_mode=img_mode,
+            args.dataset, args.data_dir, args.split, origin, num_classes=subject.num_classes,
+            class_map=args.class_map, img_mode=img_mode,
             download=args.dataset_download, num_samples=args.num_samples, input_key=args.input_key,
             target_key=args.target_key, target_format=args.target_format, target_transform=transform,
             trust_remote_code=args.dataset_trust_remote_code, seed=args.seed)
