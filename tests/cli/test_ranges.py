@@ -20,7 +20,7 @@ ZERO = {
     'layer_decay_no_opt_scale', 'grad_accum_steps', 'epoch_repeats', 'start_epoch', 'warmup_epochs', 'cooldown_epochs',
     'patience_epochs', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
     'aug_repeats', 'aug_splits', 'reprob', 'mixup', 'cutmix', 'mixup_prob', 'mixup_switch_prob',
-    'mixup_off_epoch', 'smoothing', 'bce_target_thresh', 'loss_weight_power', 'asl_gamma_pos', 'asl_gamma_neg',
+    'mixup_off_epoch', 'holdout_seed', 'smoothing', 'bce_target_thresh', 'loss_weight_power', 'asl_gamma_pos', 'asl_gamma_neg',
     'asl_clip', 'poly_epsilon', 'poly_gamma', 'poly_alpha', 'db_init_bias', 'db_focal_gamma', 'drop', 'drop_connect',
     'drop_path', 'drop_block', 'bn_momentum', 'model_ema_decay', 'seed', 'workers', 'tta', 'recovery_interval',
     'train_size_schedule_spread', 'train_size_random_mix', 'distill_loss_weight', 'task_loss_weight', 'local_rank',

@@ -112,6 +112,19 @@ def test_tables_in_the_layouts_of_the_paper(runs, report, tmp_path):
     assert len(found) == 3 * len(ROWS)
 
 
+@pytest.mark.parametrize('folder, options, words', [
+    ('/data/imagenet', {}, 'by their folders none of these data sets is that'),
+    ('/elsewhere/digits/val', {}, 'Radii were chosen on imagenet, on what is reported here'),
+    ('/elsewhere/digits/val', dict(holdout=0.1), 'Radii were chosen on held-out training images, on none of these'),
+    ('/elsewhere/digits/test', {}, 'by their folders none of these data sets is that')])
+def test_table_that_chose_on_what_it_reports_says_so(report, tmp_path, folder, options, words):
+    checkpoints = [checkpoint(write_run(tmp_path / 'runs' / f'{rho}', **sam(rho), **options)) for rho in (0.1, 0.2)]
+    file = write_results(tmp_path / 'r.json', checkpoints, [0, 0])
+    file.write_text(file.read_text().replace('"/data/imagenet"', f'"{folder}"'))
+    text = report('--evaluations', file)
+    assert words in text and ('Validated on 10 % of the training images' in text) == bool(options)
+
+
 def test_optimizers_stand_side_by_side(runs, report, tmp_path):
     lion = checkpoint(write_run(tmp_path / 'runs' / 'lion', opt='lion', lr=0.01))
     files = [write_results(tmp_path / f'{i}.json', c, [i] * len(c)) for i, c in enumerate((runs['plain'], [lion]))]

@@ -1,8 +1,10 @@
 """What validate.py found of the runs, laid out as the paper's Tables 4, 13, 14 and 15; what tells variants apart."""
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..cli.escape import markdown_code, markdown_text
+from ..cli.image_folders import SYNONYMS
 from ..cli.text import csv_text, markdown, spread
 from .differences import PLAIN, SAME, Difference, headlines
 from .evaluations import Joined, Key, Spread
@@ -58,7 +60,7 @@ def evaluation_text(tables: Sequence[Table], joined: Joined, pictures: Sequence[
         parts += [f"## Evaluations: {markdown_text(side.title)}",
                   "At the chosen radii, mean ± sample standard deviation over the seeds that were evaluated, as Table "
                   "4 of the paper (and, for one data set, Table 13). Bold: the better of all and onlynorm; ≈: not "
-                  "distinguishable from the baseline.",
+                  f"distinguishable from the baseline. {_chosen_on(side, joined)}",
                   *([writer.table(["", "data set"], [([key.group, _what(key, joined)], key) for key in first])]
                     if first else [])]
         if attack:
@@ -73,6 +75,29 @@ def evaluation_text(tables: Sequence[Table], joined: Joined, pictures: Sequence[
         parts += [f"![{name}]({name})" for number, _ in side.tables for name in pictures
                   if name == f"table{number}-reliability.png"]
     return parts + _left_over(joined)
+
+
+def _chosen_on(side: Side, joined: Joined) -> str:
+    """Whether radii were chosen on what is reported."""
+    if not any(cell.rho is not None for _, table in side.tables for cell in table.cells):
+        return "No radius was chosen."
+    if all(table.held_out is not None for _, table in side.tables):
+        return "Radii were chosen on held-out training images, on none of these."
+    same = [name for name, folders in joined.folders.items()
+            if any(_is_split(folder, *table.validated_on) for folder in folders
+                   for _, table in side.tables if table.held_out is None)]
+    if same:
+        return (f"Radii were chosen on {markdown_text(', '.join(same))}, on what is reported here: the more were "
+                f"tried, the luckier these numbers are (train.py --holdout).")
+    return ("Radii were chosen on the images that the runs validated on; by their folders none of these data sets is "
+            "that.")
+
+
+def _is_split(folder: str, data: str, split: str) -> bool:
+    """Whether a folder is a split of a data folder, by their names: either may lie elsewhere now."""
+    parts = os.path.normpath(folder).split(os.sep)
+    names = {split.lower(), *(name for names in SYNONYMS if split.lower() in names for name in names)}
+    return len(parts) > 1 and parts[-1].lower() in names and parts[-2] == data
 
 
 class _Writer:

@@ -32,13 +32,13 @@ def report_text(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictur
         parts.append(
             f"Validation {_measured(tables)} in %, {which}: mean ± sample standard deviation over seeds, in brackets "
             "the number of seeds and the radius. The radius is the one with the highest mean among those with most "
-            "seeds and without diverged runs. It is chosen on the same validation images, as is the paper's (Table 7): "
+            "seeds and without diverged runs. It is chosen on the same images, as is the paper's (Table 7): "
             "the more radii a cell has tried, the luckier its number. Bold: the better of all and onlynorm; "
             "underlined: the best of all; †: radius at the edge of those tried, so that a better one may lie beyond.")
     if len(tables) > 1:
         parts.append("Runs that differ in more than seed and SAM are in tables of their own.")
     for i, table in enumerate(tables, 1):
-        parts += [f"## {i}. {markdown_text(table.title)}", _paper_table(table),
+        parts += [f"## {i}. {markdown_text(table.title)}", *_held_out(table), _paper_table(table),
                   *(f"![{name}]({name})" for name in pictures
                     if name.startswith(f"table{i}-") and "reliability" not in name),
                   "All radii; time is that of training, evaluation left out, over plain training:", _grid_table(table),
@@ -83,6 +83,13 @@ def runs_csv(runs: Iterable[Run], epoch: str) -> str:
             f"{run.seconds:.1f}" if run.seconds is not None else ""])
     return csv_text(["path", "status", "reason", "model", "variant", "selection", "rho", "seed", "last_epoch", "epochs",
                      "top1", "train_seconds"], lines)
+
+
+def _held_out(table: Table) -> list[str]:
+    if table.held_out is None:
+        return []
+    return [f"Validated on {100 * table.held_out:g} % of the training images, which were held out: radii are chosen on "
+            f"them, and evaluations of other images know nothing of the choice."]
 
 
 def _measured(tables: Sequence[Table]) -> str:

@@ -98,7 +98,22 @@ class Table:
     @property
     def metric(self) -> str:
         """The name of what the accuracies are."""
-        return next(run.metric for cell in self.cells for run in (*cell.runs, *cell.diverged))
+        return self._some_run.metric
+
+    @property
+    def held_out(self) -> float | None:
+        """Share of the training images that were validated on instead of a split of its own; None: there is one."""
+        return self._some_run.args.get("holdout")
+
+    @property
+    def validated_on(self) -> tuple[str, str]:
+        """Name of the data folder, and of the split in it that the runs validated on."""
+        args = self._some_run.args
+        return data_name(args["data_dir"]), str(args["val_split"])
+
+    @property
+    def _some_run(self) -> Run:
+        return next(run for cell in self.cells for run in (*cell.runs, *cell.diverged))
 
     @property
     def title(self) -> str:

@@ -164,8 +164,8 @@ def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[s
         _check_classes(args, process, num_classes, train_set, None)
         train_set, eval_set = hold_out(train_set, create_train(), args.holdout, args.holdout_seed)
         if process.primary:
-            _logger.info(f"--holdout {args.holdout:g}: {len(eval_set):,} of {len(train_set) + len(eval_set):,} training "
-                         f"images are validated on, and not trained on; --val-split is not read")
+            _logger.info(f"--holdout {args.holdout:g}: {len(eval_set):,} of {len(train_set) + len(eval_set):,} "
+                         f"training images are validated on, and not trained on; --val-split is not read")
         return train_set, eval_set
     if args.val_split:
         eval_set = create("--val-split", args.val_split, is_training=False, num_samples=args.val_num_samples)

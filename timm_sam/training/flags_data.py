@@ -17,6 +17,11 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
         help="split to train on; for image folders a sub-folder, train and training stand for each other")
     add("--val-split", metavar="NAME", default="validation",
         help="split to validate on; val, valid, eval and the like match too, an empty string turns validation off")
+    add("--holdout", type=float, metavar="SHARE",
+        help="validate on this share of the training images, of each class alike, instead of --val-split: to choose "
+             "hyperparameters on; None holds nothing out")
+    add("--holdout-seed", type=int, metavar="N", default=0,
+        help="which images --holdout takes: the same ones for each --seed")
     add("--train-num-samples", type=int, metavar="N",
         help="size of the training split in samples, for streamed datasets (hfids/, tfds/, wds/)")
     add("--val-num-samples", type=int, metavar="N",
@@ -80,7 +85,8 @@ def add_augmentation(parser: argparse.ArgumentParser) -> None:
     add("--gaussian-blur-prob", type=float, metavar="P",
         help="probability of a Gaussian blur (kernel of 23 pixels); None for never")
     add("--aa", type=str, metavar="POLICY",
-        help="AutoAugment v0, v0r, original, originalr or 3a; RandAugment, as rand-m9-mstd0.5; AugMix, as augmix-m5-w4")
+        help="AutoAugment v0, v0r, original, originalr or 3a (ImageNet) or cifar10 (CIFAR); RandAugment, as "
+             "rand-m9-mstd0.5; AugMix, as augmix-m5-w4")
     add("--aug-repeats", type=float, metavar="N", default=0,
         help="differently augmented copies of each image across processes, distributed runs only; 0 for none")
     add("--aug-splits", type=int, metavar="N", default=0,

@@ -16,6 +16,8 @@ from ..cli.ranges import (
 _DATA = {
     "train_num_samples": COUNT,
     "val_num_samples": COUNT,
+    "holdout": BETWEEN,
+    "holdout_seed": SEED,
     "img_size": PIXELS,
     "input_size": PIXELS,
     "crop_pct": POSITIVE,
