@@ -1,7 +1,8 @@
 """What shows only when training begins: that SAM was built with something else than what is trained."""
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,11 +36,28 @@ class FirstUpdate:
         self._again = again
         self._looked = False
 
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Around the pass at w: as :meth:`look`, and what synchronizes gradients of the model must be known.
+
+        Raises:
+            ValueError: As there, or gradients at w are synchronized.
+        """
+        first = not self._looked
+        self.look()
+        if first:
+            self._looked = False  # until it is certain
+            self._find_wrapped()
+        yield
+        if first:
+            self._find_wrapped()  # `replicate` wraps a model in its first forward
+            self._looked = True
+
     def look(self) -> None:
         """The first call looks, the others do nothing.
 
         Raises:
-            ValueError: What would be perturbed is not what is trained, or gradients at w would be synchronized.
+            ValueError: What would be perturbed is not what is trained.
 
         Warns:
             UserWarning: Parameters are perturbed and never updated, or would be perturbed by now and are not.
@@ -48,7 +66,6 @@ class FirstUpdate:
             return
         check_model(self._model, Group(self._model))
         self._find_replaced()
-        self._find_wrapped()
         self._compare_with_optimizer()
         self._find_unfrozen()
         self._looked = True

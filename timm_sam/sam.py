@@ -383,12 +383,11 @@ class SAM(Facade):
 
     @contextmanager
     def _at_w(self, grad_scale: Scale, recording: Recording | None) -> Iterator[Sequence[nn.Parameter]]:
-        self._first.look()
         self._eps = self._weight = None
         self._ascent.prepare(self.at, None)
         drawn = self._ascent.draw(self.at)
         wanted = self._passes.trainable() if self._stages.full_ascent else drawn
-        with self._passes.at_w(wanted, recording) as grads:  # A
+        with self._first.around(), self._passes.at_w(wanted, recording) as grads:  # A
             yield wanted
         found = self._ascent.of_selected(wanted, grads)
         if all(grad is None for grad in found):

@@ -167,7 +167,7 @@ def test_timms_gradient_checkpointing_gives_the_weights_of_a_model_without_it(re
         sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5)
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for _ in range(2):
-            sam.minimize(lambda m=model: m(x).square().mean())
+            sam.minimize(lambda m=model, x=x: m(x).square().mean())
         results.append(weights(model))
     timm.layers.set_reentrant_ckpt(False)
     assert_identical(*results)

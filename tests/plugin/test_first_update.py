@@ -47,7 +47,7 @@ WAYS = pytest.mark.parametrize('update', [by_minimize, by_closure])
 def test_perturbed_parameters_that_the_optimizer_does_not_have_are_named_once(update):
     model = tiny()
     sam = SAM(sgd([p for n, p in model.named_parameters() if not n.startswith('gn')]), model, rho=0.5)
-    with pytest.warns(UserWarning, match=r'2 of 6 perturbed parameters \(gn.weight, gn.bias\) are not in the optimizer'):
+    with pytest.warns(UserWarning, match=r'2 of 6 perturbed .* \(gn.weight, gn.bias\) are not in the optimizer'):
         update(sam, model)
     update(sam, model)  # any warning is an error now
 
@@ -80,7 +80,7 @@ def test_layers_that_are_replaced_after_construction_are_refused(replace, update
     model = tiny()
     sam = sam_on(model)
     replace(model)
-    with pytest.raises(ValueError, match=r'model: [26] of 6 perturbed parameters .* not in it any more.*before you build'):
+    with pytest.raises(ValueError, match=r'model: [26] of 6 perturbed .* not in it any more.*before you build'):
         update(sam, model)
 
 
@@ -90,7 +90,7 @@ def test_layers_that_are_unfrozen_after_construction_are_named_and_not_perturbed
     model.gn.requires_grad_(False)
     sam = sam_on(model)
     model.gn.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r'2 parameters \(gn.weight, gn.bias\) were frozen .* not perturbed: build SAM aft'):
+    with pytest.warns(UserWarning, match=r'2 parameters \(gn.weight, gn.bias\) were frozen .* build SAM after that'):
         update(sam, model)
     assert len(sam.selected) == 4
     update(sam, model)
@@ -195,7 +195,7 @@ def test_loss_functions_that_return_something_else_are_refused(wrong, kind):
 
 def test_a_loss_in_place_of_a_function_is_refused_with_the_right_call():
     model = tiny()
-    with pytest.raises(ValueError, match=r'loss_fn must be a function.*sam.minimize\(lambda: criterion\(model\(x\), y\)\)'):
+    with pytest.raises(ValueError, match=r'loss_fn must be a function.*minimize\(lambda: criterion\(model\(x\), y\)\)'):
         sam_on(model).minimize(loss_of(model))
 
 
@@ -205,7 +205,7 @@ def test_a_loss_in_place_of_a_function_is_refused_with_the_right_call():
     lambda model: SAM(model.parameters(), base_optimizer=torch.optim.SGD, rho=0.5, adaptive=True, lr=0.1),
 ])
 def test_the_call_of_other_packages_is_refused_with_the_right_one(build):
-    with pytest.raises(ValueError, match=r'SAM\(torch.optim.SGD\(model.parameters\(\), lr=...\), model, rho=...\)') as e:
+    with pytest.raises(ValueError, match=r'SAM\(torch.optim.SGD\(model.parameters\(\), lr=...\), model, rho') as e:
         build(tiny())
     assert '\n' not in str(e.value)
 
