@@ -46,6 +46,7 @@ RANGES = {
     "log_freq": ranges.COUNT,
     "num_gpu": ranges.Range(1, 1024),
     "seed": ranges.SEED,
+    "quantize_weights": ranges.Range(2, 16),
     "attack_num_samples": ranges.COUNT,
     "attack_steps": ranges.COUNT,
     "attack_targets": ranges.COUNT,
@@ -86,7 +87,8 @@ def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
     for dest in ("real_labels", "valid_labels"):
         yield (is_multilabel(args) and bool(getattr(args, dest)),
                f"{flag(dest)} is for one class per image: leave it out with --task multilabel")
-    for dest in ("calibration", "save_outputs", "allow_partial", "skip_existing", "attack_set", "attack_num_samples"):
+    for dest in ("calibration", "quantize_weights", "save_outputs", "allow_partial", "skip_existing", "attack_set",
+                 "attack_num_samples"):
         yield (getattr(args, dest) != default(dest),
                f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
     yield args.results_format == "md", "--results-format md is for suites: use csv or json, or add --eval NAME=DIR"
@@ -112,6 +114,11 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
     yield (args.save_outputs is not None and not args.results_file,
            f"--save-outputs {args.save_outputs} needs --results-file: outputs are kept beside it")
     yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
+    bits = args.quantize_weights
+    yield len(set(bits)) < len(bits), f"--quantize-weights {' '.join(map(str, bits))}: name each number once"
+    yield (bool(bits) and (args.torchscript or args.aot_autograd),
+           "--quantize-weights rounds the weights of layers, which scripted and fused models do not show: leave out "
+           "--torchscript and --aot-autograd")
     extension = os.path.splitext(args.results_file)[1][1:]
     yield (bool(extension) and not format_given and extension not in FORMATS,
            f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "

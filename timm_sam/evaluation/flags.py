@@ -134,6 +134,9 @@ def add_suites(parser: argparse.ArgumentParser) -> None:
     add("--calibration", action="store_true",
         help="also calibration errors (15 bins of equal width, and of equal mass), negative log likelihood and Brier "
              "score of each data set")
+    add("--quantize-weights", nargs="+", type=int, default=[], metavar="BITS",
+        help="also accuracy with weights rounded to so many bits, such as 8 4, symmetric and per output channel, and "
+             "the drop")
     add("--save-outputs", choices=KINDS,
         help="keep what is said of each image, with its name, in a folder beside --results-file: the predicted class, "
              "or also all logits as float16; the report compares by them")

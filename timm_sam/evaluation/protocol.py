@@ -11,6 +11,7 @@ from .journal import Journal, key_of
 from .outputs import Outputs
 from .per_image import Collector, Kept, Look, whole
 from .precision import full_precision
+from .quantize import quantized
 from .ranks import batches_of
 from .scoring import Batch, mean_of, score
 from .session import Session
@@ -56,6 +57,10 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
         measures: list[Measure] = []
         for suite in suites:
             measures += _evaluate_suite(session, subject, suite, journal, outputs)
+        for bits in args.quantize_weights:
+            with quantized(subject.model, bits):
+                for suite in suites:
+                    measures += _evaluate_quantized(session, subject, suite, bits, journal)
         if attacked is not None:
             identity = provenance.identity(args, subject, attacked.suite)
             broken = next(measure.non_finite for measure in measures if measure.dataset == attacked.suite.name)
@@ -97,29 +102,47 @@ def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,
     rows = {(suite.name, name) for suite in suites for name in _accuracies(suite, outputs)}
     if session.args.calibration:
         rows |= {(suite.name, name) for suite in suites for name in calibration.names(outputs, suite.space.differs)}
+    rows |= {(suite.name, name) for suite in suites for bits in session.args.quantize_weights
+             for name in _of_bits(bits)}
     if attacked is not None:
         rows |= {(attacked.suite.name, name) for name in ("clean", *map(str, session.args.attack))}
     return rows
+
+
+def _of_bits(bits: int) -> list[str]:
+    return [f"top1_w{bits}", f"drop_w{bits}"]
 
 
 def _accuracies(suite: Suite, outputs: int) -> list[str]:
     return ["top1", "top5", *([f"top1_{outputs}way"] if suite.space.differs else [])]
 
 
+def _key(session: Session, subject: Subject, suite: Suite, **more: Any) -> str:
+    return key_of(part="scores", **provenance.identity(session.args, subject, suite), **more)
+
+
 def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: Journal,
                     outputs: Outputs) -> list[Measure]:
     ranks, args = session.ranks, session.args
-    key = key_of(part="scores", **provenance.identity(args, subject, suite))
+    key = _key(session, subject, suite)
     path = outputs.path(subject.sha256, suite)
     # one process writes these files, and only where that one runs they need be
     missing = outputs.kind is not None and not ranks.gather(ranks.primary and outputs.holds(path, key))[0]
     done = journal.done.get(key, {})
     # an older version did not look at what is not finite, and calibration may not have been asked for
     if missing or "non_finite" not in done or (args.calibration and "calibration" not in done):
-        scores, kept = _scores(session, subject, suite, outputs if missing else None)
+        looks: dict[str, Look] = {}
+        if args.calibration:
+            looks["calibration"] = partial(calibration.certainties, space=suite.space)
+        if missing:
+            looks["outputs"] = outputs.look
+        scores, kept = _scores(session, subject, suite, looks)
+        if args.calibration:
+            scores["calibration"] = {space: calibration.calibration(values)
+                                     for space, values in kept["calibration"].items()}
         if missing:
             # if one cannot write, all end
-            ranks.run(lambda: outputs.write(path, suite, key, kept) if ranks.primary else None)
+            ranks.run(lambda: outputs.write(path, suite, key, kept["outputs"]) if ranks.primary else None)
         if session.primary:
             journal.add(key, scores)
         journal.done[key] = scores
@@ -129,33 +152,41 @@ def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: J
     return measures
 
 
+def _evaluate_quantized(session: Session, subject: Subject, suite: Suite, bits: int, journal: Journal) -> list[Measure]:
+    """Accuracy with the rounded weights that the model has now, and what it has lost by them."""
+    key = _key(session, subject, suite, quantized=bits)
+    if key not in journal.done:
+        journal.done[key] = _scores(session, subject, suite, {})[0]
+        if session.primary:
+            journal.add(key, journal.done[key])
+    scores, exact = journal.done[key], journal.done[_key(session, subject, suite)]
+    images, broken = scores["images"], max(scores["non_finite"], exact["non_finite"])
+    session.note_non_finite(f"{subject.checkpoint or subject.name} on {suite.name} with weights of {bits} bits",
+                            scores["non_finite"], images)
+    counts = scores["right1"], exact["right1"] - scores["right1"]
+    return [Measure("quantised", suite.name, name, images, suite.flags, [100 * count / images], [broken])
+            for name, count in zip(_of_bits(bits), counts)]
+
+
 def _scores(session: Session, subject: Subject, suite: Suite,
-            outputs: Outputs | None) -> tuple[dict[str, Any], Kept]:
-    """Runs the model over a data set, all ranks together; returns its scores, and what ``outputs`` keep."""
+            looks: Mapping[str, Look]) -> tuple[dict[str, Any], dict[str, Kept]]:
+    """Runs the model over a data set, all ranks together; returns its scores, and what each look has kept."""
     args, ranks = session.args, session.ranks
     batches = batches_of(range(len(suite.samples)), args.batch_size)
     loaded = suite_loader(args, subject, suite, batches, ranks.share(range(len(batches))))
-    looks: list[Look] = []
-    if args.calibration:
-        looks.append(partial(calibration.certainties, space=suite.space))
-    if outputs is not None:
-        looks.append(outputs.look)
 
-    def share() -> tuple[list[Batch], list[dict[int, Kept]]]:
-        collectors = [Collector(look, loaded.places, args.log_freq) for look in looks]
+    def share() -> tuple[list[Batch], dict[str, dict[int, Kept]]]:
+        collectors = {name: Collector(look, loaded.places, args.log_freq) for name, look in looks.items()}
         scored = score(
             subject, loaded, loaded.places, suite.space, suite.name, prefetcher=not args.no_prefetcher,
-            channels_last=args.channels_last, log_freq=args.log_freq, watch=collectors)
-        return scored, [collector.by_place() for collector in collectors]
+            channels_last=args.channels_last, log_freq=args.log_freq, watch=list(collectors.values()))
+        return scored, {name: collector.by_place() for name, collector in collectors.items()}
 
     with full_precision():
         parts = ranks.run(share)
     together = [batch for scored, _ in parts for batch in scored]
     scores = dataclasses.asdict(mean_of(sorted(together, key=lambda batch: batch.index)))
-    images = [whole(collected[i] for _, collected in parts) for i in range(len(looks))]
-    if args.calibration:
-        scores["calibration"] = {space: calibration.calibration(values) for space, values in images[0].items()}
-    return scores, images[-1] if outputs is not None else {}
+    return scores, {name: whole(collected[name] for _, collected in parts) for name in looks}
 
 
 def _measures(session: Session, subject: Subject, suite: Suite, scores: Mapping[str, Any]) -> list[Measure]:

@@ -10,6 +10,7 @@ import torchvision
 
 from .. import __version__
 from .journal import key_of
+from .quantize import SCHEME
 from .sets.loaders import crop_border
 from .sets.suites import Suite
 from .subject import Subject
@@ -82,6 +83,7 @@ def protocol(args: argparse.Namespace, subject: Subject, suites: Sequence[Suite]
         datasets=[dict(
             dataset(args, suite), folder=os.path.abspath(suite.root), images=len(suite.samples), kind=suite.kind,
             flags=suite.flags, notes=suite.notes) for suite in suites],
+        **(dict(quantized_weights=dict(bits=args.quantize_weights, scheme=SCHEME)) if args.quantize_weights else {}),
         attack=attack,
         device=device,
     )

@@ -11,7 +11,7 @@ from ..cli.escape import markdown_text, printable
 from ..cli.text import csv_text, markdown, sample_std, spread
 
 FORMATS = ("csv", "json", "md")
-GROUPS = ("ID", "OOD", "adversarial", "calibration")  # the first three as in Table 4 of the SAM-ON paper
+GROUPS = ("ID", "OOD", "adversarial", "calibration", "quantised")  # the first three as in Table 4 of the SAM-ON paper
 _TEXT = 3  # columns before the numbers
 
 
