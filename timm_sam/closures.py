@@ -14,7 +14,7 @@ PLAIN = ("SAM.step() without a closure would be a plain step: pass a closure, or
 
 
 class NoLoss(Exception):
-    """A closure returned None and left no gradient: there is nothing to update with."""
+    """A closure left no gradient, on purpose: there is nothing to update with."""
 
 
 def loss_of(value: Any) -> Tensor:
@@ -69,19 +69,22 @@ def plain_call(closure: Callable[[], Any], params: Sequence[nn.Parameter]) -> Te
     return torch.full((), torch.nan) if value is None else loss_of(value)
 
 
-def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held: nn.Parameter | None) -> Tensor:
+def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held: nn.Parameter | None,
+               begun: bool) -> Tensor:
     """The closure's first call of an update.
 
     Args:
         closure: It.
         params: The perturbed parameters.
         held: Of those, one that has a gradient from before.
+        begun: Whether there has been an update.
 
     Returns:
         The loss, detached.
 
     Raises:
-        NoLoss: It returned None after it zeroed gradients, as Lightning's does for a batch that is left out.
+        NoLoss: It returned None after it zeroed gradients, as Lightning's does for a batch that is left out; or ran no
+            backward pass after updates that had one, as its averaging of weights does for running statistics.
         ValueError: It returned no loss, added to what was there, or did nothing at all (wrappers of trainers pass a
             closure that does nothing).
     """
@@ -89,7 +92,7 @@ def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held:
         value = closure()
         if value is None and held is not None and seen.untouched():
             raise ValueError(PLAIN)
-        if value is None and not seen.arrived and all(p.grad is None for p in params if p is not held):
+        if (value is None or begun) and not seen.arrived and all(p.grad is None for p in params if p is not held):
             raise NoLoss
         return loss_of(value)
 

@@ -120,10 +120,8 @@ class SAM(Facade):
 
         self._model = model
         self._stages = merged(self.methods)
-        if self._stages.radius is not None:
-            self._stages.radius.bind(self.rho, optimizer.param_groups)
-        if self._stages.ahead is not None:
-            self._stages.ahead.bind(optimizer)
+        self._stages.bind(self.rho, optimizer)
+        self.chooses_samples = self._stages.rows is not None  # then loss functions return the losses of samples
         every, start, first = when(self.methods, every, start)
         self._when = When(every, start, end, seed, first)
         self._when.by_epoch |= any(method.timing.by_epoch for method in self.methods)
@@ -183,7 +181,7 @@ class SAM(Facade):
     @property
     def at(self) -> At:
         """Where training is."""
-        return self._when.at(self._group.rank)
+        return self._when.at(*(0, 1) if self.sync else self._group.place)
 
     @property
     def perturbs(self) -> bool:
@@ -268,14 +266,14 @@ class SAM(Facade):
             self._finish_plain(True)
             self._record(loss)
             return
-        held = holding(self._params)
+        held, begun = holding(self._params), self.stats is not None
         if self._stages.ahead is not None:
             with self._perturbed(True, accumulate=False):
-                loss = first_call(closure, self._params, held)
+                loss = first_call(closure, self._params, held, begun)
             self._record(loss, loss)
             return
         with self.ascent():
-            loss = first_call(partial(self._losses.same_input.at_w, closure), self._params, held)
+            loss = first_call(partial(self._losses.same_input.at_w, closure), self._params, held, begun)
         with self._perturbed(True, accumulate=False):
             loss_perturbed = loss_of(self._losses.same_input.at_perturbed(closure))
         self._record(loss, loss_perturbed)
@@ -390,7 +388,7 @@ class SAM(Facade):
         with self._first.around(), self._passes.at_w(wanted, recording) as grads:  # A
             yield wanted
         found = self._ascent.of_selected(wanted, grads)
-        if all(grad is None for grad in found):
+        if drawn is self._params and all(grad is None for grad in found):  # a draw may miss all that have one
             raise ValueError(
                 f"no gradient reached any of the {len(self._params)} perturbed parameters ({self.selected[0][0]}, "
                 f"...): the closure must call backward(), on a loss that depends on them")

@@ -176,6 +176,17 @@ def test_a_closure_that_zeroes_and_has_no_loss_leaves_the_batch_out(stepped, opt
     assert_identical(weights(model), weights(twin))
 
 
+def test_a_closure_without_backward_leaves_the_batch_out_if_others_before_it_had_one():
+    # as Lightning's last epoch of stochastic weight averaging, for running statistics
+    model = tiny()
+    _, sam, _ = after(2, 'closure', model=model)
+    before = weights(model)
+    assert sam.step(loss_fn_of(model, 2)) is None
+    assert_identical(weights(model), before)
+    with pytest.raises(ValueError, match=r'no gradient reached any .*must call backward\(\)'):
+        sam_on(model).step(loss_fn_of(model, 2))
+
+
 def test_a_closure_that_does_nothing_after_a_backward_without_sam_is_refused():
     # as of manual optimization that calls loss.backward() in place of sam.backward(loss_fn)
     model = tiny()
