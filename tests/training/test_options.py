@@ -16,6 +16,10 @@ TIMM = json.loads((DATA / 'train_flags.json').read_text())
 COMPLETED = {'smoothing': 0.1, 'decay_epochs': 90.0, 'eval_metric': 'top1'}  # what depends on other options
 TIMM_DESTS = [flag['dest'] for flag in TIMM['train.py']]
 
+HOLDOUT = [
+    {'flags': ['--holdout'], 'dest': 'holdout', 'action': 'StoreAction', 'default': None},
+    {'flags': ['--holdout-seed'], 'dest': 'holdout_seed', 'action': 'StoreAction', 'default': 0},
+]
 SAM = [
     {'flags': ['--sam-variant'], 'dest': 'sam_variant', 'action': 'StoreAction', 'default': None,
      'choices': ['sam', 'elementwise_l2', 'elementwise_l2_orig', 'elementwise_linf', 'layerwise_l2', 'fisher']},
@@ -67,14 +71,15 @@ def actions(keep):
 
 
 def test_flags_are_those_of_timm_in_every_field():
-    ours = actions(lambda dest: not dest.startswith('sam_') and dest not in ('help', 'config', 'allow_nonfinite'))
+    ours = actions(lambda dest: not dest.startswith('sam_') and dest not in (
+        'help', 'config', 'holdout', 'holdout_seed', 'allow_nonfinite'))
     assert as_lines(record(a) for a in ours) == as_lines(TIMM['train.py'])
 
 
-def test_flags_beyond_timm_are_help_config_the_sam_group_and_what_a_diverged_run_does():
+def test_flags_beyond_timm_are_help_config_the_holdout_the_sam_group_and_what_a_diverged_run_does():
     ours = actions(lambda dest: dest not in TIMM_DESTS)
-    assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in SAM)]
-    assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(SAM)
+    assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in HOLDOUT + SAM)]
+    assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(HOLDOUT + SAM)
     assert record(ours[1]) == {'flags': ['-c', '--config'], 'dest': 'config', 'action': 'StoreAction', 'default': ''}
 
 
@@ -124,7 +129,7 @@ def refuse(parse, capsys):
 
 
 def test_options_without_flags_are_the_defaults(parse, tmp_path):
-    defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + SAM}
+    defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + HOLDOUT + SAM}
     assert vars(parse()) == {**defaults, **COMPLETED, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
 
 
@@ -365,7 +370,7 @@ def test_args_yaml_of_timm_is_read(tmp_path):
     args = vars(parse_args(train.build_parser(), ['-c', str(path)]))
     assert {dest: args[dest] for dest in options} == options
     assert {dest: args[dest] for dest in args if dest not in options} == {
-        **{flag['dest']: flag['default'] for flag in SAM}, 'config': str(path)}
+        **{flag['dest']: flag['default'] for flag in HOLDOUT + SAM}, 'config': str(path)}
 
 
 # Files that build on others
