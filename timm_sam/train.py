@@ -25,6 +25,7 @@ from .cli.device import Process, set_up
 from .cli.errors import OptionError, report
 from .cli.escape import setup_logging
 from .cli.image_folders import NothingReadable
+from .cli.models import check_naflex
 from .cli.parser import OptionParser, dump_args
 from .cli.processes import end_failed_rank, leave_process_group
 from .cli.text import say
@@ -35,7 +36,7 @@ from .training.data import create_data
 from .training.diverged import EXIT_DIVERGED, Diverged, Watch
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
 from .training.losses import create_loss
-from .training.model_checks import check_filter, check_single_samples
+from .training.model_checks import check_filter, check_single_samples, check_views
 from .training.options import build_train_parser, parse_args
 from .training.output import Output, check_output, writing
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
@@ -115,6 +116,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
 
     # model
     model = factory.build_model(args, process)
+    check_naflex(args, args.model, model)
     check_filter(args.sam_filter, (name for name, _ in model.named_parameters()))
     num_classes = factory.num_outputs(args, model)
     data_config = factory.data_config(args, process, model)
@@ -124,6 +126,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
 
     # data
     data = create_data(args, process, data_config, num_classes, patch_size, model_dtype)
+    check_views(args, data.eval)
     workers.shield(data.train)
     workers.shield(data.eval)
     data.train, tracked = workers.track(data.train)

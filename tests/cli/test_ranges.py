@@ -19,8 +19,8 @@ ZERO = {
     'lr_cycle_decay', 'lr_cycle_limit', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay_min_scale',
     'layer_decay_no_opt_scale', 'grad_accum_steps', 'epoch_repeats', 'start_epoch', 'warmup_epochs', 'cooldown_epochs',
     'patience_epochs', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
-    'aug_repeats', 'aug_splits', 'reprob', 'mixup', 'cutmix', 'mixup_prob', 'mixup_switch_prob',
-    'mixup_off_epoch', 'holdout_seed', 'smoothing', 'bce_target_thresh', 'loss_weight_power', 'asl_gamma_pos', 'asl_gamma_neg',
+    'aug_repeats', 'aug_splits', 'reprob', 'mixup', 'cutmix', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch',
+    'holdout_seed', 'smoothing', 'bce_target_thresh', 'loss_weight_power', 'asl_gamma_pos', 'asl_gamma_neg',
     'asl_clip', 'poly_epsilon', 'poly_gamma', 'poly_alpha', 'db_init_bias', 'db_focal_gamma', 'drop', 'drop_connect',
     'drop_path', 'drop_block', 'bn_momentum', 'model_ema_decay', 'seed', 'workers', 'tta', 'recovery_interval',
     'train_size_schedule_spread', 'train_size_random_mix', 'distill_loss_weight', 'task_loss_weight', 'local_rank',
@@ -129,7 +129,7 @@ def test_what_is_at_the_edge_is_taken(argv):
     ('--lr-cycle-mul 1e200 --lr-cycle-limit 9', ['--lr-cycle-mul', 'smaller']),
     ('--epochs 3 --start-epoch 3', ['--start-epoch 3', '3 epochs', 'raise --epochs']),
     ('--epochs 3 --stop-epoch 2 --start-epoch 2', ['--start-epoch 2', '2 epochs']),
-    ('--tta 9 -b 8', ['--tta 9', '8 images', '--validation-batch-size']),
+    ('--tta 9 -b 8', ['--tta 9', '8 inputs', '--validation-batch-size']),
     ('--sam-variant sam --sam-rho 1 --sam-m 99999999999', ['--sam-m', '99999999999']),
 ])
 def test_numbers_that_do_not_go_together_are_one_line(argv, words):

@@ -127,6 +127,21 @@ def test_single_samples_for_batch_normalization_are_refused_before_anything_is_w
     assert [word for word in words if word not in done.last_line] == [], done.last_line
 
 
+@pytest.mark.parametrize('options, words', [
+    ('--naflex-loader', ['--naflex-loader', 'images of one size', 'NaFlex']),
+    ('--tta 3 -vb 9', ['--tta 3', '16 validation inputs']),
+    ('--tta 3', ['--tta 3', '8 inputs', '--validation-batch-size']),
+    ('--task multilabel', ['--task multilabel', 'one class', '--dataset']),
+    ('--crop-pct 1e-9', ['--crop-pct 1e-09', '0.875']),
+    ('--crop-pct 1e30', ['--crop-pct 1e+30', '0.01 to 4']),
+    ('--device meta', ['--device meta']),
+])
+def test_what_random_options_have_found_is_one_line(run_train, tmp_path, options, words):
+    done = run_train(options)
+    assert done.code == 2 and 'Traceback' not in done.err and list(tmp_path.iterdir()) == []
+    assert [word for word in words if word not in done.last_line] == [], done.last_line
+
+
 @pytest.mark.parametrize('options', [
     f'{SAM_ON} --sam-m 1 --img-size 64',  # more than a pixel is left in front of the last layers
     f'{SAM_ON} --sam-m 1 --model test_vit --model-kwargs img_size=32', f'{SAM_ON} --sam-m 4'])

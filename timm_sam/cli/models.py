@@ -3,6 +3,8 @@ import argparse
 import difflib
 
 import timm
+from timm.models.naflexvit import NaFlexVit
+from torch import nn
 
 from .errors import OptionError
 
@@ -15,6 +17,17 @@ def check_model_name(flag: str, name: str) -> None:
         close = difflib.get_close_matches(base, timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
         raise OptionError(f"{flag} {name} is not a model of timm {timm.__version__}; {hint}")
+
+
+def check_naflex(args: argparse.Namespace, name: str, model: nn.Module) -> None:
+    """Looks whether the model takes the batches of --naflex-loader.
+
+    Raises:
+        OptionError: It takes images.
+    """
+    if args.naflex_loader and not isinstance(model, NaFlexVit):
+        raise OptionError(f"--naflex-loader: --model {name} takes images of one size; leave it out, or use a NaFlex "
+                          f"model such as naflexvit_base_patch16_gap")
 
 
 def channels(args: argparse.Namespace) -> int:

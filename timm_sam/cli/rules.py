@@ -74,6 +74,12 @@ def per_channel(args: argparse.Namespace) -> Rules:
                f"{flag(dest)} {value} must be one number, or {count} for {count} channels")
 
 
+def crop_has_size(args: argparse.Namespace) -> Rules:
+    """Images are resized to their size over the crop's share of it."""
+    yield (args.crop_pct is not None and not 0.01 <= args.crop_pct <= 4,
+           f"--crop-pct {args.crop_pct} is no share of an image: 1 keeps all, 0.875 cuts its border; use 0.01 to 4")
+
+
 def amp_takes_float32(args: argparse.Namespace) -> Rules:
     yield (args.amp and args.model_dtype in LOWER_PRECISIONS,
            f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out")

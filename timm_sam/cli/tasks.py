@@ -7,7 +7,7 @@ import torch
 from timm.data import MultiLabelTarget
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
-from .rules import Rules
+from .rules import Rules, reads_files
 
 # --task -> what measures it, with the names of its metrics and the one that ranks
 EVALUATORS: dict[str, type[ClassificationEvaluator]] = {
@@ -47,6 +47,9 @@ def task_rules(args: argparse.Namespace) -> Rules:
         yield (several, f"--target-key {args.target_key} names several fields, one class each: add --task multilabel, "
                         f"or name one field")
         return
+    yield (reads_files(args),
+           "--task multilabel: a folder or a tar file gives each image one class; name a data set whose targets are "
+           "several by --dataset, or leave --task out")
     yield (args.num_classes is None,
            "--task multilabel needs --num-classes: targets do not tell how many classes there are")
     if several:

@@ -63,6 +63,7 @@ def values(args: argparse.Namespace) -> Rules:
         "results_format": FORMATS,
     })
     yield from rules.per_channel(args)
+    yield from rules.crop_has_size(args)
     yield from rules.device_is_there(args)
 
 
@@ -70,6 +71,8 @@ def conflicts(args: argparse.Namespace, suites: bool) -> Rules:
     """Options that exclude each other, what is not installed, and results that would be replaced."""
     yield (args.metrics_avg is not None and importlib.util.find_spec("sklearn") is None,
            f"--metrics-avg {args.metrics_avg} needs scikit-learn: pip install scikit-learn, or leave it out")
+    yield (args.tf_preprocessing and importlib.util.find_spec("tensorflow") is None,
+           "--tf-preprocessing needs tensorflow: install it, or leave --tf-preprocessing out")
     yield from rules.amp_takes_float32(args)
     yield args.num_gpu > 1 and "WORLD_SIZE" in os.environ, \
         f"--num-gpu {args.num_gpu} and torchrun are two ways to share the work: leave --num-gpu out"
@@ -111,14 +114,14 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
         yield (bool(getattr(args, dest)),
                f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
     yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"
-    yield (args.save_outputs is not None and not args.results_file,
-           f"--save-outputs {args.save_outputs} needs --results-file: outputs are kept beside it")
-    yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
     bits = args.quantize_weights
     yield len(set(bits)) < len(bits), f"--quantize-weights {' '.join(map(str, bits))}: name each number once"
     yield (bool(bits) and (args.torchscript or args.aot_autograd),
            "--quantize-weights rounds the weights of layers, which scripted and fused models do not show: leave out "
            "--torchscript and --aot-autograd")
+    yield (args.save_outputs is not None and not args.results_file,
+           f"--save-outputs {args.save_outputs} needs --results-file: outputs are kept beside it")
+    yield args.skip_existing and args.overwrite, "--skip-existing keeps what --overwrite removes: leave one out"
     extension = os.path.splitext(args.results_file)[1][1:]
     yield (bool(extension) and not format_given and extension not in FORMATS,
            f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "

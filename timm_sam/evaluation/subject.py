@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name
+from ..cli.models import check_model_name, check_naflex
 from .weights import AVERAGED, Hashes, load_weights, weights_sha256
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     name = name or args.model
     utils.random_seed(args.seed)
     model = create(args, name, pretrained=args.pretrained or checkpoint is None)
+    check_naflex(args, name, model)
     weights = "timm's"
     if checkpoint is not None:
         weights = load_weights(model, name, checkpoint, args.use_ema, must_be_averaged)

@@ -16,6 +16,7 @@ from ..cli.rules import (
     amp_takes_float32,
     apply,
     class_map_is_there,
+    crop_has_size,
     device_is_there,
     flag,
     known,
@@ -120,6 +121,7 @@ def _lengths(args: argparse.Namespace) -> Rules:
     yield (args.lr_noise is not None and len(args.lr_noise) > 2,
            f"--lr-noise {args.lr_noise} must be where it starts, and where it ends")
     yield from per_channel(args)
+    yield from crop_has_size(args)
     count = channels(args)
     yield (count not in (1, 3) and args.input_img_mode is None,
            f"--in-chans {count}: images are read as RGB or L; name what gives {count} channels by "
@@ -180,8 +182,8 @@ def _conflicts(args: argparse.Namespace) -> Rules:
            f"--lr-noise-std {args.lr_noise_std} hardly ever gives noise below --lr-noise-pct {args.lr_noise_pct}: use "
            f"a smaller one")
     batch = args.validation_batch_size or args.batch_size
-    yield (args.tta > batch,
-           f"--tta {args.tta} is more than the {batch} images of a validation batch: use a smaller one, or raise "
+    yield (args.tta > 1 and batch % args.tta != 0,
+           f"--tta {args.tta} does not divide the {batch} inputs of a validation batch: use a multiple of it for "
            f"--validation-batch-size")
     for dest in ("class_stats", "loss_pos_weight", "loss_class_weight"):
         path = getattr(args, dest)

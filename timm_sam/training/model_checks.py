@@ -1,11 +1,11 @@
-"""Checks of the options against the model, before data are read and anything is written."""
+"""Checks of the options against the model and the data's number, before anything is written."""
 import argparse
 import math
 import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,24 @@ def check_single_samples(args: argparse.Namespace, model: nn.Module, data_config
         return
     finally:
         model.train(was_training)
+
+
+def check_views(args: argparse.Namespace, loader: Any) -> None:
+    """Looks whether the validation inputs of this process are views of --tta each.
+
+    Args:
+        args: All options.
+        loader: Of validation; None: there is none.
+
+    Raises:
+        OptionError: Some are left over.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if args.tta < 2 or not isinstance(sampler, Sized) or args.naflex_loader:
+        return
+    if len(sampler) % args.tta:
+        raise OptionError(f"--tta {args.tta} does not divide the {len(sampler)} validation inputs of a process: leave "
+                          f"it out, if each image is there once")
 
 
 def _single_sample(args: argparse.Namespace) -> str | None:
