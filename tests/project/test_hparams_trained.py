@@ -37,10 +37,13 @@ SMALL = {  # sizes at which two updates take a moment
 }
 
 
+SHOWN = {f'cifar/{name}/cifar10' for name in ('resnet18', 'resnet56', 'resnext29_32x4d', 'vgg13_bn', 'densenet100')}
+
+
 def is_shown_by_others(folder, name):
-    """Shown are all runs of ImageNet and of the smallest ViT, and one of each other network; others differ by numbers."""
+    """Neither of ImageNet, nor of the smallest ViT, nor the one of its network: it differs from those by numbers."""
     shown = folder.startswith('imagenet') or folder == 'cifar/vit_tiny/cifar10'
-    return not shown and not (folder.endswith('/cifar10') and name == 'fisher_onlynorm')
+    return not shown and not (folder in SHOWN and name == 'fisher_onlynorm')
 
 
 @pytest.mark.parametrize(('folder', 'name'), [
