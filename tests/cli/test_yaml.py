@@ -138,7 +138,7 @@ def test_bases_without_end_are_one_line(refused, tmp_path):
 def test_what_can_be_read_is(tmp_path, text, expected):
     from timm_sam.cli.parser import load_yaml
     (tmp_path / 'c.yaml').write_text(text)
-    [(key, value)] = load_yaml(str(tmp_path / 'c.yaml'), PARSER).items()
+    [(key, value)] = load_yaml(str(tmp_path / 'c.yaml'), PARSER)[0].items()
     assert value == (yaml.safe_load(text)[key] if expected is None else expected)
     assert expected is None or type(value) is type(expected)
 

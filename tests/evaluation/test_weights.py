@@ -168,3 +168,64 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path):
     torch.save({'model': {f'module._orig_mod.{key}': value for key, value in source.state_dict().items()}}, path)
     assert load_weights(model, 'test_resnet', path, False) == 'model'
     assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+# Damaged and foreign files
+
+@pytest.fixture
+def named(tmp_path):
+    """Writes a file; its path."""
+    def write(content, name='foreign.pth'):
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+    return write
+
+
+def test_one_flipped_bit_is_found(folder, suites, fitted, tmp_path):
+    path = folder / 'last.pth.tar'
+    data = bytearray(path.read_bytes())
+    place = data.index(model_of(CLASSES).state_dict()['conv1.0.weight'].numpy().tobytes()[:16])
+    data[place + 2] ^= 1
+    (tmp_path / 'flipped.pth.tar').write_bytes(data)
+    single = f'{BASE} --num-classes {CLASSES} --data-dir {fitted.data}'
+    for command, base in (('--checkpoint flipped.pth.tar', single), ('--checkpoint flipped.pth.tar', suites),
+                          (f'--checkpoint {path} flipped.pth.tar', suites)):
+        done = run_validate(tmp_path, command, base)
+        assert done.code == 2 and '--checkpoint flipped.pth.tar cannot be loaded' in done.last_line
+        assert 'it is damaged: Bad CRC-32' in done.last_line and 'Traceback' not in done.err
+        assert not list(tmp_path.glob('r*.csv'))
+    # torch itself reads it without a word
+    assert torch.load(tmp_path / 'flipped.pth.tar', weights_only=True)
+
+
+@pytest.mark.parametrize('change', [
+    lambda s: {'state_dict': {f'model.{k}': v for k, v in s.items()}},
+    lambda s: {f'model.{k}': v for k, v in s.items()},
+    lambda s: {'model': s}])
+def test_names_of_lightning_are_understood(named, change):
+    torch.manual_seed(3)
+    state = timm.create_model('test_resnet', num_classes=CLASSES).state_dict()
+    path = named(change(state))
+    model = model_of(CLASSES)
+    load_weights(model, 'test_resnet', path, use_ema=False)
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+
+
+def test_averaged_weights_alone_name_the_flag(named):
+    path = named({'state_dict_ema': model_of(CLASSES).state_dict()})
+    with pytest.raises(OptionError, match='it has averaged weights only; add --use-ema'):
+        load_weights(model_of(CLASSES), 'test_resnet', path, use_ema=False)
+    assert load_weights(model_of(CLASSES), 'test_resnet', path, use_ema=True) == 'state_dict_ema'
+
+
+def test_each_file_is_compared_with_its_checksums_once(folder, monkeypatch):
+    from timm_sam.runs import checkpoints
+    seen, real = [], checkpoints.check_records
+
+    def count(path, only_index=False):
+        seen.append(path) if not only_index else None
+        return real(path, only_index)
+    monkeypatch.setattr(checkpoints, 'check_records', count)
+    names = [f'{folder}/{name}' for name in ('checkpoint-2.pth.tar', 'last.pth.tar', 'checkpoint-2.pth.tar')]
+    check_weights(model_of(CLASSES), 'test_resnet', names, use_ema=False)
+    assert len(seen) == 1

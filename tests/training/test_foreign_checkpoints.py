@@ -115,3 +115,30 @@ def test_pretrained_path_alone_is_an_error_as_it_would_do_nothing(run_train, tmp
     torch.save({}, tmp_path / 'x.pth')
     done = run_train('--pretrained-path x.pth')
     assert done.code == 2 and '--pretrained-path x.pth is not loaded without --pretrained' in done.last_line
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('ema', [False, True])
+def test_names_of_lightning_are_understood_where_a_run_starts(run_train, saved, at_start, ema):
+    def change(s):
+        entries = {'state_dict': s['state_dict'], 'state_dict_ema': s['state_dict_ema']} if ema else {
+            'state_dict': s['state_dict']}
+        return {key: {f'model.{name}': 2 * weight for name, weight in weights.items()}
+                for key, weights in entries.items()}
+
+    state = saved(change)
+    found = at_start()
+    assert run_train('--epochs 2 --initial-checkpoint foreign.pth.tar').code == 0 and found['epoch'] == 0
+    expected = state['state_dict_ema' if ema else 'state_dict']  # as in timm
+    assert differences(dict(found['weights']), {name: 2 * weight for name, weight in expected.items()}) == []
+
+
+@pytest.mark.full
+def test_safetensors_are_started_from(run_train, tmp_path, at_start):
+    import safetensors.torch
+    torch.manual_seed(7)
+    weights = timm.create_model('test_resnet', num_classes=4).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / 'w.safetensors')
+    found = at_start()
+    assert run_train('--initial-checkpoint w.safetensors').code == 0
+    assert differences(dict(found['weights']), dict(weights)) == []

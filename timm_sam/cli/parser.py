@@ -6,7 +6,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -57,8 +57,17 @@ class ParseKwargs(utils.ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def config_defaults(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+def config_defaults(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                    gone: Mapping[str, str] | None = None) -> list[str]:
     """Makes what the YAML file of ``-c`` says the defaults of ``parser``.
+
+    Args:
+        parser: Of the command.
+        argv: Its arguments; None: those of the process.
+        gone: As of :func:`load_yaml`.
+
+    Returns:
+        What was left out, in one line, if anything was.
 
     Raises:
         OptionError: As :func:`load_yaml`.
@@ -68,13 +77,26 @@ def config_defaults(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     asks_for_help = any(a in ("-h", "--help") for a in (sys.argv[1:] if argv is None else argv))
     config = "" if asks_for_help else early.parse_known_args(argv)[0].config
     if config:
-        parser.set_defaults(**load_yaml(config, parser))
+        values, left_out = load_yaml(config, parser, gone)
+        parser.set_defaults(**values)
+        if left_out:
+            return [f"--config {config}: left out, as there are no such flags any more: {'; '.join(left_out)}"]
+    return []
 
 
-def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def load_yaml(path: str, parser: argparse.ArgumentParser,
+              gone: Mapping[str, str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Reads a YAML file of defaults: ``{dest: value}``, values converted as on the command line.
 
     The key ``base`` names another such file, relative to this one, whose values this one overrides.
+
+    Args:
+        path: Of the file.
+        parser: Of the command.
+        gone: Keys that older scripts wrote, and what to say of each: they are left out.
+
+    Returns:
+        The values, and of each key that was left out what to say.
 
     Raises:
         OptionError: A file cannot be read, is not a mapping, has a key that is no flag, or a value of a wrong type; or
@@ -82,15 +104,19 @@ def load_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     values: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for file, config in reversed(_read_yaml(path, [])):
         for key, value in config.items():
+            if gone is not None and key in gone:
+                left_out[key] = f"{key}: {shown(value)} ({gone[key]})"
+                continue
             if key not in actions:
                 name = key.replace("-", "_")[:80] if isinstance(key, str) else ""
                 close = difflib.get_close_matches(name, actions, 1)
                 hint = f"did you mean {close[0]!r}?" if close else "remove it, or see --help for the flags"
                 raise OptionError(f"--config {file}: unknown key {shown(key)}; {hint}")
             values[key] = yaml_value(f"--config {file}", actions[key], value)
-    return values
+    return values, list(left_out.values())
 
 
 def read_yaml(path: str) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.errors import OptionError, one_line
 from ..cli.models import check_model_name, check_naflex
-from .weights import AVERAGED, Hashes, load_weights, weights_sha256
+from ..runs.checkpoints import AVERAGED
+from .weights import Hashes, load_weights, weights_sha256
 
 _logger = logging.getLogger(__name__)
 

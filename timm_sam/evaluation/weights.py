@@ -1,20 +1,16 @@
 """Files of weights: each is hashed once, and what a model does not take of it is not read."""
-import argparse
 import hashlib
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
-from timm.models import clean_state_dict, load_checkpoint, load_state_dict
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.models import load_checkpoint, load_state_dict
 from torch import Tensor, nn
 
 from ..cli.errors import OptionError
-from ..runs.checkpoints import why_unreadable
+from ..runs.checkpoints import AVERAGED, weights_of, why_unreadable
 
-AVERAGED = ("state_dict_ema", "model_ema")  # keys of averaged weights, as timm looks for them
 _OF_JAX = (".npz", ".npy")  # only the model knows how to read these
 
 
@@ -108,9 +104,10 @@ def load_weights(model: nn.Module, name: str, path: str, use_ema: bool, must_be_
             state, key = _read(path, use_ema)
             model.load_state_dict(state)
     except Exception as e:  # unpickling a torn or foreign file raises almost anything
-        raise OptionError(
-            f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: {why_unreadable(e)}; "
-            f"give a checkpoint of this model, or mend --model and --num-classes") from e
+        remedy = "add --use-ema" if "averaged weights only" in str(e) else (
+            "give a checkpoint of this model, or mend --model and --num-classes")
+        raise OptionError(f"--checkpoint {path} cannot be loaded into {name} with {model.num_classes} outputs: "
+                          f"{why_unreadable(e)}; {remedy}") from e
     if use_ema and must_be_averaged and key not in AVERAGED:
         raise OptionError(f"--use-ema: {path} has no averaged weights; leave it out, or give checkpoints with them")
     return key
@@ -136,20 +133,7 @@ def check_weights(model: nn.Module, name: str, paths: Sequence[str], use_ema: bo
 
 
 def _read(path: str, use_ema: bool) -> tuple[Mapping[str, Tensor], str]:
-    """The weights in a file, mapped into memory where its format allows, and their key in it: as timm chooses them."""
+    """The weights in a file, mapped into memory where its format allows, and their key in it."""
     if path.endswith(".safetensors"):
         return load_state_dict(path, use_ema), ""
-    content = _content(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}")
-    averaged = [key for key in AVERAGED if use_ema and content.get(key) is not None]
-    key = next((key for key in (*averaged, "state_dict", "model") if key in content), "")
-    return clean_state_dict(content[key] if key else content), key
-
-
-def _content(path: str) -> Any:
-    try:
-        return load_checkpoint_metadata(path)
-    except RuntimeError:  # torch 1.5 and older wrote files that cannot be mapped
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+    return weights_of(path, use_ema)

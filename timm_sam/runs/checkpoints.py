@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 _MAGIC = b"PK\x03\x04"  # of the zip files that torch writes
 
-_AVERAGED = ("state_dict_ema", "model_ema")
+AVERAGED = ("state_dict_ema", "model_ema")  # entries with averaged weights, of timm and of older versions of it
 
 
 class NotWhole(Exception):
@@ -146,18 +146,43 @@ def weights_in(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Any], str]
     """
     if not isinstance(checkpoint, dict):
         raise NotWhole(f"it holds a {type(checkpoint).__name__}, no weights")
-    for entry in (*(_AVERAGED if ema else ()), "state_dict", "model"):
+    for entry in (*(AVERAGED if ema else ()), "state_dict", "model"):
         if isinstance(checkpoint.get(entry), dict):
             weights = checkpoint[entry]
             break
     else:
-        if any(isinstance(checkpoint.get(entry), dict) for entry in _AVERAGED):
+        if any(isinstance(checkpoint.get(entry), dict) for entry in AVERAGED):
             raise NotWhole("it has averaged weights only")
         entry, weights = "", checkpoint
     weights = clean_state_dict(weights)
     if weights and all(str(name).startswith("model.") for name in weights):  # Lightning's, of the module's attribute
         weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     return weights, entry
+
+
+def weights_of(path: str, ema: bool = False) -> tuple[dict[str, Any], str]:
+    """The weights in a file, mapped into memory where its format allows; what is damaged is found.
+
+    Args:
+        path: The file, of torch.
+        ema: As of :func:`weights_in`.
+
+    Returns:
+        As :func:`weights_in`.
+
+    Raises:
+        NotWhole: It is damaged, or has no weights.
+        OSError, MemoryError: It cannot be read.
+    """
+    status = os.stat(path)
+    identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if identity not in _known_whole:  # its names may be many, and it is looked at before it is used
+        check_records(path)
+        _known_whole.add(identity)
+    return weights_in(read(path), ema)
+
+
+_known_whole: set[tuple[int, ...]] = set()
 
 
 def newest_checkpoint(folder: str) -> str | None:

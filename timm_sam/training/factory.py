@@ -2,7 +2,6 @@
 import argparse
 import copy
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,10 +27,10 @@ from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
 from ..cli.models import check_model_name
 from ..cli.tasks import is_multilabel
-from ..runs.checkpoints import NotWhole, check_records, why_unreadable
+from ..runs.checkpoints import why_unreadable
 from .data import Data
 from .losses import check_lengths
-from .pretrained import check_pretrained, loaded_keys
+from .pretrained import check_pretrained, load_initial, loaded_keys
 
 _logger = logging.getLogger(__name__)
 
@@ -70,12 +69,6 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
         overlay = dict(file=args.pretrained_path, num_classes=-1)
     overlay.update(args.pretrained_cfg_overlay)
     check_model_name("--model", args.model)
-    if args.initial_checkpoint and os.path.isfile(args.initial_checkpoint):
-        try:
-            check_records(args.initial_checkpoint)
-        except NotWhole as e:
-            raise OptionError(f"--initial-checkpoint {args.initial_checkpoint} is not whole: {e}; give a whole "
-                              f"checkpoint") from e
     try:
         with loaded_keys() as loaded:
             model = create_model(**resolve_model_input_args(
@@ -91,15 +84,12 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
                 bn_momentum=args.bn_momentum,
                 bn_eps=args.bn_eps,
                 scriptable=args.torchscript,
-                checkpoint_path=args.initial_checkpoint,
                 **args.model_kwargs,
             ))
     except Exception as e:  # the name, its keywords and the files: all of it comes from the options
-        for flag, path in (("--initial-checkpoint", args.initial_checkpoint),
-                           ("--pretrained-path", args.pretrained_path)):
-            if path and not isinstance(e, TypeError):
-                raise OptionError(f"{flag} {path} cannot be loaded into {args.model}: {why_unreadable(e)}; give a "
-                                  f"checkpoint of this model") from e
+        if args.pretrained_path and not isinstance(e, TypeError):
+            raise OptionError(f"--pretrained-path {args.pretrained_path} cannot be loaded into {args.model}: "
+                              f"{why_unreadable(e)}; give a checkpoint of this model") from e
         if args.pretrained and not isinstance(e, TypeError):
             raise OptionError(f"--pretrained: the weights of {args.model} cannot be had: {one_line(e)}; check the "
                               f"network, or give a file by --pretrained-path") from e
@@ -107,6 +97,8 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
             f"--model {args.model} cannot be built: {one_line(e)}; check --model-kwargs{_set_model_flags(args)}") from e
     if args.pretrained_path:
         check_pretrained(args.pretrained_path, args.model, model, loaded)
+    if args.initial_checkpoint:
+        load_initial(args.initial_checkpoint, args.model, model)
     built: Any = model
     if args.head_init_scale is not None:
         with torch.no_grad():

@@ -16,6 +16,20 @@ from .sam_options import add_sam_flags, check_sam
 _logger = logging.getLogger(__name__)
 _UNSET = object()
 
+# What args.yaml of older versions of timm holds, and what became of it.
+_OF_THE_MACHINE = "the launcher and the machine decide it"
+_GONE = {
+    "native_amp": "amp: true is the same",
+    "apex_amp": "amp: true is torch's",
+    "amp_impl": "amp is torch's",
+    "jsd": "loss: jsd is the same",
+    "bn_tf": "bn_momentum: 0.01 and bn_eps: 0.001 are the same",
+    "validation_batch_size_multiplier": "validation_batch_size says how many",
+    "aot_autograd": "torchcompile: aot_eager or inductor compiles",
+    "prefetcher": "no_prefetcher says it",
+    **dict.fromkeys(("world_size", "rank", "distributed", "num_gpu", "dist_backend", "dist_url"), _OF_THE_MACHINE),
+}
+
 
 def build_train_parser(prog: str = "train.py") -> OptionParser:
     """The parser of train.py: timm's flags with timm's defaults, ``-c`` and the group ``SAM``."""
@@ -50,7 +64,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         OptionError: Anything is wrong with the values.
         SystemExit: With code 2, for what the parser itself refuses.
     """
-    config_defaults(parser, argv)
+    left_out = config_defaults(parser, argv, _GONE)
     # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
     sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
@@ -59,7 +73,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         if dest not in given:
             setattr(args, dest, parser.get_default(dest))
     check_numbers(args)
-    warnings = complete(args)
+    warnings = [*left_out, *complete(args)]
     check_values(args)
     check_sam(args, given)
     defaults = {a.dest: a.default for a in build_train_parser(parser.prog)._actions}
