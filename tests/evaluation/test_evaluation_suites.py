@@ -110,7 +110,7 @@ def test_eval_root_says_what_it_found_and_what_is_missing(run, root):
     done = run(f'--eval-root {root} --allow-partial')
     (line,) = done.log('--eval-root')
     assert line == (f'--eval-root {root}: found imagenet, imagenetv2, imagenet-r, imagenet-a, objectnet; '
-                    f'not there: imagenet-sketch')
+                    f'not there: imagenet-sketch, imagenet-c')
     assert done.log('objectnet: 4 images')[0].endswith('2 images of classes outside ImageNet left out')
 
 

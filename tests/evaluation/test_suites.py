@@ -302,8 +302,8 @@ def test_wordnet_ids_are_imagenets_for_a_thousand_outputs_and_no_others(tree):
 
 def test_which_sets_are_in_distribution(tree, published):
     folder = tree('set', 'ab')
-    kinds = {name: open_suite(name, folder, 2).kind for name in ('validation', 'Val', 'test', 'blur', 'imagenet-c')}
-    assert kinds == {'validation': 'id', 'Val': 'id', 'test': 'id', 'blur': 'ood', 'imagenet-c': 'ood'}
+    kinds = {name: open_suite(name, folder, 2).kind for name in ('validation', 'Val', 'test', 'blur', 'imagenet-p')}
+    assert kinds == {'validation': 'id', 'Val': 'id', 'test': 'id', 'blur': 'ood', 'imagenet-p': 'ood'}
     assert [s.kind for s in open_suites({'mine': folder, 'blur': folder}, 2)] == ['id', 'ood']
     assert [s.kind for s in open_suites({'mine': folder, 'val': folder}, 2)] == ['ood', 'id']
     assert [s.kind for s in open_suites({'imagenet-r': published['imagenet-r']}, 1000)] == ['ood']
@@ -352,6 +352,6 @@ def test_find_suites(tmp_path):
     assert found == {'imagenet': f'{tmp_path}/ILSVRC2012/val', 'imagenetv2': f'{tmp_path}/{V2}',
                      'imagenet-sketch': f'{tmp_path}/sketch', 'objectnet': f'{tmp_path}/objectnet-1.0'}
     assert list(found) == ['imagenet', 'imagenetv2', 'imagenet-sketch', 'objectnet']
-    assert missing == ['imagenet-r', 'imagenet-a']
+    assert missing == ['imagenet-r', 'imagenet-a', 'imagenet-c']
     with pytest.raises(OptionError, match='--eval-root .*nowhere: no such folder'):
         find_suites(str(tmp_path / 'nowhere'))

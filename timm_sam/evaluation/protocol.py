@@ -15,6 +15,7 @@ from .quantize import quantized
 from .ranks import batches_of
 from .scoring import Batch, mean_of, score
 from .session import Session
+from .sets import corruptions
 from .sets.loaders import suite_loader
 from .sets.suites import Suite
 from .subject import Subject
@@ -66,7 +67,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
             broken = next(measure.non_finite for measure in measures if measure.dataset == attacked.suite.name)
             for measure in attack_suite(args, subject, attacked, identity, journal, ranks):
                 measures.append(dataclasses.replace(measure, non_finite=broken))
-        per_checkpoint.append(measures)
+        per_checkpoint.append(corruptions.summary(measures))
         described.append(provenance.checkpoint(subject))
 
     protocol = provenance.protocol(args, subject, suites, described,
@@ -104,6 +105,7 @@ def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,
         rows |= {(suite.name, name) for suite in suites for name in calibration.names(outputs, suite.space.differs)}
     rows |= {(suite.name, name) for suite in suites for bits in session.args.quantize_weights
              for name in _of_bits(bits)}
+    rows = corruptions.rows(rows)
     if attacked is not None:
         rows |= {(attacked.suite.name, name) for name in ("clean", *map(str, session.args.attack))}
     return rows

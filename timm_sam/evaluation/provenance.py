@@ -11,7 +11,7 @@ import torchvision
 from .. import __version__
 from .journal import key_of
 from .quantize import SCHEME
-from .sets.loaders import crop_border
+from .sets.loaders import crop_border, crop_pct
 from .sets.suites import Suite
 from .subject import Subject
 
@@ -39,6 +39,8 @@ def dataset(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
     """What scores depend on of a data set."""
     return dict(name=suite.name, label_space=suite.space.name, groups=key_of(groups=suite.space.groups),
                 classes=suite.num_classes, crop_border_pixels=crop_border(args, suite),
+                # where it is the model's it stands with the preprocessing
+                **({} if (crop := crop_pct(args, suite)) is None else dict(crop_pct=crop)),
                 samples_sha256=suite.samples_sha256)
 
 

@@ -1,7 +1,7 @@
 """What every evaluation opens: processes and device, checkpoints, models, data sets."""
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from ..cli.image_folders import read_class_map, split_root
 from ..cli.processes import leave_process_group
 from .options import Resolved
 from .ranks import Ranks
+from .sets import corruptions
 from .sets.folders import find_suites
 from .sets.suites import Suite, open_suites
 from .subject import Subject, build_subject, create
@@ -146,12 +147,30 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
         for name, folder in found.items():
             if name not in folders:
                 folders[name], origins[name] = folder, f"--eval-root {args.eval_root} ({name})"
+    if corruptions.NAME in folders:
+        folders, origins = _with_parts(folders, origins, args.allow_partial)
     class_map = read_class_map(args.class_map, args.data_dir or "") if args.class_map else None
     suites = open_suites(folders, outputs, class_map, args.allow_partial, origins)
     for suite in suites if verbose else ():
         remarks = "".join(f"; {remark}" for remark in (*suite.flags, *suite.notes))
         _logger.info(f"{suite.name}: {len(suite.samples):,} images in {suite.root}, {suite.space.name}{remarks}")
     return suites
+
+
+def _with_parts(folders: Mapping[str, str], origins: Mapping[str, str],
+                allow_partial: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Sets and the flags that they are from, with the parts of ImageNet-C in its place."""
+    all_folders: dict[str, str] = {}
+    all_origins = dict(origins)
+    for name, folder in folders.items():
+        if name != corruptions.NAME:
+            all_folders[name] = folder
+            continue
+        flag = origins.get(name, f"--eval {name}={folder}")
+        found = corruptions.parts(folder, flag, allow_partial)
+        all_folders.update(found)
+        all_origins.update({part: f"{flag} ({part})" for part in found})
+    return all_folders, all_origins
 
 
 def check_same(suites: Sequence[Suite], ranks: Ranks) -> None:

@@ -2,7 +2,8 @@
 
 Layouts: ImageNet (https://image-net.org), ImageNetV2 (https://github.com/modestyachts/ImageNetV2), ImageNet-R
 (https://github.com/hendrycks/imagenet-r), ImageNet-A (https://github.com/hendrycks/natural-adv-examples),
-ImageNet-Sketch (https://github.com/HaohanWang/ImageNet-Sketch), ObjectNet (https://objectnet.dev).
+ImageNet-Sketch (https://github.com/HaohanWang/ImageNet-Sketch), ObjectNet (https://objectnet.dev), ImageNet-C
+(https://github.com/hendrycks/robustness; see :mod:`.corruptions`).
 """
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "imagenet-a": ("imagenet-a",),
     "imagenet-sketch": ("imagenet-sketch", "ImageNet-Sketch", "sketch"),
     "objectnet": ("objectnet-1.0", "objectnet"),
+    "imagenet-c": ("imagenet-c", "ImageNet-C"),
 }
 
 # Where the class folders are if DIR is the folder around them, as the archives unpack.

@@ -185,7 +185,8 @@ def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batch
     """
     indices = [i for place in places for i in batches[place]]
     dataset = SuiteDataset(suite, _img_mode(args, subject), indices)
-    loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw)
+    loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw,
+                     crop_pct(args, suite))
     return Loaded(loader, list(places), indices)
 
 
@@ -194,13 +195,18 @@ def crop_border(args: argparse.Namespace, suite: Suite) -> int:
     return suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
 
 
+def crop_pct(args: argparse.Namespace, suite: Suite) -> float | None:
+    """Share of a suite's images that the crop keeps, if it is the suite's own; None: the options' or the model's."""
+    return None if args.crop_pct is not None else suite.crop_pct
+
+
 def _img_mode(args: argparse.Namespace, subject: Subject) -> str:
     """PIL mode of the images."""
     return args.input_img_mode or ("RGB" if subject.data_config["input_size"][0] == 3 else "L")
 
 
 def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, batch_size: int, border: int | None = None,
-            raw: bool = False) -> Any:
+            raw: bool = False, crop: float | None = None) -> Any:
     config = subject.data_config
     channels = config["input_size"][0]
     kwargs: dict[str, Any] = dict(
@@ -210,7 +216,7 @@ def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, batch_size
         mean=(0.0,) * channels if raw else config["mean"],
         std=(1.0,) * channels if raw else config["std"],
         num_workers=args.workers,
-        crop_pct=subject.crop_pct,
+        crop_pct=subject.crop_pct if crop is None else crop,
         crop_mode=config["crop_mode"],
         crop_border_pixels=args.crop_border_pixels if border is None else border or None,
         pin_memory=args.pin_mem,

@@ -9,6 +9,7 @@ from timm.utils.misc import natural_key
 
 from ...cli.errors import OptionError
 from ...cli.image_files import counted
+from . import corruptions
 from .classes import Classes, classes_of, named_as_imagenet
 from .folders import PUBLISHED, class_folders, class_root, images_in, some
 from .label_spaces import IMAGENET_CLASSES, LabelSpace
@@ -29,6 +30,8 @@ class Suite:
         kind: ``id`` or ``ood``: in or out of the training distribution.
         num_classes: Of ``space``; more than ``samples`` have where the set is partial.
         crop_border_pixels: What ``create_loader`` is to cut off each side before it resizes.
+        crop_pct: Share of the image that the crop keeps, if it is not the model's own: of images that are cropped
+            already.
         flags: What makes its numbers not those of the whole set.
         notes: What is worth knowing and changes no number.
         origin: The flags that the set is from, with their values; empty: ``--eval NAME=DIR``.
@@ -41,6 +44,7 @@ class Suite:
     kind: str
     num_classes: int
     crop_border_pixels: int = 0
+    crop_pct: float | None = None
     flags: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     origin: str = ""
@@ -94,7 +98,7 @@ def open_suites(folders: Mapping[str, str], num_classes: int, class_to_idx: Mapp
                 f"that their order numbers the two differently; give --class-map FILE, or rename them")
         suites.append(open_suite(name, folder, num_classes, ranks if shared else class_to_idx, allow_partial,
                                  flags[name]))
-    if suites and suites[0].name not in PUBLISHED and all(suite.kind == "ood" for suite in suites):
+    if suites and not _is_published(suites[0].name) and all(suite.kind == "ood" for suite in suites):
         suites[0].kind = "id"
     return suites
 
@@ -123,14 +127,19 @@ def open_suite(name: str, folder: str, num_classes: int, class_to_idx: Mapping[s
             (see ``allow_partial``), a class folder is in no label space, the model's outputs do not fit.
     """
     flag = _flag(name, folder, origin)
-    if name in PUBLISHED and num_classes != IMAGENET_CLASSES:
+    if _is_published(name) and num_classes != IMAGENET_CLASSES:
         raise OptionError(
-            f"{flag}: {name} needs a model with {IMAGENET_CLASSES} outputs, this one has {num_classes}; evaluate an "
-            f"ImageNet model, or give the set another name to take its folders as training classes")
+            f"{flag}: {name.split('/')[0]} needs a model with {IMAGENET_CLASSES} outputs, this one has {num_classes}; "
+            f"evaluate an ImageNet model, or give the set another name to take its folders as training classes")
     root = class_root(name, folder, flag)
     names = class_folders(root, flag)
     classes = classes_of(name, root, names, num_classes, class_to_idx, flag)
     return _collect(name, root, names, classes, allow_partial, flag)
+
+
+def _is_published(name: str) -> bool:
+    """Whether a set, or what it is a part of, has its own label space."""
+    return name in PUBLISHED or corruptions.is_part(name)
 
 
 def _flag(name: str, folder: str, origin: str | None) -> str:
@@ -141,7 +150,7 @@ def _ranked(folders: Mapping[str, str], num_classes: int, flags: Mapping[str, st
     """The class folders of those sets (name -> folder) whose classes are known by their folders' order only."""
     ranked = {}
     for name, folder in folders.items():
-        if name not in PUBLISHED:
+        if not _is_published(name):
             names = class_folders(class_root(name, folder, flags[name]), flags[name])
             if not named_as_imagenet(names, num_classes):
                 ranked[name] = names
@@ -188,6 +197,7 @@ def _collect(name: str, root: str, folders: Sequence[str], classes: Classes, all
         kind="id" if name == "imagenet" or name.lower() in ID_NAMES else "ood",
         num_classes=len(classes.names),
         crop_border_pixels=2 if name == "objectnet" else 0,  # its images have a red border one pixel wide
+        crop_pct=1.0 if corruptions.is_part(name) else None,  # its images are centre crops of 224 pixels
         flags=[f"partial: {len(wanted) - len(missing)} of {len(wanted)} classes"] if missing else [],
         notes=[*([f"{left_out} images of classes outside ImageNet left out"] if left_out else []),
                *filter(None, [counted(no_images)])],
