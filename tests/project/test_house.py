@@ -80,6 +80,17 @@ def test_method_imports_only_the_stages_and_the_kernels():
                 assert top in {'torch', 'timm_sam'} | sys.stdlib_module_names, f'{module} imports {taken.module}'
 
 
+def test_networks_are_known_to_what_builds_models_and_to_nothing_else():
+    """They are registered by being imported: so whatever builds a model by its name must, and `import timm_sam` not."""
+    importers = {module for module, targets in GRAPH.items()
+                 if wing(module) != 'models' and any(wing(target) == 'models' for target in targets)}
+    assert importers == {'timm_sam.training.factory', 'timm_sam.evaluation.subject'}
+    for module in GRAPH:
+        if wing(module) == 'models':
+            taken = {found.module.split('.')[0] for found in imports_of(file_of(module), ROOT)}
+            assert taken <= {'torch', 'timm', 'timm_sam'} | sys.stdlib_module_names, module
+
+
 def test_plugin_is_made_of_torch_and_timm():
     """What `import timm` loads itself cannot be told from what the plugin does: so by the text."""
     libraries = {'torch', 'timm', 'timm_sam', 'numpy'} | sys.stdlib_module_names - {'argparse', 'csv', 'json'}
