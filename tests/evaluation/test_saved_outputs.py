@@ -106,7 +106,8 @@ def keeper(tmp_path):
 def test_odd_names_and_numbers_beyond_float16(keeper):
     outputs, suite = keeper
     logits = torch.tensor([[1e6, -1e6], [torch.nan, torch.inf]])
-    kept = {name: value.numpy() for name, value in outputs.look(logits, logits, torch.tensor([0, 1])).items()}
+    kept = {name: value.numpy() for name, value in outputs.look(
+        logits, logits, torch.tensor([0, 1]), suite.space).items()}
     path = outputs.path('a' * 64, suite)
     outputs.write(path, suite, 'key', kept)
     assert outputs.holds(path, 'key') and not outputs.holds(path, 'other') and not outputs.holds('nothing', 'key')

@@ -90,7 +90,7 @@ ROWS = [
     ('--eval-root empty', ['--eval-root empty', 'holds none of imagenet, imagenetv2']),
     ('{sets} --dataset torch/cifar10', ['--dataset', 'single data set']),
     ('{sets} --valid-labels two.txt', ['--valid-labels', 'single data set']),
-    ('{sets} --real-labels right.json', ['--real-labels', 'single data set']),
+    ('{sets} --real-labels right.json', ['--real-labels', 'imagenet-real=DIR']),
     ('{sets} --metrics-avg macro', ['--metrics-avg', 'single data set']),
     ('{sets} --retry', ['--retry', 'single data set']),
     ('{sets} --num-samples 5', ['--num-samples', 'single data set']),

@@ -27,7 +27,7 @@ def certainties(outputs: Tensor, reduced: Tensor, targets: Tensor, space: LabelS
     Args:
         outputs: (B, K), the model's logits.
         reduced: (B, C), the same in the label space.
-        targets: (B,), int64, classes of the label space.
+        targets: (B,), int64, of the label space; where it has sets of classes, those of a set are one class.
         space: The label space.
 
     Returns:
@@ -35,8 +35,7 @@ def certainties(outputs: Tensor, reduced: Tensor, targets: Tensor, space: LabelS
         nats, Brier score. Among all outputs those of the target's group are one class: its probability is their sum,
         and the best output is right if it is one of them.
     """
-    classes = torch.arange(reduced.shape[1], device=reduced.device)
-    found = {"space": _certainty(reduced, classes == targets[:, None])}
+    found = {"space": _certainty(reduced, space.accepted(reduced.shape[1], targets))}
     if space.differs:
         owners = space.owners(outputs.shape[1], outputs.device)
         found["all"] = _certainty(outputs, owners == targets[:, None])

@@ -9,6 +9,7 @@ from ..cli import ranges, rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel, task_rules
 from ..cli.text import why_not_writable
+from .sets.suites import REAL
 from .tables import FORMATS
 
 Default = Callable[[str], Any]  # dest -> the flag's default
@@ -105,12 +106,16 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
            "--task multilabel is for a single data set: leave out --eval, --attack and other checkpoints, or give "
            "--task classification")
     names = [name for name, _ in args.eval]
+    yield (bool(args.real_labels) and REAL not in names,
+           f"--real-labels {args.real_labels} is for --data-dir, or for --eval {REAL}=DIR: leave it out")
+    yield (REAL in names and not args.real_labels,
+           f"--eval {REAL}=... needs the labels: add --real-labels real.json")
     twice = {name for name in names if names.count(name) > 1}
     yield bool(twice), f"--eval names {', '.join(sorted(twice))} twice: give each data set a name of its own"
     yield (args.eval_root is not None and not os.path.isdir(args.eval_root),
            f"--eval-root {args.eval_root} is not a folder: give the folder that holds the data sets")
     for dest in ("dataset", "dataset_download", "dataset_trust_remote_code", "num_samples", "input_key", "target_key",
-                 "target_format", "real_labels", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
+                 "target_format", "valid_labels", "metrics_avg", "tf_preprocessing", "retry"):
         yield (bool(getattr(args, dest)),
                f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
     yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"

@@ -38,7 +38,8 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     add("--dataset-trust-remote-code", action="store_true",
         help="allow a Hugging Face data set to run its repository's code on this machine")
     add("--real-labels", type=str, metavar="FILE", default="",
-        help="JSON list of the reassessed labels of ImageNet's validation images: accuracy by those")
+        help="JSON list of the reassessed labels of ImageNet's validation images: accuracy by those; in suites for "
+             "--eval imagenet-real=DIR")
     add("--valid-labels", type=str, metavar="FILE", default="",
         help="text file with the indices of the outputs that count, one per line, in the order of the labels")
 

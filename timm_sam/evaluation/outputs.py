@@ -1,7 +1,8 @@
 """What a model says of each image, kept beside the results: one file per checkpoint and data set.
 
 A file is NumPy's npz without pickles: ``names`` (N,), the images' paths below the data set's folder; ``targets``,
-``predictions`` (N,), int32, classes of the label space; ``right`` (N,), whether they are the same; ``logits`` (N, K),
+``predictions`` (N,), int32, classes of the label space; ``right`` (N,), whether they are the same (of several
+labels of an image ``targets`` has the first, and any is right); ``logits`` (N, K),
 float16, all outputs of the model, where they were asked for, what lies beyond float16 cut to its range; and ``key``, of
 what all of it depends on.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..cli.errors import OptionError
 from ..runs import files
 from .per_image import Kept
+from .sets.label_spaces import LabelSpace
 from .sets.suites import Suite
 
 KINDS = ("predictions", "logits")
@@ -58,11 +60,12 @@ class Outputs:
             return False
         return str(found["key"]) == key
 
-    def look(self, outputs: Tensor, reduced: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def look(self, outputs: Tensor, reduced: Tensor, targets: Tensor, space: LabelSpace) -> dict[str, Tensor]:
         """What is kept of a batch: outputs (B, K), these in the label space (B, C), targets (B,)."""
         # of equal outputs the same one is best as for timm.utils.accuracy with topk=(1, 5)
         best = reduced.topk(min(5, reduced.shape[1]), 1, True, True)[1][:, 0]
-        kept = dict(targets=targets.int(), predictions=best.int(), right=best == targets)
+        right = space.accepted(reduced.shape[1], targets).gather(1, best[:, None])[:, 0]
+        kept = dict(targets=space.label_of(targets).int(), predictions=best.int(), right=right)
         if self.kind == "logits":
             most = torch.finfo(torch.float16).max
             cut = outputs.clamp(-most, most)

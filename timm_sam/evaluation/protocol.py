@@ -137,7 +137,7 @@ def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: J
         if args.calibration:
             looks["calibration"] = partial(calibration.certainties, space=suite.space)
         if missing:
-            looks["outputs"] = outputs.look
+            looks["outputs"] = partial(outputs.look, space=suite.space)
         scores, kept = _scores(session, subject, suite, looks)
         if args.calibration:
             scores["calibration"] = {space: calibration.calibration(values)

@@ -39,6 +39,7 @@ def dataset(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
     """What scores depend on of a data set."""
     return dict(name=suite.name, label_space=suite.space.name, groups=key_of(groups=suite.space.groups),
                 classes=suite.num_classes, crop_border_pixels=crop_border(args, suite),
+                **({} if suite.space.sets is None else dict(labels=key_of(sets=suite.space.sets))),
                 # where it is the model's it stands with the preprocessing
                 **({} if (crop := crop_pct(args, suite)) is None else dict(crop_pct=crop)),
                 samples_sha256=suite.samples_sha256)

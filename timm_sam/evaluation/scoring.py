@@ -133,10 +133,11 @@ def score(
         for index, (output, target) in enumerate(batches_run):
             with subject.autocast():
                 reduced = space.reduce(output)
-                loss = loss_fn(reduced, target)
+                loss = loss_fn(reduced, target) if space.sets is None else _loss_of_sets(reduced, target, space)
             for look in watch:
                 look(output, reduced, target)
-            accuracy = utils.accuracy(reduced, target, topk=(1, 5))
+            accuracy = utils.accuracy(reduced, target, topk=(1, 5)) if space.sets is None else _hits(
+                reduced, target, space)
             counts = [non_finite_rows(output).sum()]
             if space.differs:
                 counts.append(space.right_of_all(output, target).sum())
@@ -151,6 +152,19 @@ def score(
     if batches and (len(batches) - 1) % log_freq:
         _log(title, batches, len(places), meter)
     return batches
+
+
+def _loss_of_sets(logits: Tensor, targets: Tensor, space: LabelSpace) -> Tensor:
+    """Mean cross entropy where the classes of a set are one class."""
+    right = space.accepted(logits.shape[1], targets)
+    return -logits.float().log_softmax(dim=1).masked_fill(~right, -torch.inf).logsumexp(dim=1).mean()
+
+
+def _hits(logits: Tensor, targets: Tensor, space: LabelSpace) -> list[Tensor]:
+    """Shares of images in percent of whose best and best five classes one is right."""
+    best = logits.topk(min(5, logits.shape[1]), 1, True, True)[1]
+    hits = space.accepted(logits.shape[1], targets).gather(1, best)
+    return [100 * hits[:, :k].any(dim=1).float().mean() for k in (1, 5)]
 
 
 def non_finite_rows(outputs: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from .options import Resolved
 from .ranks import Ranks
 from .sets import corruptions
 from .sets.folders import find_suites
-from .sets.suites import Suite, open_suites
+from .sets.real import relabelled
+from .sets.suites import REAL, Suite, open_suites
 from .subject import Subject, build_subject, create
 from .weights import Hashes, check_weights
 
@@ -151,6 +152,7 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
         folders, origins = _with_parts(folders, origins, args.allow_partial)
     class_map = read_class_map(args.class_map, args.data_dir or "") if args.class_map else None
     suites = open_suites(folders, outputs, class_map, args.allow_partial, origins)
+    suites = [relabelled(suite, args.real_labels) if suite.name == REAL else suite for suite in suites]
     for suite in suites if verbose else ():
         remarks = "".join(f"; {remark}" for remark in (*suite.flags, *suite.notes))
         _logger.info(f"{suite.name}: {len(suite.samples):,} images in {suite.root}, {suite.space.name}{remarks}")

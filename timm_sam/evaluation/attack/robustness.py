@@ -50,7 +50,11 @@ class AttackedSet:
         names = [suite.name for suite in suites]
         if args.attack_set is not None and args.attack_set not in names:
             raise OptionError(f"--attack-set {args.attack_set} is not evaluated: use one of {', '.join(names)}")
-        name = args.attack_set or next((suite.name for suite in suites if suite.kind == "id"), None)
+        single = [suite.name for suite in suites if suite.space.sets is None]
+        if args.attack_set is not None and args.attack_set not in single:
+            raise OptionError(f"--attack-set {args.attack_set}: its images have several labels, and the attack needs "
+                              f"one; use another set, such as imagenet")
+        name = args.attack_set or next((s.name for s in suites if s.kind == "id" and s.name in single), None)
         if name is None:
             raise OptionError(
                 f"--attack: none of {', '.join(names)} is in distribution; choose one by --attack-set NAME")

@@ -52,7 +52,7 @@ def classes_of(name: str, root: str, folders: Sequence[str], num_classes: int,
     Raises:
         OptionError: Which class is which is not known, or not what the model's outputs are.
     """
-    if name in ("imagenet", "imagenet-sketch") or is_part(name):
+    if name in ("imagenet", "imagenet-real", "imagenet-sketch") or is_part(name):
         return _wordnet(range(IMAGENET_CLASSES), imagenet_space(), "ImageNet")
     if name == "imagenetv2":
         return _imagenetv2(folders, flag)

@@ -25,6 +25,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 # Where the class folders are if DIR is the folder around them, as the archives unpack.
 _INSIDE: dict[str, tuple[str, ...]] = {
     "imagenet": ("val",),
+    "imagenet-real": ("val",),
     "imagenetv2": ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"),
     "imagenet-r": ("imagenet-r",),
     "imagenet-a": ("imagenet-a",),

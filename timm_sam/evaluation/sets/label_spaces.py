@@ -34,17 +34,22 @@ class LabelSpace:
     Attributes:
         name: For tables and results, e.g. ``imagenet-r (200 classes)``.
         groups: ``groups[i]`` are the outputs that class i owns, disjoint; None: the K outputs are the classes.
+        sets: Where images have several labels: target t stands for the classes ``sets[t]``, any of which is right;
+            None: target t is class t.
 
     Raises:
-        ValueError: A group is empty or an output occurs twice.
+        ValueError: A group is empty or an output occurs twice, or there are sets of groups.
     """
 
     name: str
     groups: tuple[tuple[int, ...], ...] | None = None
+    sets: tuple[tuple[int, ...], ...] | None = None
     _needed: int = field(default=0, init=False, repr=False, compare=False)  # number of outputs
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.sets is not None and (self.groups is not None or not all(self.sets)):
+            raise ValueError(f"label space {self.name!r}: sets of classes must be of outputs, and not empty")
         if self.groups is None:
             return
         outputs = Counter(output for group in self.groups for output in group)
@@ -85,6 +90,32 @@ class LabelSpace:
             return members
         # max, not amax: a group's gradient goes to one output, undivided, though its padding repeats the first one
         return members.unflatten(1, (len(self.groups), -1)).max(dim=2).values
+
+    def accepted(self, classes: int, targets: Tensor) -> Tensor:
+        """Which classes are right.
+
+        Args:
+            classes: Number of all of them, as :meth:`reduce` gives logits.
+            targets: ``(B,)``, int64.
+
+        Returns:
+            ``(B, classes)``, boolean.
+        """
+        if self.sets is None:
+            return torch.arange(classes, device=targets.device) == targets[:, None]
+        key = ("sets", targets.device)
+        if key not in self._tables:
+            width = max(map(len, self.sets))
+            self._keep(key, [[*several, *several[:1] * (width - len(several))] for several in self.sets],
+                       targets.device)
+        right = torch.zeros(len(targets), classes, dtype=torch.bool, device=targets.device)
+        return right.scatter_(1, self._tables[key][targets], True)
+
+    def label_of(self, targets: Tensor) -> Tensor:
+        """``(B,)``: a class of each target, the first of several."""
+        if self.sets is None:
+            return targets
+        return torch.tensor([several[0] for several in self.sets], device=targets.device)[targets]
 
     def right_of_all(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Which samples are right by the best of all K outputs: one outside the target's group is wrong.

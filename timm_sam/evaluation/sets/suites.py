@@ -15,6 +15,7 @@ from .folders import PUBLISHED, class_folders, class_root, images_in, some
 from .label_spaces import IMAGENET_CLASSES, LabelSpace
 
 # Sets of other names that are in distribution, whatever their place.
+REAL = "imagenet-real"  # ImageNet's images with other labels: see :mod:`.real`
 ID_NAMES = ("id", "val", "valid", "validation", "test", "eval")
 
 
@@ -139,7 +140,7 @@ def open_suite(name: str, folder: str, num_classes: int, class_to_idx: Mapping[s
 
 def _is_published(name: str) -> bool:
     """Whether a set, or what it is a part of, has its own label space."""
-    return name in PUBLISHED or corruptions.is_part(name)
+    return name in PUBLISHED or name == REAL or corruptions.is_part(name)
 
 
 def _flag(name: str, folder: str, origin: str | None) -> str:
@@ -194,7 +195,7 @@ def _collect(name: str, root: str, folders: Sequence[str], classes: Classes, all
         root=root,
         samples=samples,
         space=classes.space,
-        kind="id" if name == "imagenet" or name.lower() in ID_NAMES else "ood",
+        kind="id" if name in ("imagenet", REAL) or name.lower() in ID_NAMES else "ood",
         num_classes=len(classes.names),
         crop_border_pixels=2 if name == "objectnet" else 0,  # its images have a red border one pixel wide
         crop_pct=1.0 if corruptions.is_part(name) else None,  # its images are centre crops of 224 pixels
