@@ -3,6 +3,9 @@
 Transcriptions for tests to compare with, like `reference.py`, whose step they extend; nothing of ours is imported.
 Each has `step(model, optimizer, loss_fn, selected, variant, rho)`, which makes one update and returns the loss.
 """
+import copy
+import math
+
 import torch
 from reference import ETA, base_step, loss_and_gradients, normalization, perturbation
 
@@ -32,6 +35,18 @@ def gradient_at(model, loss_fn, eps):
             b.copy_(buffers[name])
     torch.set_rng_state(random_state)
     return loss, gradient
+
+
+def losses_at(model, loss_fn, eps):
+    """The losses of all samples at w + eps; everything ends as it began."""
+    state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        for name, e in eps.items():
+            model.get_parameter(name).add_(e)
+        losses = loss_fn(None)
+        model.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    return losses.tolist()
 
 
 def leave_statistics(model, loss_fn, eps):
@@ -166,3 +181,23 @@ class Masked(Method):
         masked = {name: mask[name] * g[name] for name in selected}
         norm = lengths(T[name] * (g if self.full else masked)[name] for name in selected)
         return {name: rho * T[name] ** 2 * masked[name] / norm for name in selected}
+
+
+class Esam(Method):
+    """eps = rho / beta T^2 g / ||T g|| of the tensors that `drawn()` names; the step is that of the gamma of the
+    samples whose losses rise most. `loss_fn` takes positions or None, and returns losses."""
+
+    def __init__(self, beta, gamma, drawn):
+        self.beta, self.gamma, self.drawn = beta, gamma, drawn
+
+    def step(self, model, optimizer, loss_fn, selected, variant, rho):
+        loss, g = gradient_at(model, lambda: loss_fn(None).mean(), {})
+        names = self.drawn()
+        eps = along(model, names, variant, g, g, rho / self.beta)
+        before, after = losses_at(model, loss_fn, {}), losses_at(model, loss_fn, eps)
+        best_first = sorted(range(len(before)), key=lambda i: (before[i] - after[i], i))
+        rows = torch.tensor(sorted(best_first[:max(1, math.floor(self.gamma * len(before)))]))
+        _, G = gradient_at(model, lambda: loss_fn(rows).mean(), eps)
+        leave_statistics(model, lambda: loss_fn(None), {})
+        base_step(model, optimizer, G)
+        return loss

@@ -1,5 +1,6 @@
 """From the gradient at w to eps: stages B and C."""
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from .group import Group
 from .methods.stages import At, Groups, Samples, Stages
 from .multi_tensor import at_least_float32, by_factor
+from .passes import Passes
 from .perturbation import perturbation
 
 Scale = float | Tensor | None
@@ -31,11 +33,12 @@ class Ascent:
         self._prepared: int | None = None
         self._drawn: Sequence[bool] | None = None
 
-    def prepare(self, at: At, samples: Samples | None) -> None:
+    def prepare(self, at: At, samples: Samples | None, passes: Passes) -> None:
         """Before the first update of an epoch."""
         if self._stages.mask is not None and self._prepared != at.epoch:
+            with passes.aside() if samples is not None and self._stages.mask.samples else nullcontext():
+                self._stages.mask.prepare(at, samples)
             self._prepared = at.epoch
-            self._stages.mask.prepare(at, samples)
 
     def draw(self, at: At) -> list[nn.Parameter]:
         """The selected parameters that take part in an m-batch."""

@@ -32,6 +32,11 @@ class Group:
         return torch.distributed.get_rank(self.process_group) if in_group() else 0
 
     @property
+    def place(self) -> tuple[int, int]:
+        """This rank, and how many there are."""
+        return self.rank, torch.distributed.get_world_size(self.process_group) if in_group() else 1
+
+    @property
     def synchronizes(self) -> bool:
         """Whether the next backward pass is to synchronize gradients: it is not inside of ``ddp.no_sync()``."""
         return all(ddp.require_backward_grad_sync for ddp in self.ddp)

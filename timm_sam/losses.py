@@ -48,10 +48,11 @@ class Losses:
         return as_loss(self.same_input.at_w(_function(loss_fn)))
 
     def _mean(self, loss_fn: LossFn) -> Tensor:
+        assert self._rows is not None
         losses = _function(loss_fn)(None)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             raise ValueError(f"loss_fn: {self._name} chooses samples, and needs a function that returns the loss of "
-                             f"each, shape (m,), not {_kind(losses)}")
+                             f"each, shape (m,), not {_kind(losses)}; or take all of them by {self._rows.all_by}")
         self._before = losses.detach()
         return losses.mean()
 
@@ -63,6 +64,7 @@ class Losses:
         with torch.no_grad():
             after = loss_fn(None)
         self._passes.rewind()
+        torch.clear_autocast_cache()  # casts made there have no graph
         return loss_fn(self._rows(self._before, after)).mean()
 
 

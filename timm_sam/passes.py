@@ -135,6 +135,25 @@ class Passes:
             self._statistics.restore()
             torch.clear_autocast_cache()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes that leave nothing behind: random numbers and what layers keep are put back, nothing synchronizes."""
+        random_state = RandomState({p.device for p in self.params})
+        kept = Backup()
+        kept.save([b for m in self.norm_layers for b in m.buffers(recurse=False)])
+        states = [(m, name, b, b.clone()) for m, name in self._states if (b := m._buffers.get(name)) is not None]
+        try:
+            with self.group.no_sync():
+                yield
+        finally:
+            kept.restore()
+            for m, name, b, value in states:
+                with torch.no_grad():
+                    b.copy_(value)
+                m._buffers[name] = b
+            random_state.restore()
+            torch.clear_autocast_cache()
+
     def rewind(self) -> None:
         """Sets the random generators to where the pass at w began."""
         assert self._random_state is not None

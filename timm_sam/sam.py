@@ -176,7 +176,8 @@ class SAM(Facade):
         """
         self._when.begin(epoch, update)
         self._descent.reset()
-        self._ascent.prepare(self.at, samples)
+        if self._when.active:
+            self._ascent.prepare(self.at, samples, self._passes)
 
     @property
     def at(self) -> At:
@@ -382,7 +383,7 @@ class SAM(Facade):
     @contextmanager
     def _at_w(self, grad_scale: Scale, recording: Recording | None) -> Iterator[Sequence[nn.Parameter]]:
         self._eps = self._weight = None
-        self._ascent.prepare(self.at, None)
+        self._ascent.prepare(self.at, None, self._passes)
         drawn = self._ascent.draw(self.at)
         wanted = self._passes.trainable() if self._stages.full_ascent else drawn
         with self._first.around(), self._passes.at_w(wanted, recording) as grads:  # A

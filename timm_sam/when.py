@@ -62,5 +62,5 @@ class When:
         """Whether this update is perturbed, or plain; raises as :attr:`active`."""
         return self.active and self.update % self.every == 0
 
-    def at(self, rank: int) -> At:
-        return At(self.epoch or 0, self.update, self.m_batch, self.seed, rank)
+    def at(self, rank: int, ranks: int) -> At:
+        return At(self.epoch or 0, self.update, self.m_batch, self.seed, rank, ranks)

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import base_step, gsam_gradients
-from support.method_ranks import ALPHA, CHUNKED, MICRO_BATCHES, RHO_MIN, UPDATES, UPDATES_PER_EPOCH, TwoHeads
+from support.method_ranks import (
+    ALPHA,
+    CHUNKED,
+    MICRO_BATCHES,
+    RHO_MIN,
+    UPDATES,
+    UPDATES_PER_EPOCH,
+    TwoHeads,
+    single_samples,
+)
 from support.models import ALL, ONLYNORM, OPTIMIZERS, assert_identical, weights
 from support.processes import RANKS
 from support.ranks import RHO, SIZE, Engine, joined, network, samples, seed_rank
@@ -74,8 +83,9 @@ def test_every_method_on_two_ranks_is_one_process_in_two_chunks(scenario, name):
     optimizer = OPTIMIZERS['sgd'](model)
     loop = Engine(model, optimizer, SAM(optimizer, model, rho=RHO, params='all', method=CHUNKED[name]()), SIZE)
     for step in range(UPDATES):
-        loop.accumulate(joined(samples('groupnorm', step, rank) for rank in range(RANKS)),
-                        epoch=step // UPDATES_PER_EPOCH)
+        data = [samples('groupnorm', step, rank) for rank in range(RANKS)]
+        loop.run.update.begin(step // UPDATES_PER_EPOCH, step, single_samples(model, data))
+        loop.accumulate(joined(data), epoch=step // UPDATES_PER_EPOCH)
         loop.step()
     assert_close(first['weights'], weights(model))
 

@@ -15,6 +15,7 @@ from support.models import (
     sam_on,
     weights,
 )
+from support.row_loss import RowLoss
 from support.slots import Noting, Residual
 
 from timm_sam import SAM
@@ -137,7 +138,7 @@ class Half:
 
     def __init__(self, full, drawn=None):
         self.full, self.drawn, self.prepared, self.asked = full, drawn, [], []
-        self.observes = False
+        self.observes, self.draws, self.samples = False, drawn is not None, 0
 
     def bind(self, params):
         assert [p.shape for p in params] == [p.shape for n, p in TinyNet().named_parameters() if n in ONLYNORM]
@@ -209,22 +210,11 @@ def test_mask_is_prepared_without_begin_too():
 class Worst:
     """The two samples whose loss rises most."""
 
+    all_by = 'everything=1'
+
     def __call__(self, before, after):
         self.seen = before, after
         return (after - before).topk(2).indices.sort().values
-
-
-class RowLoss:
-    """Losses of the samples of a batch, or of some of them."""
-
-    def __init__(self, model, data):
-        self.model, (self.x, self.y) = model, data
-        self.rows = []
-
-    def __call__(self, rows=None):
-        self.rows.append(rows)
-        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
-        return F.cross_entropy(self.model(x), y, reduction='none')
 
 
 def test_second_pass_takes_the_chosen_samples_with_the_same_random_numbers():

@@ -6,6 +6,7 @@ A scenario that raises has its traceback as the result.
 """
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.models import OPTIMIZERS, buffers, weights
-from support.ranks import RANKS, RHO, Engine, collectives, network, samples, seed_rank
+from support.ranks import RANKS, RHO, SIZE, Engine, collectives, network, samples, seed_rank
+from support.row_loss import RowLoss
 from support.scenarios import main
 from support.slots import Noting, Residual
 from timm_sam import SAM, compile_split, methods
@@ -93,17 +95,28 @@ CHUNKED = {  # name -> the method, as each rank and the process in chunks makes 
     'usam': lambda: methods.usam(lam=0.5), 'friendly': lambda: methods.friendly(), 'stable': lambda: methods.stable(),
     'looksam': lambda: methods.looksam(k=2, alpha=0.7), 'msam': lambda: methods.msam(),
     'random_mask': lambda: methods.random_mask(0.5, every=2),
-    'ssam_dynamic': lambda: methods.ssam_dynamic(0.5, total_epochs=3), 'late': lambda: methods.late(1, ramp=False),
+    'ssam_dynamic': lambda: methods.ssam_dynamic(0.5, total_epochs=3),
+    'esam draws': lambda: methods.esam(beta=0.5, gamma=1), 'esam chooses': lambda: methods.esam(beta=0.6, gamma=0.5),
+    'ssam_fisher': lambda: methods.ssam_fisher(0.5, samples=RANKS * SIZE), 'late': lambda: methods.late(1, ramp=False),
 }
 UPDATES_PER_EPOCH = 2
+
+
+def single_samples(model, batches):
+    """Losses of all samples of some batches, one by one."""
+    def loss(x, y):
+        return F.cross_entropy(model(x[None]), y[None])
+
+    return lambda n: [partial(loss, x, y) for data in batches for x, y in zip(*data)]
 
 
 def by_epochs(rank, name):
     """Epochs of `UPDATES_PER_EPOCH` updates; SAM is told of them."""
     model, ddp, sam = build('groupnorm', method=CHUNKED[name](), params='all')
     for step in range(UPDATES):
-        sam.begin(step // UPDATES_PER_EPOCH, step)
-        sam.minimize(loss_of(ddp, samples('groupnorm', step, rank)))
+        data = samples('groupnorm', step, rank)
+        sam.begin(step // UPDATES_PER_EPOCH, step, single_samples(model, [data]))
+        sam.minimize(RowLoss(ddp, data) if sam.chooses_samples else loss_of(ddp, data))
     return dict(weights=weights(model), state=sam.method_state_dict())
 
 

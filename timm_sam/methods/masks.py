@@ -33,6 +33,9 @@ class Sparse:
         norm: What eps is normalized by, of ``NORMS``.
     """
 
+    draws = False
+    samples = 0
+
     def __init__(self, sparsity: float, every: int | None, norm: str) -> None:
         self.sparsity, self.every = sparsity, every
         self.full = norm == "full"
@@ -136,28 +139,28 @@ class Dynamic(Sparse):
         self.take(torch.where(usable, changed, mask))
 
     def state_dict(self) -> dict[str, Any]:
-        mask = None if not self.mask else _packed(self.flat())
+        mask = None if not self.mask else packed(self.flat())
         return {"mask": mask, "drawn_for": self.drawn_for, "waiting": None if self.at is None else list(self.at)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["mask"] is not None:
-            self.take(_unpacked(state["mask"], self.size))
+            self.take(unpacked(state["mask"], self.size))
         self.drawn_for = state["drawn_for"]
         self.at = None if state["waiting"] is None else At(*state["waiting"])
 
 
-def _packed(mask: Tensor) -> Tensor:
+def packed(mask: Tensor) -> Tensor:
     """Eight elements a byte."""
     bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
-def _unpacked(packed: Tensor, size: int) -> Tensor:
+def unpacked(packed: Tensor, size: int) -> Tensor:
     bits = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
     return bits.reshape(-1)[:size].to(torch.bool)
 
 
-def _check(name: str, sparsity: float, every: int | None, norm: str) -> None:
+def check_mask(name: str, sparsity: float, every: int | None, norm: str) -> None:
     if isinstance(sparsity, bool) or not (isinstance(sparsity, (int, float)) and 0 <= sparsity < 1):
         raise ValueError(f"{name}: sparsity={sparsity!r} must be a number >= 0 and < 1")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -177,7 +180,7 @@ def random_mask(sparsity: float, every: int | None = None, norm: str = "masked")
     Raises:
         ValueError: An argument is out of range.
     """
-    _check("random_mask", sparsity, every, norm)
+    check_mask("random_mask", sparsity, every, norm)
     return Method(name=f"random_mask(sparsity={sparsity:g}, every={every}, norm={norm})",
                   mask=Sparse(sparsity, every, norm), timing=Timing(by_epoch=every is not None))
 
@@ -198,7 +201,7 @@ def ssam_dynamic(sparsity: float, every: int = 1, drop: float = 0.5, norm: str =
     Raises:
         ValueError: An argument is out of range, or total_epochs is missing.
     """
-    _check("ssam_dynamic", sparsity, every, norm)
+    check_mask("ssam_dynamic", sparsity, every, norm)
     if isinstance(drop, bool) or not (isinstance(drop, (int, float)) and 0 <= drop <= 1):
         raise ValueError(f"ssam_dynamic: drop={drop!r} must be a number from 0 to 1")
     if total_epochs is None or total_epochs < 1:

@@ -36,7 +36,8 @@ class At(NamedTuple):
         update: Of all updates, from 0.
         m_batch: Of the update's m-batches, from 0.
         seed: Of the run.
-        rank: Of this process.
+        rank: Of this process; 0 where all ranks share one perturbation.
+        ranks: How many processes have m-batches of their own.
     """
 
     epoch: int
@@ -44,6 +45,12 @@ class At(NamedTuple):
     m_batch: int
     seed: int
     rank: int
+    ranks: int = 1
+
+    @property
+    def number(self) -> int:
+        """Of the m-batch among those of all ranks: one process in N chunks counts as N ranks do."""
+        return self.m_batch * self.ranks + self.rank
 
 
 class Radius(Protocol):
@@ -107,10 +114,14 @@ class Mask(Protocol):
 
     Attributes:
         full: Whether eps is normalized by ||T d||, so that it gets shorter by the mask; else by ||T mask(d)||.
+        draws: Whether ``draw`` leaves tensors out, of whose gradients at w then nothing is known.
+        samples: How many training samples ``prepare`` asks for, over all ranks.
         observes: Whether it wants to see the mean of g of this update.
     """
 
     full: bool
+    draws: bool
+    samples: int
 
     @property
     def observes(self) -> bool: ...
@@ -123,7 +134,8 @@ class Mask(Protocol):
 
         Args:
             at: Where training is.
-            samples: Of the training set, where the loop offers them.
+            samples: Of the training set, where the loop offers them. What their losses do to random numbers and
+                running statistics is undone.
         """
 
     def draw(self, at: At, count: int) -> Sequence[bool] | None:
@@ -140,7 +152,13 @@ class Mask(Protocol):
 
 
 class Rows(Protocol):
-    """Which samples of an m-batch the pass at w + eps takes."""
+    """Which samples of an m-batch the pass at w + eps takes.
+
+    Attributes:
+        all_by: The method's argument that has it take all of them, as ``gamma=1``.
+    """
+
+    all_by: str
 
     def __call__(self, before: Tensor, after: Tensor) -> Tensor:
         """Positions of samples, 1-dim and int64, from the losses (m,) at w and at w + eps."""
@@ -207,6 +225,17 @@ class Stages:
         """Whether g has to be that of all samples, since more than eps comes of it."""
         return self.full_ascent or self.direction is not None or self.rows is not None or isinstance(
             self.mask, Stateful)
+
+    def bind(self, rho: float, optimizer: torch.optim.Optimizer) -> None:
+        """Has the slots look at SAM's rho and the base optimizer, once.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        if self.radius is not None:
+            self.radius.bind(rho, optimizer.param_groups)
+        if self.ahead is not None:
+            self.ahead.bind(optimizer)
 
     def filled(self) -> dict[str, Any]:
         """Name -> slot, of those that are not empty."""
@@ -291,6 +320,9 @@ def merged(methods: Sequence[Method]) -> Stages:
     if "combine" in slots and "correct" in slots:
         raise ValueError(f"method: {owners['combine']} and {owners['correct']} both change the gradient of the step; "
                          f"leave one of them out")
+    if "direction" in slots and "mask" in slots and slots["mask"].draws:
+        raise ValueError(f"method: {owners['direction']} needs the gradients of all perturbed tensors, of which "
+                         f"{owners['mask']} draws some; leave one of them out")
     need_g = [name for name in ("direction", "mask", "rows", "combine", "correct") if name in slots]
     if "ahead" in slots and need_g:
         raise ValueError(f"method: {owners['ahead']} has no pass at w, which {owners[need_g[0]]} needs; leave one of "

@@ -27,6 +27,7 @@ from .batches import Weigher, chunks, samples_of
 from .data import Data
 from .diverged import Watch
 from .factory import trained
+from .losses import of_each_sample
 from .meters import Meters
 from .output import writing
 from .plain import Update
@@ -35,6 +36,7 @@ from .preemption import Preempted, Preemption
 from .progress import Progress
 from .saver import Saver
 from .schedule import schedule_state
+from .single_samples import TrainingSamples
 from .workers import TrackedLoader
 
 # what SAM measures beside the loss, in the order of Stats, and what it counts: columns of the summary
@@ -126,6 +128,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
     nonfinite_before = run.update.nonfinite
     samples: Any = 0
     begins = True  # an update, with the next batch
+    samples_of_epoch = TrainingSamples(run.args, run.process, trained(run.task), data, run.autocast, epoch)
     started_from = states.local_states(process.device, run.tracked, data.loaders)
     optimizer.zero_grad()
     settle()
@@ -150,7 +153,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
         weigh = Weigher(data, process, input["patches"].shape[0] if data.naflex else input.shape[0], accum_steps)
 
         if begins:
-            run.update.begin(epoch, num_updates)
+            run.update.begin(epoch, num_updates, samples_of_epoch)
         begins = need_update
         accumulate(run, (input, target), weigh, need_update, meters)
         samples = samples + weigh.global_batch_size
@@ -230,9 +233,13 @@ def accumulate(run: Run, batch: tuple[Any, Tensor], weigh: Weigher, last: bool, 
     size = weigh.batch_size // splits
     done = 0
 
-    def forward(input: Any, target: Tensor) -> Tensor:
+    def forward(input: Any, target: Tensor, rows: Tensor | None = None) -> Tensor:
         with run.autocast():
-            return run.task(input, target)["loss"]
+            if not run.update.chooses_samples:
+                return run.task(input, target)["loss"]
+            if rows is not None:
+                input, target = input[rows], target[rows]
+            return of_each_sample(run.task.criterion, run.task(input, target)["output"], target)
 
     for part, per_split in chunks(batch, size, args.sam_m, splits):
         done += per_split

@@ -1,12 +1,19 @@
 """Options -> the training loss, by timm's factory of losses."""
 import argparse
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.loss import LOSS_TYPES, create_classification_loss, load_class_stats, resolve_class_weights
-from torch import nn
+from timm.loss import (
+    LOSS_TYPES,
+    BinaryCrossEntropy,
+    create_classification_loss,
+    load_class_stats,
+    resolve_class_weights,
+)
+from torch import Tensor, nn
 
 from ..cli.errors import OptionError, one_line
 from ..cli.rules import flag
@@ -95,6 +102,36 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
                          "cutmix_minmax", *own_options(loss)) if getattr(args, dest))
         raise OptionError(f"--loss {loss} with --task {args.task}, --smoothing {args.smoothing}{given}: {one_line(e)}; "
                           f"leave out what does not go with it, or choose another --loss") from None
+
+
+def of_each_sample(criterion: Any, output: Tensor, target: Tensor) -> Tensor:
+    """The loss of each sample of a batch, (m,): that of the batch is their mean.
+
+    Args:
+        criterion: A cross entropy, of single labels or mixed ones, or a binary one (:func:`whole_batch_only`).
+        output: Logits, (m, classes).
+        target: Labels (m,), or (m, classes).
+    """
+    if isinstance(criterion, BinaryCrossEntropy):  # it writes its targets, which torch.vmap cannot follow
+        each = copy.copy(criterion)
+        each.reduction, each.sum_classes = "none", False
+        losses = each(output, target)
+        return losses.sum(-1) if criterion.sum_classes else losses.mean(-1)
+    return torch.vmap(lambda o, t: criterion(o[None], t[None]))(output, target)
+
+
+def whole_batch_only(args: argparse.Namespace) -> Iterator[str]:
+    """Options, as they are given, whose loss is not the mean of losses of single samples."""
+    if loss_type(args) not in ("ce", "bce"):
+        yield f"--loss {loss_type(args)}"
+    if is_multilabel(args):
+        yield f"--task {args.task}"
+    if args.kd_model_name is not None:
+        yield f"--kd-model-name {args.kd_model_name}"
+    if args.naflex_loader:
+        yield "--naflex-loader"
+    if args.aug_splits > 1:
+        yield f"--aug-splits {args.aug_splits}"
 
 
 def check_lengths(args: argparse.Namespace, num_classes: int) -> None:

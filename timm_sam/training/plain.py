@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..group import Group
+from ..methods.stages import Samples
 from ..stats import Stats
 
 
@@ -15,13 +16,14 @@ class Update(Protocol):
 
     nonfinite: Tensor
     stats: Stats | None
+    chooses_samples: bool
 
     @property
     def sharing(self) -> str | None: ...
 
-    def begin(self, epoch: int, update: int) -> None: ...
+    def begin(self, epoch: int, update: int, samples: Samples | None = None) -> None: ...
 
-    def backward(self, loss_fn: Callable[[], Tensor], *, ascent_fn: Callable[[], Tensor] | None = None,
+    def backward(self, loss_fn: Callable[..., Tensor], *, ascent_fn: Callable[[], Tensor] | None = None,
                  weigh: Callable[[Tensor], Tensor] | None = None, scaler: torch.amp.GradScaler | None = None,
                  last: bool = True) -> Tensor: ...
 
@@ -39,6 +41,7 @@ class Plain:
     """
 
     sharing = None
+    chooses_samples = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self.nonfinite = torch.zeros((), dtype=torch.int64)
@@ -46,10 +49,10 @@ class Plain:
         self._second_order = bool(getattr(optimizer, "is_second_order", False))
         self._group = Group(module)
 
-    def begin(self, epoch: int, update: int) -> None:
+    def begin(self, epoch: int, update: int, samples: Samples | None = None) -> None:
         pass
 
-    def backward(self, loss_fn: Callable[[], Tensor], *, ascent_fn: Callable[[], Tensor] | None = None,
+    def backward(self, loss_fn: Callable[..., Tensor], *, ascent_fn: Callable[[], Tensor] | None = None,
                  weigh: Callable[[Tensor], Tensor] | None = None, scaler: torch.amp.GradScaler | None = None,
                  last: bool = True) -> Tensor:
         """As that of SAM in an update that is not perturbed."""

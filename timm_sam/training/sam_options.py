@@ -20,12 +20,13 @@ from ..cli.errors import OptionError
 from ..cli.parser import epoch, fraction, non_negative, positive_int
 from ..cli.rules import flag
 from ..methods import METHODS, Method
-from ..methods.stages import merged, when
+from ..methods.stages import Stages, merged, when
 from ..passes import BN_STATS
 from ..perturbation import VARIANTS
 from ..sam import SAM
 from ..selection import SELECTIONS
 from ..sharing import ruled_out
+from .losses import whole_batch_only
 from .plain import Plain, Update
 from .schedule import planned_epochs
 
@@ -176,9 +177,32 @@ def _check_methods(args: argparse.Namespace) -> None:
         why = "has no pass at w" if stages.ahead is not None else "needs the gradient of the whole batch"
         raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} {why}; "
                           f"leave one of the two out")
+    _check_samples(args, stages)
     if args.sam_sync and stages.ahead is not None:
         raise OptionError(f"--sam-sync has no effect with --sam-method {' '.join(names)}, whose perturbation is the "
                           f"same on all ranks; leave it out")
+
+
+def _check_samples(args: argparse.Namespace, stages: Stages) -> None:
+    """Methods that choose samples need the loss of each; those that ask for some, one at a time, have to get them."""
+    names = " ".join(args.sam_method or ())
+    for option in whole_batch_only(args):
+        if stages.rows is not None:
+            raise _in_flags_of(stages.rows.all_by, args, f"{option} gives no loss of single samples, which "
+                               f"--sam-method {names} chooses by; leave one of the two out, or take all samples by ")
+        if stages.mask is not None and stages.mask.samples and not option.startswith("--loss"):
+            raise OptionError(f"{option} gives no single samples with a label, which --sam-method {names} asks for; "
+                              f"leave one of the two out")
+    if stages.mask is not None and stages.mask.samples and args.train_img_sizes is not None:
+        raise OptionError(f"--train-img-sizes gives no single samples, which --sam-method {names} asks for; leave one "
+                          f"of the two out")
+
+
+def _in_flags_of(argument: str, args: argparse.Namespace, message: str) -> OptionError:
+    """An error that ends with an argument of one of the methods, ``name=value``, as its flag."""
+    name, value = argument.split("=")
+    owner = next(_PARAMETERS[method][name] for method in args.sam_method if name in _PARAMETERS[method])
+    return OptionError(f"{message}{owner.flag} {value}")
 
 
 def _methods(args: argparse.Namespace, of_the_run: dict[str, Any]) -> list[Method]:
