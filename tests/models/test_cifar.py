@@ -5,9 +5,11 @@ import math
 import pytest
 import timm
 import torch
+import yaml
 from support.cifar import NETWORKS, STAGES, images
 from support.processes import python, run
-from support.running import in_process
+from support.running import in_process, quiet_about_timm
+from support.validating import result, run_validate
 from timm.layers import DropPath
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,3 +180,21 @@ def test_commands_say_in_a_line_that_there_are_no_weights(main, tmp_path):
     assert done.code == 2
     assert 'No pretrained weights exist for cifar_resnet56' in done.err.strip().splitlines()[-1]
     assert 'Traceback' not in done.err
+
+
+@pytest.mark.full
+def test_run_is_trained_and_evaluated_as_it_was_validated(run_in, image_folder, tmp_path):
+    done = run_in(tmp_path, '--model cifar_resnet56 --sam-variant sam --sam-rho 0.1 --aa cifar10 --lr 0.001')
+    assert done.code == 0, done.err
+    summary, = done.summary()
+    command = f'--device cpu -j 0 --data-dir {image_folder} --checkpoint out/run/last.pth.tar'
+    with quiet_about_timm():
+        evaluated = run_validate(tmp_path, '', command)
+    found = result(evaluated)
+    assert found['model'] == 'cifar_resnet56'
+    assert found['top1'] == pytest.approx(float(summary['eval_top1']), abs=1e-3)
+    loss = float(evaluated.log('Test')[-1].split('Loss: ')[1].split()[0])
+    assert loss == pytest.approx(float(summary['eval_loss']), abs=1e-3)
+    args = yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())
+    assert (args['model'], args['aa']) == ('cifar_resnet56', 'cifar10')
+    assert list(timm.get_pretrained_cfg('cifar_resnet56').std) == [0.2023, 0.1994, 0.2010]
