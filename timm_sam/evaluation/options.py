@@ -14,6 +14,7 @@ from ..cli.parser import OptionParser
 from ..runs import files
 from . import checks, flags
 from .from_run import FromRun, beside, from_run
+from .sets.names import canonical, meant
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def parse_validate_args(parser: argparse.ArgumentParser,
     # only what was given says that a default may be replaced
     given = parser.parse_args(argv, argparse.Namespace(**{a.dest: None for a in parser._actions if a.dest != "help"}))
     args = parser.parse_args(argv)
+        args.attack_set = args.attack_set and canonical(args.attack_set)
     try:
         args.eval = [_named_folder(text) for text in args.eval]
         args.attack = list(dict.fromkeys(radius for radii in args.attack for radius in radii))
@@ -100,7 +102,7 @@ def _named_folder(text: str) -> tuple[str, str]:
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
         raise OptionError(f"--eval {text}: write NAME=DIR, such as imagenet-r=/data/imagenet-r")
-    return name, folder
+    return meant(name, f"--eval {text}"), folder
 
 
 def _release_data(args: argparse.Namespace) -> None:

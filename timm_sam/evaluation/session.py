@@ -14,6 +14,7 @@ from .options import Resolved
 from .ranks import Ranks
 from .sets import corruptions
 from .sets.folders import find_suites
+from .sets.names import like
 from .sets.real import relabelled
 from .sets.suites import REAL, Suite, open_suites
 from .subject import Subject, build_subject, create
@@ -136,6 +137,9 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
             raise OptionError(
                 f"--eval {name}={folder}: --data-dir --split {args.split} has this name already; give another")
         folders[name] = folder
+        if verbose and (published := like(name)) is not None:
+            _logger.warning(f"--eval {name}={folder}: taken for class folders of the training; if {published} is "
+                            f"meant, its label space is another one: write {published}={folder}")
     if args.eval_root:
         found, missing = find_suites(args.eval_root)
         if verbose:
