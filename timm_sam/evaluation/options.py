@@ -14,7 +14,6 @@ from ..cli.parser import OptionParser
 from ..runs import files
 from . import checks, flags
 from .from_run import FromRun, beside, from_run
-from .sets.names import canonical, meant
 
 
 @dataclass(frozen=True)
@@ -67,26 +66,14 @@ def parse_validate_args(parser: argparse.ArgumentParser,
     Raises:
         SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
     """
-    # only what was given says that a default may be replaced
-    given = parser.parse_args(argv, argparse.Namespace(**{a.dest: None for a in parser._actions if a.dest != "help"}))
-    args = parser.parse_args(argv)
-        args.attack_set = args.attack_set and canonical(args.attack_set)
+    given, args = parse_given(parser, argv)
     try:
         args.eval = [_named_folder(text) for text in args.eval]
         args.attack = list(dict.fromkeys(radius for radii in args.attack for radius in radii))
         args.checkpoint = list(args.checkpoint)
         _release_data(args)
-        args.data_dir = args.data or args.data_dir
         suites = bool(args.eval or args.eval_root or args.attack) or len(args.checkpoint) > 1
-        folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
-        args.checkpoint, in_folders, left_out = checkpoint_files([path for path in args.checkpoint if path], suites)
-        taken = FromRun()
-        if given.model is None and args.checkpoint:
-            taken = from_run(parser, args.checkpoint, given, suites)
-            taken.complete(args)
-        resolved = Resolved(
-            suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken.path, taken.shown,
-            beside(args.checkpoint) if given.model is not None else [], given.results_format)
+        resolved = resolve(parser, given, args, suites)
         rules.apply(args, partial(checks.files, suites=suites), checks.values, partial(checks.conflicts, suites=suites))
         if suites:
             rules.apply(args, partial(checks.of_suites, default=parser.get_default,
@@ -98,11 +85,44 @@ def parse_validate_args(parser: argparse.ArgumentParser,
     return args, resolved
 
 
+def parse_given(parser: argparse.ArgumentParser,
+                argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """What the command line gives, None for each option that it does not; and all options with their defaults."""
+    # only what was given says that a default may be replaced
+    given = parser.parse_args(argv, argparse.Namespace(**{a.dest: None for a in parser._actions if a.dest != "help"}))
+    return given, parser.parse_args(argv)
+
+
+def resolve(parser: argparse.ArgumentParser, given: argparse.Namespace, args: argparse.Namespace,
+            suites: bool) -> Resolved:
+    """Finds the checkpoints and the data, and completes the options by the run that wrote the checkpoints.
+
+    Args:
+        parser: Of the command; it has the flags of the groups ``Dataset``, ``Model``, ``Input`` and ``Execution``.
+        given: As of :func:`parse_given`.
+        args: Likewise; ``checkpoint`` becomes a list of files, ``data_dir`` takes the positional folder.
+        suites: Whether data sets are suites.
+
+    Raises:
+        OptionError: A folder holds no checkpoint, or an ``args.yaml`` is of no use.
+    """
+    args.data_dir = args.data or args.data_dir
+    folder_of_checkpoints = len(args.checkpoint) == 1 and os.path.isdir(args.checkpoint[0])
+    args.checkpoint, in_folders, left_out = checkpoint_files([path for path in args.checkpoint if path], suites)
+    taken = FromRun()
+    if given.model is None and args.checkpoint:
+        taken = from_run(parser, args.checkpoint, given, suites)
+        taken.complete(args)
+    return Resolved(
+        suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken.path, taken.shown,
+        beside(args.checkpoint) if given.model is not None else [], getattr(given, "results_format", None))
+
+
 def _named_folder(text: str) -> tuple[str, str]:
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
         raise OptionError(f"--eval {text}: write NAME=DIR, such as imagenet-r=/data/imagenet-r")
-    return meant(name, f"--eval {text}"), folder
+    return name, folder
 
 
 def _release_data(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ class Measure:
     """One number per checkpoint.
 
     Attributes:
-        group: One of ``GROUPS``.
+        group: One of ``GROUPS``; of an analysis, its name.
         dataset: Name of the data set.
         name: Of the measure: ``top1``, ``top5``, ``top1_1000way``, ``clean``, ``l2 0.25``, ...
         images: Number of images behind it.
@@ -66,7 +66,7 @@ class Measure:
 
 
 def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
-    """The same measures of several checkpoints side by side, in the order of ``GROUPS``."""
+    """The same measures of several checkpoints side by side, in the order of ``GROUPS``, others after them."""
     merged = []
     for same in zip(*per_checkpoint, strict=True):
         flags = list(dict.fromkeys(flag for m in same for flag in m.flags))
@@ -75,7 +75,7 @@ def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
         merged.append(Measure(same[0].group, same[0].dataset, same[0].name, same[0].images, flags, values,
                               broken if any(broken) else [], same[0].unit, same[0].digits,
                               [detail for m in same for detail in m.details]))
-    return sorted(merged, key=lambda m: GROUPS.index(m.group))
+    return sorted(merged, key=lambda m: GROUPS.index(m.group) if m.group in GROUPS else len(GROUPS))
 
 
 def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]:
@@ -115,15 +115,18 @@ def as_markdown(measures: Sequence[Measure], names: Sequence[str]) -> str:
 
 
 def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
-    """The table as CSV: numbers in their units with four digits, mean and standard deviation in columns of their own.
+    """The table as CSV: numbers in their units, four digits or what tables show; mean and deviation in own columns.
 
     A value that is in no mean is ``nan``, so that it is in none that a reader computes either.
     """
+    def shown(m: Measure, number: float) -> str:
+        return f"{number:.{max(4, m.digits)}f}"
+
     return csv_text(
         ["group", "dataset", "measure", "images", *names, "mean", "std", "flags"],
         [[m.group, m.dataset, m.name, m.images,
-          *("nan" if broken else f"{value:.4f}" for value, broken in zip(m.values, m.broken)),
-          *("" if number is None else f"{number:.4f}" for number in (m.mean, m.std)), "; ".join(m.flags)]
+          *("nan" if broken else shown(m, value) for value, broken in zip(m.values, m.broken)),
+          *("" if number is None else shown(m, number) for number in (m.mean, m.std)), "; ".join(m.flags)]
          for m in measures])
 
 
