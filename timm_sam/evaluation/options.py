@@ -69,6 +69,7 @@ def parse_validate_args(parser: argparse.ArgumentParser,
     given, args = parse_given(parser, argv)
     try:
         args.eval = [_named_folder(text) for text in args.eval]
+        args.attack_set = args.attack_set and canonical(args.attack_set)
         args.attack = list(dict.fromkeys(radius for radii in args.attack for radius in radii))
         args.checkpoint = list(args.checkpoint)
         _release_data(args)
