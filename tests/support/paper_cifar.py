@@ -156,20 +156,27 @@ for network in ('wrn28_10', 'resnext29_32x4d'):
         rows={name: Row('sam', 'onlynorm', 1, 'drawn in Figure 3, without a number')
               for name in ('block_3', 'blocks_2_and_3')},
         own={'block_3': dict(sam_filter='layer3'), 'blocks_2_and_3': dict(sam_filter='layer2|layer3')})
-# Tables 5 and 12, Figures 4 (left) and 8: masks
+# Tables 5 and 12, Figures 4 (left) and 8: masks; 16 samples are the method's authors' on CIFAR
+FISHER_MASK = dict(sam_method=['ssam_fisher'], sam_ssam_fisher_samples=16)
 CIFAR_SETTINGS['cifar/wrn28_10/cifar100_masks'] = Setting(
     ('Table 12',), devices=1, values=CIFAR_SETTINGS['cifar/wrn28_10/cifar100'].values,
     rows={'random_99.95': Row('sam', 'all', 0.1, '80.97 +- 0.2'),
+          'ssam_fisher_50': Row('sam', 'all', 0.2, '83.94 +- 0.1'),
+          'ssam_fisher_99.95': Row('sam', 'all', 0.2, '83.14 +- 0.1'),
           'ssam_dynamic_50': Row('sam', 'all', 0.2, '83.53 +- 0.1'),
           'ssam_dynamic_99.95': Row('sam', 'all', 0.2, '81.01 +- 0.1')},
     own={'random': dict(sam_method=['random_mask'], sam_random_mask_sparsity=0.9995, sam_random_mask_every=None),
+         'ssam_fisher': dict(FISHER_MASK, sam_ssam_fisher_sparsity=0.5),
+         'ssam_fisher_99': dict(sam_ssam_fisher_sparsity=0.9995),
          'ssam_dynamic': dict(sam_method=['ssam_dynamic'], sam_ssam_dynamic_sparsity=0.5),
          'ssam_dynamic_99': dict(sam_ssam_dynamic_sparsity=0.9995)})
 CIFAR_SETTINGS['cifar/resnet18/cifar10_masks'] = Setting(
     ('Figure 8',), devices=1, values=CIFAR_SETTINGS['cifar/resnet18/cifar10'].values,
     rows={'random_99.93': Row('sam', 'all', 0.1, 'drawn in Figure 8, without a number'),
+          'ssam_fisher_50': Row('sam', 'all', 0.1, 'drawn in Figure 8, without a number'),
           'ssam_dynamic_50': Row('sam', 'all', 0.1, 'drawn in Figure 8, without a number')},
     own={'random': dict(sam_method=['random_mask'], sam_random_mask_sparsity=0.9993, sam_random_mask_every=None),
+         'ssam_fisher': dict(FISHER_MASK, sam_ssam_fisher_sparsity=0.5),
          'ssam_dynamic': dict(sam_method=['ssam_dynamic'], sam_ssam_dynamic_sparsity=0.5)})
 # Figure 11 (right): weight decay
 CIFAR_SETTINGS['cifar/wrn28_10/cifar100_weight_decay'] = Setting(
