@@ -14,6 +14,7 @@ from ..cli.parser import OptionParser
 from ..runs import files
 from . import checks, flags
 from .from_run import FromRun, beside, from_run
+from .sets.names import canonical, meant
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _named_folder(text: str) -> tuple[str, str]:
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
         raise OptionError(f"--eval {text}: write NAME=DIR, such as imagenet-r=/data/imagenet-r")
-    return name, folder
+    return meant(name, f"--eval {text}"), folder
 
 
 def _release_data(args: argparse.Namespace) -> None:
