@@ -1,0 +1,42 @@
+"""The loops of `examples/`: short, and with the weights of a loop that is written down by hand, also on two ranks."""
+import pytest
+import torch
+from support.example_loops import NEEDS, PARTS, batches, by_hand, missing, run
+from support.example_ranks import ON_RANKS
+from support.models import weights
+from support.places import ROOT
+from support.scenarios import of_both_ranks
+
+
+def installed(names):
+    """Examples as parameters; those whose packages are not there are skipped, with the reason."""
+    return [pytest.param(name, marks=pytest.mark.skipif(
+        bool(missing(name)), reason=f'needs {", ".join(NEEDS[name])}: pip install them')) for name in names]
+
+
+def assert_close(actual, expected):
+    for (name, a), b in zip(actual.items(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize('name', NEEDS)
+def test_examples_are_short(name):
+    assert len((ROOT / 'examples' / f'{name}.py').read_text().splitlines()) < 60
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('name', installed(NEEDS))
+def test_weights_are_those_of_a_loop_by_hand(name):
+    assert_close(weights(run(name, batches())), weights(by_hand(batches(), PARTS.get(name, 1))))
+
+
+@pytest.fixture(scope='session')
+def scenario(tmp_path_factory):
+    return of_both_ranks('support.example_ranks', tmp_path_factory.mktemp('example_loops'))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('name', installed(ON_RANKS))
+def test_weights_on_two_ranks_are_those_of_a_loop_by_hand(scenario, name):
+    for actual, expected in zip(scenario(name), scenario(f'by hand {PARTS.get(name, 1)}')):
+        assert_close(actual, expected)
