@@ -78,6 +78,8 @@ METHODS_TRAINED = {
     'late': '--sam-method late --sam-late-start 1', 'late share': '--sam-method late --sam-late-start 0.5',
     'random_mask': '--sam-method random_mask --sam-random-mask-sparsity 0.5 --sam-random-mask-every 1',
     'ssam_dynamic': '--sam-method ssam_dynamic --sam-ssam-dynamic-sparsity 0.5',
+    'esam': '--sam-method esam --sam-esam-beta 0.6 --sam-esam-gamma 0.5 --sam-params all',
+    'ssam_fisher': '--sam-method ssam_fisher --sam-ssam-fisher-sparsity 0.5 --sam-ssam-fisher-samples 4',
     'three at once': '--sam-method usam friendly stable --sam-usam-lam 0.5',
 }
 

@@ -173,6 +173,9 @@ def _check_methods(args: argparse.Namespace) -> None:
             raise OptionError(f"--sam-method {name}: it begins with epoch {method.timing.epoch}, which is not before "
                               f"the end of training, which has {epochs} epochs; lower it, or raise --epochs")
     stages = merged(methods)
+    if stages.radius is not None:
+        radius = stages.radius
+        _in_flags(lambda: radius.bind(args.sam_rho, []))  # the learning rates of these methods are given
     if args.sam_ascent_fraction < 1 and (stages.whole_batch or stages.ahead is not None):
         why = "has no pass at w" if stages.ahead is not None else "needs the gradient of the whole batch"
         raise OptionError(f"--sam-ascent-fraction {args.sam_ascent_fraction}: --sam-method {' '.join(names)} {why}; "
