@@ -198,3 +198,12 @@ def test_run_is_trained_and_evaluated_as_it_was_validated(run_in, image_folder, 
     args = yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())
     assert (args['model'], args['aa']) == ('cifar_resnet56', 'cifar10')
     assert list(timm.get_pretrained_cfg('cifar_resnet56').std) == [0.2023, 0.1994, 0.2010]
+
+
+def test_checkpointing_is_refused_where_timm_has_none(tmp_path):
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    command = ['--model', 'cifar_vgg13_bn', '--grad-checkpointing', '--data-dir', '.', '--device', 'cpu']
+    done = in_process(train.main, command, tmp_path)
+    assert done.code == 2
+    assert done.err.strip().splitlines()[-1] == \
+        'train.py: error: --grad-checkpointing: cifar_vgg13_bn has none; leave it out'

@@ -107,7 +107,10 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
     if args.head_init_bias is not None:
         nn.init.constant_(built.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
-        built.set_grad_checkpointing(enable=True)
+        try:
+            built.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError) as e:  # as timm's VGG and models without the method say it
+            raise OptionError(f"--grad-checkpointing: {args.model} has none; leave it out") from e
     if process.primary:
         count = sum(p.numel() for p in model.parameters())
         _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters")
