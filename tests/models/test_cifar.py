@@ -36,6 +36,7 @@ def test_networks_are_known_to_the_commands_and_not_to_who_imports_the_package(t
     assert json.loads(done.out) == [[], 9]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('name', NETWORKS)
 def test_parameters_are_those_of_the_architecture(name):
     expected = NETWORKS[name]
@@ -50,12 +51,14 @@ def test_parameters_are_those_of_the_architecture(name):
         assert not names[0] & names[1]
 
 
+@pytest.mark.full
 def test_share_of_normalization_in_the_wide_resnet_is_the_papers():
     model = create('cifar_wrn28_10', num_classes=100)
     norm = sum(p.numel() for _, p in select_parameters(model, 'onlynorm'))
     assert f'{100 * (1 - norm / sum(p.numel() for p in model.parameters())):.2f}' == '99.95'  # "sparsity" of Table 5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('name', NETWORKS)
 def test_outputs_features_and_heads(name):
     expected, x = NETWORKS[name], images(2)
@@ -80,6 +83,7 @@ def test_outputs_features_and_heads(name):
     assert features.shape[2:] == model.pretrained_cfg['pool_size']
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('name', NETWORKS)
 def test_features_of_each_stage(name):
     expected, x = NETWORKS[name], images(2)
@@ -101,6 +105,7 @@ def test_features_of_each_stage(name):
         assert torch.equal(model(x), intermediates[1])
 
 
+@pytest.mark.full
 def test_last_feature_of_the_wide_resnet_is_normalized_where_asked():
     model, x = create('cifar_wrn28_10').eval(), images(1)
     with torch.no_grad():
@@ -110,6 +115,7 @@ def test_last_feature_of_the_wide_resnet_is_normalized_where_asked():
         assert torch.equal(normalized, model.forward_features(x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('name', STAGES)
 def test_stochastic_depth_rises_linearly_from_the_first_block(name):
     blocks, _ = STAGES[name]
@@ -130,6 +136,7 @@ def test_drop_block_is_refused_where_there_is_no_place_for_it():
     assert any(type(m).__name__ == 'DropBlock2d' for m in create('cifar_resnet56', drop_block_rate=0.1).modules())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('name', NETWORKS)
 def test_initialization(name):
     model = create(name)

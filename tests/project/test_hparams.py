@@ -95,6 +95,7 @@ def test_ambiguous_radius_is_called_so():
         assert SETTINGS[folder].rows['sam_onlynorm'].rho == rho  # what it is read from
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('folder', [f for f in SETTINGS if 'late_blocks' in f])
 @pytest.mark.parametrize(('name', 'counts'), [('block_3', (16, 20)), ('blocks_2_and_3', (32, 40))])
 def test_late_blocks_are_what_figure_3_perturbs(folder, name, counts, tmp_path):

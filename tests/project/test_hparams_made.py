@@ -101,6 +101,7 @@ def test_augmentation_is_crop_and_flip_and_autoaugment_where_asked(folder, name,
         assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (None,) * 4
 
 
+@pytest.mark.full
 def test_network_is_the_one_of_the_table(tmp_path):
     """The registered networks are looked at in tests/models; here: which of them, and its head."""
     for folder, count in (('cifar/resnet18/cifar10', 11_173_962), ('cifar/resnet56/cifar100', 861_620),
