@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-import yaml
 from support.paper import ILLEGIBLE, PAPER, SETTINGS
 from support.places import ROOT
 from support.recipes import (
@@ -20,6 +19,7 @@ from support.recipes import (
     parse,
     path_of,
     rho_if_missing,
+    values_of,
 )
 from support.running import working_directory
 
@@ -165,4 +165,4 @@ def test_every_value_of_a_base_is_inherited_by_some_recipe():
         for path, values in chain(recipe):
             used |= {(path, k) for k in values if k not in seen}
             seen |= values.keys()
-    assert {(p, k) for p in FILES for k in yaml.safe_load(p.read_text()) if k != 'base'} - used == set()
+    assert {(p, k) for p in FILES for k in values_of(p) if k != 'base'} - used == set()

@@ -1,4 +1,5 @@
 """The recipes of hparams/: where they are, what they parse to, the commands in their headers, and their bases."""
+import functools
 import itertools
 import re
 import shlex
@@ -57,8 +58,13 @@ def commands(text):
     return found
 
 
+@functools.cache
+def values_of(path):
+    return yaml.safe_load(path.read_text())
+
+
 def chain(path):
     """The files a recipe is made of, itself first: (path, its own values)."""
-    values = yaml.safe_load(path.read_text())
+    values = dict(values_of(path))
     base = values.pop('base', None)
     return [(path, values), *(chain((path.parent / base).resolve()) if base else [])]
