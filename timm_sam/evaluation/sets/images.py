@@ -119,6 +119,15 @@ def class_balanced_subset(suite: "Suite", n: int, seed: int, flag: str = "--atta
     return sorted(index for _, _, index in order[:n])
 
 
+def shuffled(suite: "Suite", indices: Sequence[int], seed: int) -> list[int]:
+    """Samples in an order that depends on their classes and files' names and the seed only, as the choice of
+    :func:`class_balanced_subset` does: batches of it hold samples of many classes."""
+    def place(index: int) -> tuple[bytes, int]:
+        path, target = suite.samples[index]
+        return _rank(seed, "order", target, os.path.basename(path)), index
+    return sorted(indices, key=place)
+
+
 def _rank(seed: int, *parts: int | str) -> bytes:
     text = "/".join(str(part) for part in (seed, *parts))
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()

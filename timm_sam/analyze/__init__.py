@@ -1,0 +1,1 @@
+"""What trained weights are like: how sharp the loss is around them."""

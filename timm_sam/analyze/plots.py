@@ -1,0 +1,50 @@
+"""Figures of analyses, drawn with matplotlib (extra ``report``)."""
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ..cli.escape import printable
+from ..cli.text import sample_std
+from ..evaluation.tables import Measure
+from .sharpness import Measured
+
+_COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX*"
+# Any: in matplotlib's annotations each of its settings is a type of its own
+_SETTINGS: dict[Any, Any] = {"font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
+                             "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], labels: Sequence[str], path: str) -> None:
+    """Sharpness over the radius: a panel per kind and norm, a line per label, with the deviation of its seeds.
+
+    Args:
+        measures: The rows.
+        asked: What they are, in any order.
+        labels: Of the checkpoints; equal ones are one line.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    rows = {measure.name: measure for measure in measures}
+    families = list(dict.fromkeys(measured.family for measured in asked))
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(4 * len(families), 3.5), layout="constrained")
+        panels = figure.subplots(1, len(families), squeeze=False)[0]
+        for panel, family in zip(panels, families):
+            points = sorted((m for m in asked if m.family == family), key=lambda m: m.radius)
+            for i, label in enumerate(dict.fromkeys(labels)):
+                seeds = [[value for value, of, broken in zip(rows[str(m)].values, labels, rows[str(m)].broken)
+                          if of == label and not broken] for m in points]
+                kept = [(m.radius, values) for m, values in zip(points, seeds) if values]
+                panel.errorbar(
+                    [radius for radius, _ in kept], [statistics.fmean(values) for _, values in kept],
+                    [sample_std(values) or 0.0 for _, values in kept], color=_COLORS[i % len(_COLORS)],
+                    marker=_MARKERS[i % len(_MARKERS)], capsize=2, label=printable(label).replace("$", r"\$"))
+            panel.set(xlabel="radius", ylabel="sharpness", title=family)
+        panels[0].legend(fontsize=8)
+        figure.savefig(path, dpi=130)
