@@ -40,3 +40,11 @@ def scenario(tmp_path_factory):
 def test_weights_on_two_ranks_are_those_of_a_loop_by_hand(scenario, name):
     for actual, expected in zip(scenario(name), scenario(f'by hand {PARTS.get(name, 1)}')):
         assert_close(actual, expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('name', installed(['lightning_module']))
+def test_a_sam_that_does_not_know_lightnings_wrapper_is_refused_at_the_first_update(scenario, name):
+    for rank in scenario('too late'):
+        assert 'wrap the model first, then build SAM(optimizer, wrapped, ...)' in rank['said']
+        assert rank['same']
