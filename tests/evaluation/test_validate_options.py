@@ -37,6 +37,8 @@ OURS = [
     {'flags': ['--skip-existing'], 'dest': 'skip_existing', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
      'default': False},
     {'flags': ['--attack'], 'dest': 'attack', 'action': 'StoreAction', 'nargs': '+', 'default': []},
+    {'flags': ['--attack-version'], 'dest': 'attack_version', 'action': 'StoreAction', 'default': 'apgd',
+     'choices': ['apgd', 'standard']},
     {'flags': ['--attack-set'], 'dest': 'attack_set', 'action': 'StoreAction', 'default': None},
     {'flags': ['--attack-num-samples'], 'dest': 'attack_num_samples', 'action': 'StoreAction', 'default': None},
     {'flags': ['--attack-steps'], 'dest': 'attack_steps', 'action': 'StoreAction', 'default': 100},

@@ -9,6 +9,8 @@ from ..cli import ranges, rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel, task_rules
 from ..cli.text import why_not_writable
+from .attack.robustness import STANDARD
+from .attack.standard import PACKAGE, is_installed
 from .sets.suites import REAL
 from .tables import FORMATS
 
@@ -91,8 +93,8 @@ def of_one_set(args: argparse.Namespace, default: Default) -> Rules:
     for dest in ("real_labels", "valid_labels"):
         yield (is_multilabel(args) and bool(getattr(args, dest)),
                f"{flag(dest)} is for one class per image: leave it out with --task multilabel")
-    for dest in ("calibration", "quantize_weights", "save_outputs", "allow_partial", "skip_existing", "attack_set",
-                 "attack_num_samples"):
+    for dest in ("calibration", "quantize_weights", "save_outputs", "allow_partial", "skip_existing", "attack_version",
+                 "attack_set", "attack_num_samples"):
         yield (getattr(args, dest) != default(dest),
                f"{flag(dest)} has no effect without --eval or --attack: add one, or leave it out")
     yield args.results_format == "md", "--results-format md is for suites: use csv or json, or add --eval NAME=DIR"
@@ -132,10 +134,15 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
            f"--results-file {args.results_file}: unknown kind .{extension}; use .json, .csv or .md, none for all "
            f"three, or add --results-format")
     if not args.attack:
-        for dest in ("attack_set", "attack_num_samples", "attack_steps", "attack_targets"):
+        for dest in ("attack_version", "attack_set", "attack_num_samples", "attack_steps", "attack_targets"):
             yield (getattr(args, dest) != default(dest),
                    f"{flag(dest)} has no effect without --attack: add --attack l2=0.5, or leave it out")
         return
+    if args.attack_version == STANDARD:
+        yield (not is_installed(), f"--attack-version standard needs {PACKAGE}: pip install {PACKAGE}, or leave it out")
+        for dest in ("attack_steps", "attack_targets"):
+            yield (getattr(args, dest) != default(dest),
+                   f"{flag(dest)} is of our own attacks, --attack-version standard has its own: leave one out")
     yield args.naflex_loader, "--attack needs images of one size: leave out --naflex-loader"
     yield (args.amp or args.model_dtype in LOWER_PRECISIONS,
            "--attack works in float32 only: leave out --amp and --model-dtype")

@@ -6,7 +6,7 @@ from ..cli import tasks
 from ..cli.parser import ParseKwargs
 from .attack.attack import STEPS, TARGETS
 from .attack.ball import NORMS, Radius
-from .attack.robustness import MOST
+from .attack.robustness import APGD, MOST, VERSIONS
 from .outputs import KINDS
 from .sets.folders import PUBLISHED
 from .tables import FORMATS
@@ -152,6 +152,8 @@ def add_attack(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Attack").add_argument
     add("--attack", nargs="+", default=[], metavar="NORM=RADIUS,...", type=_radii,
         help="robust accuracy under APGD-CE and APGD-T: l2=0.25,0.5 linf=0.25/255,0.5/255 (images in [0, 1])")
+    add("--attack-version", choices=VERSIONS, default=APGD,
+        help="apgd: our own APGD-CE and APGD-T; standard: all four attacks of AutoAttack, by the package pyautoattack")
     add("--attack-set", metavar="NAME", help="data set that is attacked; none: the first in-distribution set")
     add("--attack-num-samples", type=int, metavar="N",
         help=f"images that are attacked, class-balanced; none: all, at most {MOST}")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from . import calibration, provenance, results, tables
-from .attack.robustness import AttackedSet, attack_suite
+from .attack.robustness import AttackedSet, attack_suite, measure_name
 from .journal import Journal, key_of
 from .outputs import Outputs
 from .per_image import Collector, Kept, Look, whole
@@ -107,7 +107,8 @@ def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,
              for name in _of_bits(bits)}
     rows = corruptions.rows(rows)
     if attacked is not None:
-        rows |= {(attacked.suite.name, name) for name in ("clean", *map(str, session.args.attack))}
+        rows |= {(attacked.suite.name, name) for name in (
+            "clean", *(measure_name(session.args, radius) for radius in session.args.attack))}
     return rows
 
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from ..sets.loaders import suite_loader
 from ..sets.suites import Suite
 from ..subject import Subject
 from ..tables import Measure
-from .attack import Attacked, Normalized, attack
+from .attack import TARGETS, Attacked, Normalized, attack
 from .ball import Radius
+from .standard import ATTACKS, PACKAGE, standard
 
 _logger = logging.getLogger(__name__)
 
+APGD, STANDARD = VERSIONS = ("apgd", "standard")  # of the attack
 MOST = 5000  # images that are attacked unless --attack-num-samples says otherwise
 
 
@@ -80,11 +83,14 @@ class AttackedSet:
     def describe(self, args: argparse.Namespace) -> dict[str, Any]:
         """What its numbers depend on beside the model and the data set."""
         digest = hashlib.sha256(",".join(map(str, self.indices)).encode()).hexdigest()
+        version = {} if args.attack_version == APGD else dict(
+            attacks=list(ATTACKS), version=args.attack_version, package=f"{PACKAGE} {metadata.version(PACKAGE)}",
+            targets=TARGETS)
         return dict(
             attacks=["APGD-CE", "APGD-T"], dataset=self.suite.name, images=len(self.indices), subset_sha256=digest,
             seed=args.seed, steps=args.attack_steps, targets=args.attack_targets, restarts=1,
             radii=[dict(norm=radius.norm, radius=radius.value, written=radius.text) for radius in args.attack],
-            precision="float32 (TF32 off)")
+            precision="float32 (TF32 off)") | version
 
 
 def attack_suite(args: argparse.Namespace, subject: Subject, attacked: AttackedSet, identity: Mapping[str, Any],
@@ -132,9 +138,14 @@ def attack_suite(args: argparse.Namespace, subject: Subject, attacked: AttackedS
     for radius, counts in counted.items():
         suspicious = counts["non_finite"] + counts["no_gradient"]
         hidden = [f"{suspicious} images without usable gradients"] if suspicious else []
-        measures.append(Measure("adversarial", suite.name, str(radius), images, [*flags, *hidden],
+        measures.append(Measure("adversarial", suite.name, measure_name(args, radius), images, [*flags, *hidden],
                                 [100 * counts["robust"] / images]))
     return measures
+
+
+def measure_name(args: argparse.Namespace, radius: Radius) -> str:
+    """How tables name robust accuracy at a radius: that of more attacks is another number."""
+    return str(radius) if args.attack_version == APGD else f"{radius} ({args.attack_version})"
 
 
 def _attack_batches(args: argparse.Namespace, subject: Subject, attacked: AttackedSet, batches: list[list[int]],
@@ -156,8 +167,11 @@ def _attack_batches(args: argparse.Namespace, subject: Subject, attacked: Attack
             if key(place, radius) not in journal.done:
                 try:
                     # rounding in the loader's division must not leave the unit cube
-                    found = attack(model, images.clamp(0, 1), labels, batches[place], radius.norm, radius.value,
-                                   steps=args.attack_steps, n_targets=args.attack_targets, seed=args.seed)
+                    if args.attack_version == APGD:
+                        found = attack(model, images.clamp(0, 1), labels, batches[place], radius.norm, radius.value,
+                                       steps=args.attack_steps, n_targets=args.attack_targets, seed=args.seed)
+                    else:
+                        found = standard(model, images.clamp(0, 1), labels, radius.norm, radius.value, args.seed)
                 except ValueError as e:
                     raise OptionError(f"--attack {radius.norm}={radius.text} of {subject.name}: {e}") from e
                 done[key(place, radius)] = _count(found)
