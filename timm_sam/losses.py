@@ -56,10 +56,15 @@ class Losses:
         self._before = losses.detach()
         return losses.mean()
 
-    def at_perturbed(self, loss_fn: LossFn) -> Tensor:
-        """The mean loss of the samples that count."""
+    def at_perturbed(self, loss_fn: LossFn, averaged: bool = False) -> Tensor:
+        """The mean loss of the samples that count.
+
+        Args:
+            loss_fn: Computes it.
+            averaged: Whether gradients are averaged in a backward pass of the trainer's own.
+        """
         if self._rows is None:
-            return as_loss(self.same_input.at_perturbed(loss_fn))
+            return as_loss(self.same_input.at_perturbed(loss_fn, averaged))
         assert self._before is not None
         with torch.no_grad():
             after = loss_fn(None)

@@ -335,7 +335,7 @@ class SAM(Facade):
             loss = self._ascend(ascent_fn or loss_fn, how, recording)
             with self._perturbed(last, accumulate=True):
                 loss_perturbed = self._sharing.answer(
-                    lambda: self._losses.at_perturbed(loss_fn), recording, self._norms[1])
+                    lambda: self._losses.at_perturbed(loss_fn, backward_fn is not None), recording, self._norms[1])
                 del recording
                 self._descent.weigh(how.descend(loss_perturbed))
         return self._record(loss, loss_perturbed)

@@ -52,3 +52,11 @@ def test_ddp_inside_of_a_trainers_module_is_known_if_sam_was_given_that_module(s
     for rank in (first, second):
         assert_identical(rank['held'], rank['bare'])
     assert_identical(first['held'], second['held'])
+
+
+@pytest.mark.full
+def test_a_loss_that_goes_around_the_wrapper_is_warned_of_once_unless_the_trainer_owns_the_backward(scenario):
+    for rank in scenario('around'):
+        assert rank['wrapper'] == rank['own'] == []
+        (message,) = rank['inside']
+        assert 'loss_fn: it does not call the DistributedDataParallel' in message and 'backward_fn=' in message

@@ -2,6 +2,8 @@
 
 A scenario returns the message of the error that SAM raised, or an empty string, and the weights afterwards.
 """
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -149,6 +151,24 @@ def in_a_trainer(rank):
     return dict(bare=results[0], held=results[1])
 
 
+def around_the_wrapper(rank):
+    """The loss calls the wrapper, or the module inside of it; or that, and a backward of the trainer's own follows."""
+    found = {}
+    for name, inside, options in (('wrapper', False, {}), ('inside', True, {}),
+                                  ('own', True, {'backward_fn': lambda loss: loss.backward()})):
+        model = tiny()
+        wrapped = ddp(model)
+        called = model if inside else wrapped
+        sam = sam_of(wrapped)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for step in range(2):
+                x, y = batch(2 * step + rank)
+                sam.backward(lambda m=called, x=x, y=y: F.cross_entropy(m(x), y), **options)
+        found[name] = [str(w.message) for w in caught if 'averages gradients' in str(w.message)]
+    return found
+
+
 def scenarios():
     for name, wrap in SHARDED.items():
         yield name, at_construction, (wrap,), {}
@@ -158,6 +178,7 @@ def scenarios():
     yield 'late fsdp2', late_fsdp2, (), {}
     yield 'others', others, (), {}
     yield 'in a trainer', in_a_trainer, (), {}
+    yield 'around', around_the_wrapper, (), {}
 
 
 if __name__ == '__main__':
