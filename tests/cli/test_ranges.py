@@ -9,9 +9,9 @@ from timm_sam import train, validate
 from timm_sam.cli.ranges import Range
 from timm_sam.evaluation import checks
 from timm_sam.evaluation.options import parse_validate_args
+from timm_sam.methods import METHODS
 from timm_sam.training.options import read_args
 from timm_sam.training.ranges import RANGES, WITHOUT_RANGE
-from timm_sam.training.sam_options import _PARAMETERS
 
 # where these numbers have a meaning
 ZERO = {
@@ -26,24 +26,37 @@ ZERO = {
     'train_size_schedule_spread', 'train_size_random_mix', 'distill_loss_weight', 'task_loss_weight', 'local_rank',
     'crop_border_pixels', 'sam_rho', 'sam_eta', 'sam_start_epoch', 'sam_friendly_sigma', 'sam_friendly_lam',
     'sam_looksam_alpha', 'sam_gsam_alpha', 'sam_gsam_rho_min', 'sam_random_mask_sparsity', 'sam_ssam_dynamic_sparsity',
-    'sam_ssam_dynamic_drop'}
+    'sam_ssam_fisher_sparsity', 'sam_ssam_dynamic_drop'}
 NEGATIVE = {'head_init_scale', 'head_init_bias', 'mean', 'bce_target_thresh', 'loss_weight_power', 'poly_epsilon',
             'local_rank'}
 SAM = ['--sam-variant', 'elementwise_l2', '--sam-rho', '0.1']
-NEEDED = {name: [word for p in parameters.values() if p.required
-                 for word in (p.flag, '2' if p.convert is int else '0.5')] for name, parameters in _PARAMETERS.items()}
-OF_METHODS = {p.dest: [*SAM, '--sam-method', name, *NEEDED[name]]
-              for name, parameters in _PARAMETERS.items() for p in parameters.values()}
+
+
+def of_methods():
+    """What else each parameter of a method needs, to be looked at itself."""
+    actions = [a for a in train.build_parser()._actions if a.dest.startswith('sam_')]
+    found = {}
+    for method in METHODS:
+        others = [name for name in METHODS if name.startswith(f'{method}_')]
+        own = [a for a in actions if a.dest.startswith(f'sam_{method}_')
+               and not any(a.dest.startswith(f'sam_{name}_') for name in others)]
+        needed = [word for a in own if 'it must be given' in a.help
+                  for word in (a.option_strings[0], '2' if a.type is int else '0.5')]
+        found.update((a.dest, [*SAM, '--sam-method', method, *needed]) for a in own)
+    return found
 
 
 def numbers(parser):
     """Numeric flags, and what may not follow them."""
     for action in parser._actions:
-        kind = type(action.default if action.default is not None else action.type('1')
-                    if callable(action.type) and action.dest != 'attack' else None)
-        if isinstance(action.default, list) and action.default and action.dest != 'attack':
-            kind = type(action.default[0])
-        if kind not in (int, float) or action.nargs == 0 or action.dest == 'attack':
+        if action.nargs == 0 or action.dest == 'attack':  # radii have tests of their own
+            continue
+        convert = action.type if callable(action.type) else str
+        try:
+            kind = type(convert('1'))
+        except (ValueError, TypeError):
+            continue
+        if kind not in (int, float):
             continue
         values = ['nan', 'inf'] + ['-inf'] * (not isinstance(action.nargs, int))  # which is a flag to argparse there
         values += ['-1'] * (action.dest not in NEGATIVE) + ['0'] * (action.dest not in ZERO)
@@ -90,8 +103,9 @@ def refused(refuses, action, value, argv):
 
 @pytest.mark.full
 def test_every_number_of_training_is_refused_outside_of_its_range():
+    needed = of_methods()
     for action, values in numbers(train.build_parser()):
-        argv = OF_METHODS.get(action.dest, SAM if action.dest.startswith('sam_') else [])
+        argv = needed.get(action.dest, SAM if action.dest.startswith('sam_') else [])
         for value in values:
             refused(train_refuses, action, value, argv)
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from timm_sam import train
-from timm_sam.training.options import _GONE, parse_args
+from timm_sam.training.options import GONE, parse_args
 
 # what timm 0.4 to 1.0 wrote beside the flags of today
 OLD = {
@@ -31,7 +31,7 @@ def test_old_options_are_read_and_what_is_left_out_is_said_in_one_line(parse, ca
     [message] = caplog.messages
     assert 'left out, as there are no such flags any more' in message
     gone = [key for key in OLD if key != 'local_rank']
-    assert [key for key in gone if f'{key}: ' not in message] == [] and set(gone) == set(_GONE)
+    assert [key for key in gone if f'{key}: ' not in message] == [] and set(gone) == set(GONE)
     assert "native_amp: True (amp: true is the same)" in message
     assert not hasattr(args, 'native_amp')
 
@@ -39,7 +39,7 @@ def test_old_options_are_read_and_what_is_left_out_is_said_in_one_line(parse, ca
 def test_options_of_today_leave_nothing_out(parse, caplog):
     parse(KEPT)
     assert caplog.messages == []
-    assert not set(_GONE) & {action.dest for action in train.build_parser()._actions}
+    assert not set(GONE) & {action.dest for action in train.build_parser()._actions}
 
 
 def test_only_the_first_rank_says_it(parse, caplog, monkeypatch):

@@ -174,7 +174,7 @@ def test_looking_for_single_samples_changes_nothing(image_folder):
     ('(' * 3000 + 'a' + ')' * 3000, ['--sam-filter', 'too large']),
 ])
 def test_pattern_that_does_not_come_to_an_end_is_one_line(run_train, tmp_path, monkeypatch, pattern, words):
-    monkeypatch.setattr('timm_sam.training.model_checks._SECONDS', 0.5)
+    monkeypatch.setattr('timm_sam.training.model_checks.SECONDS', 0.5)
     start = time.monotonic()
     done = run_train(f"{SAM_ON} --sam-params all --sam-filter '{pattern}'")
     assert done.code == 2 and 'Traceback' not in done.err and time.monotonic() - start < 20

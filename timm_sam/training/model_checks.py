@@ -14,7 +14,7 @@ from torch import nn
 
 from ..cli.errors import OptionError, one_line, shown
 
-_SECONDS = 5.0  # for a pattern and all names; it takes milliseconds, or grows with 2 to the power of a name's length
+SECONDS = 5.0  # for a pattern and all names; it takes milliseconds, or grows with 2 to the power of a name's length
 
 
 def check_filter(pattern: str | None, names: Iterable[str]) -> None:
@@ -30,11 +30,11 @@ def check_filter(pattern: str | None, names: Iterable[str]) -> None:
     if pattern is None:
         return
     try:
-        with _at_most(_SECONDS):
+        with _at_most(SECONDS):
             for name in names:
                 re.search(pattern, name)
     except TimeoutError:
-        raise OptionError(f"--sam-filter {shown(pattern)} takes more than {_SECONDS:g} s on the names of the model's "
+        raise OptionError(f"--sam-filter {shown(pattern)} takes more than {SECONDS:g} s on the names of the model's "
                           f"parameters: repetitions in it, such as (a+)+, multiply; write it without") from None
 
 

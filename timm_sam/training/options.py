@@ -18,7 +18,7 @@ _UNSET = object()
 
 # What args.yaml of older versions of timm holds, and what became of it.
 _OF_THE_MACHINE = "the launcher and the machine decide it"
-_GONE = {
+GONE = {
     "native_amp": "amp: true is the same",
     "apex_amp": "amp: true is torch's",
     "amp_impl": "amp is torch's",
@@ -64,7 +64,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         OptionError: Anything is wrong with the values.
         SystemExit: With code 2, for what the parser itself refuses.
     """
-    left_out = config_defaults(parser, argv, _GONE)
+    left_out = config_defaults(parser, argv, GONE)
     # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
     sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
