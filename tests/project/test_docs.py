@@ -1,6 +1,7 @@
 """What README, docs and the other pages name exists: links, flags, commands, targets, files; their Python runs."""
 import re
 import shlex
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.places import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from timm_sam import train, validate
+from timm_sam.analyze import options as analyses
 from timm_sam.report.__main__ import build_parser as report_parser
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]}
@@ -17,6 +19,7 @@ PARSERS = {name: build() for names, build in (
     (('train.py', 'timm_sam.train'), train.build_parser),
     (('validate.py', 'timm_sam.validate'), validate.build_parser),
     (('timm_sam.report',), report_parser),
+    *(((f'timm_sam.analyze {name}',), partial(analyses.build_parser, name)) for name in analyses.COMMANDS),
 ) for name in names}
 
 
@@ -91,6 +94,8 @@ def test_commands_parse(page, command):
         name, arguments = (words[2], words[3:]) if words[1] == '-m' else (words[1], words[2:])
     module = ROOT / name.replace('.', '/')
     assert (ROOT / name).exists() or module.with_suffix('.py').exists() or (module / '__main__.py').exists()
+    if name == 'timm_sam.analyze':  # whose flags are those of the analysis that is named next
+        name, arguments = ' '.join([name, *arguments[:1]]), arguments[1:]
     if name not in PARSERS or not arguments:
         return
     args = PARSERS[name].parse_args(arguments)
