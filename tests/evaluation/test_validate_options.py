@@ -29,7 +29,7 @@ OURS = [
     {'flags': ['--eval-root'], 'dest': 'eval_root', 'action': 'StoreAction', 'default': None},
     {'flags': ['--calibration'], 'dest': 'calibration', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
      'default': False},
-    {'flags': ['--quantize-weights'], 'dest': 'quantize_weights', 'action': 'StoreAction', 'nargs': '+', 'default': []},
+    {'flags': ['--quantize-weights'], 'dest': 'quantize_weights', 'action': 'StoreAction', 'nargs': '+', 'default': None},
     {'flags': ['--save-outputs'], 'dest': 'save_outputs', 'action': 'StoreAction', 'default': None,
      'choices': ['predictions', 'logits']},
     {'flags': ['--allow-partial'], 'dest': 'allow_partial', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
@@ -72,7 +72,7 @@ def test_no_flag_is_required_and_ways_to_compile_exclude_each_other():
 def test_two_parsers_share_no_mutable_default():
     first, second = ({a.dest: a.default for a in validate.build_parser()._actions} for _ in range(2))
     mutable = [dest for dest, default in first.items() if isinstance(default, (list, dict))]
-    assert sorted(mutable) == ['attack', 'eval', 'model_kwargs', 'quantize_weights']
+    assert sorted(mutable) == ['attack', 'eval', 'model_kwargs']
     assert [dest for dest in mutable if first[dest] is second[dest]] == []
 
 

@@ -121,7 +121,7 @@ def of_suites(args: argparse.Namespace, default: Default, format_given: bool) ->
         yield (bool(getattr(args, dest)),
                f"{flag(dest)} is for a single data set: leave it out with --eval, --attack or several checkpoints")
     yield args.skip_existing and not args.results_file, "--skip-existing needs --results-file: what is done is there"
-    bits = args.quantize_weights
+    bits = args.quantize_weights or ()
     yield len(set(bits)) < len(bits), f"--quantize-weights {' '.join(map(str, bits))}: name each number once"
     yield (bool(bits) and (args.torchscript or args.aot_autograd),
            "--quantize-weights rounds the weights of layers, which scripted and fused models do not show: leave out "

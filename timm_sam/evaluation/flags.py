@@ -135,7 +135,7 @@ def add_suites(parser: argparse.ArgumentParser) -> None:
     add("--calibration", action="store_true",
         help="also calibration errors (15 bins of equal width, and of equal mass), negative log likelihood and Brier "
              "score of each data set")
-    add("--quantize-weights", nargs="+", type=int, default=[], metavar="BITS",
+    add("--quantize-weights", nargs="+", type=int, metavar="BITS",
         help="also accuracy with weights rounded to so many bits, such as 8 4, symmetric and per output channel, and "
              "the drop")
     add("--save-outputs", choices=KINDS,

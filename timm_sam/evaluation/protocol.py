@@ -58,7 +58,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
         measures: list[Measure] = []
         for suite in suites:
             measures += _evaluate_suite(session, subject, suite, journal, outputs)
-        for bits in args.quantize_weights:
+        for bits in args.quantize_weights or ():
             with quantized(subject.model, bits):
                 for suite in suites:
                     measures += _evaluate_quantized(session, subject, suite, bits, journal)
@@ -103,7 +103,7 @@ def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,
     rows = {(suite.name, name) for suite in suites for name in _accuracies(suite, outputs)}
     if session.args.calibration:
         rows |= {(suite.name, name) for suite in suites for name in calibration.names(outputs, suite.space.differs)}
-    rows |= {(suite.name, name) for suite in suites for bits in session.args.quantize_weights
+    rows |= {(suite.name, name) for suite in suites for bits in session.args.quantize_weights or ()
              for name in _of_bits(bits)}
     rows = corruptions.rows(rows)
     if attacked is not None:
