@@ -15,7 +15,7 @@ from typing import Any
 
 from ..cli.errors import OptionError, report
 from ..cli.parser import OptionParser
-from .shifts import SHIFTS
+from .shifts import CORRUPTIONS, SEVERITIES, SHIFTS
 
 SIZE = 32  # of the images in pixels, unless asked otherwise
 VALIDATION_SHARE = 0.2
@@ -23,7 +23,7 @@ SPLIT_SEED = 0
 
 
 def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | None = None, label_noise: float = 0.0,
-           seed: int = 0) -> dict[str, int]:
+           seed: int = 0, corruptions: bool = False) -> dict[str, int]:
     """Writes the images.
 
     Args:
@@ -35,6 +35,7 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         label_noise: Share of the training images that are filed under one of the nine wrong digits, each as likely
             as the others. Validation labels stay true.
         seed: Draws the kept images and the wrong labels.
+        corruptions: Also write the validation images as ``DIR/corrupted/<kind>/<severity>``, as ImageNet-C is laid out.
 
     Returns:
         Number of images per split.
@@ -95,6 +96,13 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
                 for number, (shift, apply) in enumerate(SHIFTS.items() if split == "validation" else ()):
                     shifted = apply(image, np.random.default_rng((SPLIT_SEED, number, i)))
                     _save(shifted, temporary, "shifted", shift, name)
+                for number, (kind, apply_so) in enumerate(
+                        CORRUPTIONS.items() if corruptions and split == "validation" else ()):
+                    for severity in SEVERITIES:
+                        # the first four numbers are those of shifts, and their draws stay
+                        drawn = np.random.default_rng((SPLIT_SEED, 4 + number, severity, i))
+                        corrupted = apply_so(image, drawn, severity)
+                        _save(corrupted, temporary, "corrupted", kind, str(severity), name)
         os.chmod(temporary, 0o755)
         if os.path.isdir(folder):
             os.rmdir(folder)
@@ -124,11 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="keep N training images, of each digit in proportion; none: all")
     parser.add_argument("--label-noise", type=float, default=0.0, metavar="SHARE",
                         help="give this share of the training images a wrong label; validation labels stay true")
+    parser.add_argument("--corruptions", action="store_true",
+                        help="also write DIR/corrupted/KIND/SEVERITY: five kinds of corruption in three severities")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="draws the images of --train-size and the labels of --label-noise")
     args: argparse.Namespace = parser.parse_args(argv)
     try:
-        counts = export(args.folder, args.size, args.tune, args.train_size, args.label_noise, args.seed)
+        counts = export(args.folder, args.size, args.tune, args.train_size, args.label_noise, args.seed,
+                        args.corruptions)
     except OptionError as e:
         report(parser.prog, e)
         return 2

@@ -16,8 +16,7 @@ def blur(image: Image.Image, generator: np.random.Generator) -> Image.Image:
 
 def noise(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     """Gaussian noise with a standard deviation of a quarter of the range, cut to the range."""
-    pixels = np.asarray(image, dtype=np.float64)
-    return Image.fromarray((pixels + generator.normal(0, 64, pixels.shape)).clip(0, 255).round().astype(np.uint8))
+    return _noisy(image, generator, 64)
 
 
 def rotation(image: Image.Image, generator: np.random.Generator) -> Image.Image:
@@ -30,6 +29,33 @@ def contrast(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     """60 % of the contrast around the image's mean grey."""
     return ImageEnhance.Contrast(image).enhance(0.6)
 
+
+def pixelate(image: Image.Image, part: int) -> Image.Image:
+    """Means of squares as large as the image divided by ``part``, each shown as one square."""
+    small = image.resize((part, part), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def _turned(image: Image.Image, generator: np.random.Generator, least: float) -> Image.Image:
+    angle = generator.uniform(least, least + 10) * generator.choice([-1, 1])
+    return image.rotate(angle, resample=Image.Resampling.BICUBIC)
+
+
+def _noisy(image: Image.Image, generator: np.random.Generator, deviation: float) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    noise = generator.normal(0, deviation, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).round().astype(np.uint8))
+
+
+SEVERITIES = (1, 2, 3)
+# five kinds in three severities, of which people still read the first two
+CORRUPTIONS: dict[str, Callable[[Image.Image, np.random.Generator, int], Image.Image]] = {
+    "blur": lambda image, _, severity: image.filter(ImageFilter.GaussianBlur(image.width * severity / 24)),
+    "noise": lambda image, generator, severity: _noisy(image, generator, 32 * severity),
+    "rotation": lambda image, generator, severity: _turned(image, generator, 15 * severity),
+    "contrast": lambda image, _, severity: ImageEnhance.Contrast(image).enhance((0.7, 0.4, 0.2)[severity - 1]),
+    "pixelate": lambda image, _, severity: pixelate(image, (7, 6, 5)[severity - 1]),
+}
 
 SHIFTS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
     "blur": blur, "noise": noise, "rotation": rotation, "contrast": contrast}
