@@ -13,7 +13,7 @@ fails is listed, and does not stop the others.
 """
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from run_pool import Pool, locked  # of this folder; before torch, it sets the number of threads
@@ -142,14 +142,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains what is missing and writes the report; returns 0, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    return run_table(
+        parser.prog, grid(args.models, args.variants, args.seeds), args.out, args.jobs,
+        lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")]))
+
+
+def run_table(prog: str, jobs: Sequence[Job], out: str, processes: int, write: Callable[[], int]) -> int:
+    """Trains what is missing, then writes what is made of it; returns as :func:`main`.
+
+    Args:
+        prog: Name of the command.
+        jobs: All runs.
+        out: The folder of data and runs.
+        processes: How many train at the same time.
+        write: Writes the report, and returns 0 if that went well.
+    """
     try:
-        if args.jobs < 1:
-            raise OptionError(f"--jobs {args.jobs} trains nothing: use 1 or more")
-        with locked(args.out):
-            failed = run_grid(grid(args.models, args.variants, args.seeds), args.out, args.jobs)
-        code = write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")])
+        if processes < 1:
+            raise OptionError(f"--jobs {processes} trains nothing: use 1 or more")
+        with locked(out):
+            failed = run_grid(jobs, out, processes)
+        code = write()
     except OptionError as e:
-        report(parser.prog, e)
+        report(prog, e)
         return 2
     except KeyboardInterrupt:
         print("Stopped; started again, this goes on where it was.", flush=True)

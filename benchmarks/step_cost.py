@@ -37,11 +37,13 @@ try:
 except ImportError:
     pytorch_optimizer = None
 
-# what --methods measures, with which arguments, and how many updates make one round of it
+# what --methods measures, with which arguments, and how many updates make one round of it: those of a period, of a
+# whole run, or enough to meet the mean of what is drawn
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "usam": ({}, 1), "msam": ({}, 1), "friendly": ({}, 1), "stable": ({}, 1), "looksam": (dict(k=5, alpha=0.7), 5),
     "gsam": (dict(alpha=0.4), 1), "random_mask": (dict(sparsity=0.5), 1),
-    "ssam_dynamic": (dict(sparsity=0.5, total_epochs=100), 1)}
+    "ssam_dynamic": (dict(sparsity=0.5, total_epochs=100), 1), "ssam_fisher": (dict(sparsity=0.5, samples=2), 1),
+    "esam": (dict(beta=0.6, gamma=0.5), 8), "late": (dict(start=0.9, ramp=False, total_updates=10), 10)}
 LATE = {"resnet50": "layer4", "vit_small_patch32_224": r"blocks\.(8|9|10|11)\."}
 
 
@@ -54,6 +56,8 @@ class Form:
     model: nn.Module
     sam: SAM | None = None
     updates: int = 1  # of which time and FLOPs are the mean
+    method: str = ""
+    params: str = ""
     times: list[float] = field(default_factory=list)
     flops: int = 0
     memory: int = 0
@@ -97,7 +101,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
     quarter = -(-args.batch_size // 4)
 
     def make(name: str, filter: str | None = None, fraction: int | None = None, updates: int = 1,
-             **sam: Any) -> Form:
+             called_as: str = "", **sam: Any) -> Form:
         model = copy.deepcopy(original)
         called: Callable = model
         if compiled and filter is not None and sam.get("share_forward", True):
@@ -110,6 +114,11 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
             with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
                 return F.cross_entropy(called(x[:n]), y[:n])
 
+        def losses(rows: Tensor | None = None) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+                inputs, labels = (x, y) if rows is None else (x[rows], y[rows])
+                return F.cross_entropy(called(inputs), labels, reduction="none")
+
         def plain() -> None:
             optimizer.zero_grad()
             loss().backward()
@@ -119,13 +128,17 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
             return Form(name, plain, model)
         wrapped = SAM(optimizer, called if isinstance(called, nn.Module) else model, filter=filter, **sam)
         ascent = None if fraction is None else lambda: loss(fraction)
-        wrapped.begin(0, 0)
+        loss_fn = losses if wrapped.chooses_samples else loss
+        # of the estimate of a mask only that it is made: it is no part of an update
+        wrapped.begin(0, 0, lambda n: [lambda: F.cross_entropy(model.eval()(x[:1]), y[:1])] * n)
+        model.train()
 
         def several() -> None:
-            for _ in range(updates):
-                wrapped.minimize(loss, ascent_fn=ascent)
+            for update in range(updates):
+                wrapped.begin(0, update)
+                wrapped.minimize(loss_fn, ascent_fn=ascent)
 
-        return Form(name, several, model, wrapped, updates)
+        return Form(name, several, model, wrapped, updates, called_as, sam.get("params", "onlynorm"))
 
     forms = [
         make("plain"),
@@ -139,7 +152,8 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         options, updates = METHODS[name]
         for params in ("all", "onlynorm"):
             method = methods.METHODS[name](**options)
-            forms.append(make(f"{method.name}, {params}", updates=updates, params=params, rho=0.05, method=method))
+            forms.append(make(f"{method.name}, {params}", updates=updates, called_as=name, params=params, rho=0.05,
+                              method=method))
     if pytorch_optimizer is not None:
         forms.append(peer(original, x, y, args, device, compiled))
     if args.forms:
@@ -218,13 +232,18 @@ def measure_memory(form: Form, device: torch.device) -> int:
     return tracker.peak
 
 
+def count(form: Form) -> int:
+    """FLOPs of an update, without those of the first, which checks the shared forward."""
+    form.update()
+    with FlopCounterMode(display=False) as counter:
+        form.update()
+    return round(counter.get_total_flops() / form.updates)
+
+
 def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
     counted = build_forms(args, device, compiled=False)
     for form in counted:
-        form.update()  # the first update checks the shared forward: it is not like the others
-        with FlopCounterMode(display=False) as counter:
-            form.update()
-        form.flops = round(counter.get_total_flops() / form.updates)
+        form.flops = count(form)
         form.memory = measure_memory(form, device)
     forms = build_forms(args, device, compiled=True) if args.torchcompile else counted
     for form, by_count in zip(forms, counted):

@@ -4,6 +4,7 @@ import math
 import pytest
 import reference_methods as papers
 import torch
+import torch.nn.functional as F
 from support.models import (
     ALL,
     ONLYNORM,
@@ -14,11 +15,11 @@ from support.models import (
     assert_identical,
     batch,
     buffers,
+    flops,
     one_step,
     sam_on,
     weights,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, methods
 
@@ -82,6 +83,11 @@ LIMITS = {
     'looksam k 1': lambda: methods.looksam(k=1, alpha=0.7),
     'random_mask 0 masked': lambda: methods.random_mask(sparsity=0),
     'random_mask 0 full': lambda: methods.random_mask(sparsity=0, norm='full'),
+    'ssam_dynamic 0 full': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4),
+    'ssam_dynamic 0 masked': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4, norm='masked'),
+    'ssam_dynamic drop 1': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4, drop=1),
+    'gsam': lambda: methods.gsam(alpha=0, rho_min=0.5),
+    'esam': lambda: methods.esam(beta=1, gamma=1),
 }
 
 
@@ -93,6 +99,7 @@ def test_limit_is_sam_bit_for_bit(name, optimizer, selection):
     sam, plain = (sam_on(m, optimizer, params=selection, **more) for m, more in (
         (model, dict(method=LIMITS[name]())), (twin, {})))
     for step in range(4):
+        sam.begin(step // 2, step)
         one_step('minimize', sam, model, step)
         one_step('minimize', plain, twin, step)
         assert_identical(weights(model), weights(twin))
@@ -319,22 +326,56 @@ def test_training_goes_on_from_the_state_bit_for_bit(name):
     assert_identical(weights(model), weights(again))
 
 
-# Cost
+# Cost: tests/plugin/test_cost.py has large networks, test_esam.py the draws of ESAM
 
-@pytest.mark.parametrize('name, updates, expected', [
-    ('usam', 1, 2), ('friendly', 1, 2), ('stable', 1, 2), ('looksam', 3, 4), ('msam', 2, 2)])
-def test_flops_with_all_parameters_are_those_of_as_many_plain_passes(name, updates, expected):
-    def flops(update):
-        with FlopCounterMode(display=False) as counter:
-            update()
-        return counter.get_total_flops()
+WHOLE = {  # name -> the method, updates of a round, passes at w + eps, at w, and whether those are of all parameters
+    'usam': (lambda: methods.usam(), 1, 1, 1, False), 'friendly': (lambda: methods.friendly(), 1, 1, 1, False),
+    'random_mask': (lambda: methods.random_mask(0.5), 1, 1, 1, False),
+    'ssam_dynamic': (lambda: methods.ssam_dynamic(0.5, total_epochs=9), 1, 1, 1, False),
+    'ssam_fisher': (lambda: methods.ssam_fisher(0.5, samples=2), 1, 1, 1, False),
+    'gsam radius': (lambda: methods.gsam(alpha=0), 1, 1, 1, False),
+    'gsam': (lambda: methods.gsam(alpha=0.4), 1, 1, 1, True), 'stable': (lambda: methods.stable(), 1, 1, 1, True),
+    'looksam': (lambda: methods.looksam(k=3, alpha=0.1), 3, 3, 1, True),
+    'msam': (lambda: methods.msam(), 2, 2, 0, False),
+    'late': (lambda: methods.late(start=0.75, ramp=False, total_updates=4), 4, 4, 1, False),
+}
 
+
+@pytest.mark.parametrize('params', ['all', 'onlynorm'])
+@pytest.mark.parametrize('name', WHOLE)
+def test_flops_are_those_of_the_passes(name, params):
+    """A pass over all parameters is a plain update; without gradients of weights it is two thirds of one."""
+    make, updates, descents, ascents, full = WHOLE[name]
     model = TinyNet()
     loss = BatchLoss(model, batch(0, dtype=torch.float32))
     plain = flops(lambda: loss().backward())
-    sam = sam_on(model, params='all', share_forward=False, method=METHODS[name][0]())
-    counted = flops(lambda: [sam.minimize(loss) for _ in range(updates)])
-    assert counted == expected * plain
+    model.requires_grad_(False)
+    for p_name in SELECTIONS[params]:
+        model.get_parameter(p_name).requires_grad_(True)
+    at_w = plain if full else flops(lambda: loss().backward())
+    model.requires_grad_(True)
+    model.zero_grad()
+    sam = sam_on(model, params=params, share_forward=False, method=make())
+
+    def round_of_updates():
+        for update in range(updates):
+            sam.begin(0, update, lambda n: [lambda: F.cross_entropy(model(loss.x[:1]), loss.y[:1])] * n)
+            sam.minimize(loss)
+
+    round_of_updates()  # a mask is estimated, and MSAM has a momentum afterwards
+    assert flops(round_of_updates) == descents * plain + ascents * at_w
+    assert params == 'all' or at_w < plain or full
+
+
+def test_radius_of_gsam_alone_follows_the_rate_and_goes_with_another_change_of_the_step():
+    model = TinyNet()
+    sam = sam_on(model, method=[methods.gsam(alpha=0, rho_min=0.1, lr_max=0.1, lr_min=0.0), methods.stable()])
+    norms = []
+    for step, lr in enumerate((0.1, 0.05, 0.0)):
+        sam.param_groups[0]['lr'] = lr
+        one_step('minimize', sam, model, step)
+        norms.append(float(sam.stats.eps_norm))
+    assert norms == pytest.approx([0.5, 0.3, 0.1], rel=1e-5)
 
 
 @pytest.mark.parametrize('make, message', [

@@ -63,8 +63,6 @@ class Decomposition:
     alpha: float
 
     def __call__(self, g: Tensors, G: Tensors) -> Tensors:
-        if self.alpha == 0:
-            return G
         product, square = inner(g, G), inner(G, G)
         finite = torch.isfinite(product) & torch.isfinite(square)
         along = torch.where(finite & (square > 0), product / square, torch.zeros_like(square))
@@ -78,7 +76,8 @@ class Decomposition:
 def gsam(alpha: float, rho_min: float = 0.0, lr_max: float | None = None, lr_min: float = 0.0) -> Method:
     """GSAM (Zhuang et al., ICLR 2022, Algorithm 1), for ``SAM(..., method=gsam(alpha=0.4))``.
 
-    SAM's rho is rho_max. The pass at w computes the gradients of all parameters, whatever is perturbed.
+    SAM's rho is rho_max. The pass at w computes the gradients of all parameters, whatever is perturbed. alpha = 0 is
+    the radius alone, at the cost of SAM, and goes with methods that change the gradient of the step.
 
     Args:
         alpha: Share of g_perp that is taken away, >= 0.
@@ -95,4 +94,4 @@ def gsam(alpha: float, rho_min: float = 0.0, lr_max: float | None = None, lr_min
     if lr_max is not None and not (math.isfinite(lr_max) and lr_max >= 0):
         raise ValueError(f"gsam: lr_max={lr_max!r} must be a finite number >= 0")
     return Method(name=f"gsam(alpha={alpha:g}, rho_min={rho_min:g})", radius=RadiusOfRate(rho_min, lr_max, lr_min),
-                  combine=Decomposition(alpha))
+                  combine=Decomposition(alpha) if alpha else None)
