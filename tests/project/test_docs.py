@@ -78,7 +78,7 @@ def test_files_and_targets_of_make_that_are_named_exist(page):
 def test_flags_that_are_named_exist(page):
     flags = {flag for parser in (*PARSERS.values(), torchrun_parser()) for action in parser._actions
              for flag in action.option_strings}
-    of_others = {flag for file in (ROOT / 'benchmarks').glob('*.py')
+    of_others = {flag for file in (*(ROOT / 'benchmarks').glob('*.py'), ROOT / 'timm_sam/digits/__main__.py')
                  for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
     named = set(re.findall(r'(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])', PAGES[page]))
     assert named <= flags | of_others | {'--help'}
