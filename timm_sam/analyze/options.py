@@ -15,7 +15,10 @@ from ..evaluation.options import Resolved, build_validate_parser, parse_given, r
 from ..selection import SELECTIONS
 from .sharpness import KINDS, Measured
 
-COMMANDS = {"sharpness": "how much the loss rises within a radius around the weights"}
+COMMANDS = {
+    "sharpness": "how much the loss rises within a radius around the weights",
+    "norms": "how the parameters of normalization layers are distributed, beside all others",
+}
 PROG = "python -m timm_sam.analyze"
 IMAGES = 2048  # of which sharpness is taken, as in the SAM-ON paper
 
@@ -28,8 +31,11 @@ _NOT_HERE = ("amp", "torchscript", "torchcompile", "aot_autograd", "naflex_loade
 def build_parser(command: str) -> OptionParser:
     """The parser of one of ``COMMANDS``."""
     parser = OptionParser(prog=f"{PROG} {command}", description=f"Trained weights: {COMMANDS[command]}.")
-    for add in (flags.add_dataset, flags.add_model, flags.add_input, flags.add_execution, _add_output, _add_sharpness):
+    # norms needs no images, but a run's args.yaml has values for all of these
+    for add in (flags.add_dataset, flags.add_model, flags.add_input, flags.add_execution, _add_output):
         add(parser)
+    if command == "sharpness":
+        _add_sharpness(parser)
     # what evaluation has beside, and analyses leave at rest
     own = {action.dest for action in parser._actions}
     others = vars(build_validate_parser().parse_args([]))
@@ -83,31 +89,34 @@ def _measured(text: str) -> list[Measured]:
     return found
 
 
-def parse(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Resolved]:
-    """Parses and checks a command line; ``measure`` becomes one list, ``batch_size`` is ``m``.
+def parse(command: str, argv: Sequence[str]) -> tuple[argparse.Namespace, Resolved]:
+    """Parses and checks the command line of one of ``COMMANDS``; ``measure`` becomes one list, ``batch_size`` is ``m``.
 
     Raises:
         SystemExit: With code 2, after one line on stderr, for anything wrong with the values.
     """
+    parser = build_parser(command)
     given, args = parse_given(parser, argv)
     try:
-        # the default is one list, what is given one per word
-        args.measure = list(dict.fromkeys(
-            m for part in args.measure for m in (part if isinstance(part, list) else [part])))
         args.checkpoint = list(args.checkpoint)
         resolved = resolve(parser, given, args, suites=True)
-        rules.apply(args, partial(checks.files, suites=True), checks.values, partial(_not_here, parser=parser),
-                    partial(_sharpness, given=given))
+        rules.apply(args, partial(checks.files, suites=True), checks.values, partial(_not_here, parser=parser))
+        if command == "sharpness":
+            rules.apply(args, partial(_sharpness, given=given))
+            # the default is one list, what is given one per word
+            args.measure = list(dict.fromkeys(
+                m for part in args.measure for m in (part if isinstance(part, list) else [part])))
+            args.batch_size = args.m
+        else:
+            rules.apply(args, _norms)
     except OptionError as e:
         parser.error(str(e))
-    args.batch_size = args.m
     return args, resolved
 
 
 def _not_here(args: argparse.Namespace, parser: OptionParser) -> Rules:
     """What would change the model or the images, or has no derivative."""
     yield not args.out, "--out is missing: give the folder for the results"
-    yield not args.data_dir, "--data-dir is missing: give the folder of the training images"
     yield is_multilabel(args), "--task multilabel: analyses need one class per image; give --task classification"
     for dest in _NOT_HERE:
         yield getattr(args, dest) != parser.get_default(dest), f"{flag(dest)} is not for analyses: leave it out"
@@ -120,8 +129,13 @@ def _not_here(args: argparse.Namespace, parser: OptionParser) -> Rules:
 
 
 def _sharpness(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
+    yield not args.data_dir, "--data-dir is missing: give the folder of the training images"
     yield from ranges.in_range(args, dict.fromkeys(("num_images", "m", "steps", "draws"), ranges.COUNT))
     yield given.batch_size is not None, f"--batch-size {args.batch_size}: batches of sharpness are --m images; use --m"
     n = args.num_images
     yield (n is not None and n % args.m != 0,
            f"--num-images {n} is no multiple of --m {args.m}: use {max(1, (n or 0) // args.m) * args.m}")
+
+
+def _norms(args: argparse.Namespace) -> Rules:
+    yield args.skip_existing, "--skip-existing has no effect on norms, which take seconds: use --overwrite"

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..cli.escape import printable
 from ..cli.text import sample_std
 from ..evaluation.tables import Measure
+from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -48,3 +50,33 @@ def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], label
             panel.set(xlabel="radius", ylabel="sharpness", title=family)
         panels[0].legend(fontsize=8)
         figure.savefig(path, dpi=130)
+
+
+def draw_norms(found: Sequence[Tensors], signed: str, sizes: str) -> None:
+    """Distributions of parameters: an outline per label, as shares of the parameters of a kind.
+
+    Args:
+        found: Of every checkpoint; the first label is grey.
+        signed: PNG file of weights and biases of normalization layers, with their signs (Figure 5).
+        sizes: PNG file of absolute values of each kind, on a logarithmic axis (Figure 9).
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    for path, kinds, log in ((signed, (NORM_WEIGHT, NORM_BIAS), False), (sizes, KINDS, True)):
+        with matplotlib.rc_context(_SETTINGS):
+            figure = Figure(figsize=(4 * len(kinds), 3.5), layout="constrained")
+            for panel, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+                samples = {label: np.abs(values) if log else values
+                           for label, values in pooled(found, kind).items() if len(values)}
+                panel.set(title=kind, xlabel="absolute value" if log else "value", ylabel="share of parameters")
+                if not samples:
+                    continue
+                bins = edges(samples)
+                for i, (label, heights) in enumerate(shares(samples, bins).items()):
+                    panel.stairs(heights, bins, color=_COLORS[i % len(_COLORS)],
+                                 label=printable(label).replace("$", r"\$"))
+                if log:
+                    panel.set_yscale("log")
+                panel.legend(fontsize=8)
+            figure.savefig(path, dpi=130)

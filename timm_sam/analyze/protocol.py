@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..cli.errors import OptionError, one_line
-from ..evaluation import provenance, results, tables
+from ..evaluation import provenance, tables
 from ..evaluation.journal import Journal, key_of
 from ..evaluation.precision import full_precision
 from ..evaluation.ranks import batches_of
@@ -22,6 +22,7 @@ from ..evaluation.sets.suites import Suite
 from ..evaluation.subject import Subject
 from ..evaluation.tables import Measure
 from ..selection import select_parameters, share_of
+from .inputs import check_finite, labels_of, prepare
 from .objective import batch_loss, loss_range
 from .options import IMAGES
 from .sharpness import Measured, batch_sharpness, summary
@@ -48,8 +49,10 @@ def analyze_sharpness(session: Session, files: Mapping[str, str],
     args, ranks = session.args, session.ranks
     journal = Journal(os.path.join(args.out, "sharpness"), ranks.rank, f"--out {args.out}")
     written = [*files.values(), *others]
-    ranks.each(lambda: _prepare(args, written, journal))
+    ranks.each(lambda: prepare(args, [*written, *journal.files()]))
     checkpoints = session.checkpoints()
+    names = tables.short_names(checkpoints, args.model)
+    labels = labels_of(args, names)
     per_checkpoint, described = [], []
     work: Work | None = None
     for number, checkpoint in enumerate(checkpoints):
@@ -68,8 +71,8 @@ def analyze_sharpness(session: Session, files: Mapping[str, str],
         protocol = _protocol(args, work.batches, moving, list(selected))
         per_checkpoint.append(work.measures(subject, selected, protocol, number))
     assert work is not None
-    return tables.merge(per_checkpoint), tables.short_names(checkpoints, args.model), dict(
-        provenance.protocol(args, subject, [work.suite], described, None), analysis=protocol)
+    return tables.merge(per_checkpoint), names, dict(
+        provenance.protocol(args, subject, [work.suite], described, None), analysis=protocol, labels=labels)
 
 
 class Work:
@@ -136,28 +139,13 @@ class Work:
                          f"[{count:>4d}/{total}]  Left: {left:.0f}s")
 
 
-def _prepare(args: argparse.Namespace, written: Sequence[str], journal: Journal) -> None:
-    """Makes the folder, and looks whether what goes into it can be written."""
-    origin = f"--out {args.out}"
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise OptionError(f"{origin} cannot be made ({e.strerror}): name another folder") from None
-    results.refuse_special([*written, *journal.files()], origin)
-    if not (args.overwrite or args.skip_existing):
-        results.refuse_existing([*written, *journal.files()], origin)
-
-
 def _selected(args: argparse.Namespace, subject: Subject) -> dict[str, torch.nn.Parameter]:
     """The parameters that move, by name; all of the model's numbers are finite.
 
     Raises:
         OptionError: None does, or a number is not.
     """
-    for name, tensor in subject.model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise OptionError(f"--checkpoint {subject.checkpoint or subject.name}: {name} holds NaN or infinite "
-                              f"numbers, of which no sharpness can be taken; give another checkpoint")
+    check_finite(subject)
     try:
         return dict(select_parameters(subject.model, args.params, args.filter))
     except ValueError as e:
