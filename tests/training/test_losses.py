@@ -30,7 +30,7 @@ from timm_sam.training.factory import create_task, num_outputs
 from timm_sam.training.losses import create_loss
 from timm_sam.training.options import read_args
 
-SEVERAL = '--task multilabel --num-classes 3'
+SEVERAL = '--task multilabel --dataset hfds/several --num-classes 3'
 
 
 def parse(command):
@@ -133,7 +133,7 @@ def test_options_of_another_loss_are_warned_of(caplog):
     (f'{SEVERAL} --loss-weight-beta 1', ['--loss-weight-beta 1.0']),
     (f'{SEVERAL} --loss asl --asl-reduction sum --sam-variant sam --sam-rho 1 --sam-m 4',
      ['--asl-reduction', '--sam-m']),
-    ('--task multilabel', ['--task multilabel', '--num-classes']),
+    ('--task multilabel --dataset hfds/several', ['--task multilabel', '--num-classes']),
     (f'{SEVERAL} --multilabel-threshold 1', ['--multilabel-threshold 1.0']),
     (f'{SEVERAL} --kd-model-name resnet18', ['--kd-model-name resnet18', '--task multilabel']),
     (f'{SEVERAL} --target-key a,b', ['--num-classes 3', '2 fields']),
@@ -152,7 +152,7 @@ def test_mistake_names_flag_value_and_remedy(stats, command, words):
 @pytest.mark.parametrize('options', ['--loss-class-weight 1,2,3,4', '--loss-pos-weight 1,2',
                                      '--loss db --class-stats stats.json'])
 def test_weights_for_another_number_of_classes_are_refused(stats, options):
-    args = parse(f'--task multilabel --num-classes 5 {options}')
+    args = parse(f'{SEVERAL} --num-classes 5 {options}')
     model = nn.Linear(2, 5)
     model.num_classes = 5
     with pytest.raises(OptionError, match='entries but the model has 5 classes'):

@@ -106,7 +106,7 @@ def test_every_argument_of_timms_losses_is_given_by_a_flag(tmp_path):
     for loss in timm.loss.LOSS_TYPES:
         argv = ['--loss', loss]
         if loss in timm.loss.MULTI_LABEL_LOSS_TYPES:
-            argv += ['--task', 'multilabel', '--num-classes', '2']
+            argv += ['--task', 'multilabel', '--dataset', 'hfds/several', '--num-classes', '2']
         if loss == 'db':
             argv += ['--class-stats', str(stats)]
         if loss == 'jsd':
@@ -154,10 +154,10 @@ def test_every_evaluator_of_timm_belongs_to_a_task():
 
 def test_every_metric_of_timm_ranks_checkpoints():
     for task, evaluator in EVALUATORS.items():
+        targets = ['--task', task, '--dataset', 'hfds/some', '--num-classes', '3']
         for metric in evaluator.metric_names:
-            argv = ['--task', task, '--eval-metric', metric, '--num-classes', '3']
-            assert options(*argv).eval_metric == metric
-        assert options('--task', task, '--num-classes', '3').eval_metric == evaluator.default_metric
+            assert options(*targets, '--eval-metric', metric).eval_metric == metric
+        assert options(*targets).eval_metric == evaluator.default_metric
 
 
 # Arguments of timm's factories of data -> flags of another name; None: what it is for is another flag's or the run's

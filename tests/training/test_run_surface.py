@@ -228,7 +228,8 @@ def test_average_in_bfloat16_is_rounded_on_after_a_restart(run_train):
 
 def test_config_takes_values_as_the_command_line_does(tmp_path):
     path = tmp_path / 'run.yaml'
-    path.write_text("task: multilabel\nnum_classes: 3\nloss: asl\nlr: '3e-4'\nsave_epochs: [4, '8']\nstop_epoch: 9\n"
+    path.write_text("task: multilabel\ndataset: hfds/several\nnum_classes: 3\nloss: asl\nlr: '3e-4'\n"
+                    "save_epochs: [4, '8']\nstop_epoch: 9\n"
                     'pretrained_cfg_overlay: {custom_load: true}\npersistent_workers: false\nloss_pos_weight: 2\n')
     args = parse_args(train.build_parser(), ['-c', str(path), '--device', 'cpu', '--data-dir', str(tmp_path)])
     assert (args.lr, args.save_epochs, args.persistent_workers, args.loss_pos_weight) == (3e-4, [4, 8], False, '2')
