@@ -163,13 +163,13 @@ def test_stream_has_no_single_samples():
 @pytest.mark.full
 def test_images_are_those_that_training_sees_with_and_without_the_prefetcher(run_train, monkeypatch):
     seen = {}
-    loss = TrainingSamples._loss
+    loss = TrainingSamples.loss
 
     def look(self, image, label):
         seen.setdefault(self.args.no_prefetcher, []).append((image.clone(), label.clone()))
         return loss(self, image, label)
 
-    monkeypatch.setattr(TrainingSamples, '_loss', look)
+    monkeypatch.setattr(TrainingSamples, 'loss', look)
     for name, extra in (('with', ''), ('without', '--no-prefetcher')):
         done = run_train(f'{FISHER} --sam-ssam-fisher-samples 3 --no-aug --mixup 0.2 --experiment {name} {extra}')
         assert done.code == 0, done.err[-2000:]

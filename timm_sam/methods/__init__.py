@@ -2,12 +2,11 @@
 from collections.abc import Callable, Mapping
 
 from .esam import esam
-from .fisher_mask import ssam_fisher
 from .friendly import friendly
 from .gsam import gsam
 from .late import late
 from .look import looksam
-from .masks import random_mask, ssam_dynamic
+from .masks import random_mask, ssam_dynamic, ssam_fisher
 from .msam import msam
 from .stable import stable
 from .stages import Method

@@ -62,7 +62,7 @@ class TrainingSamples:
         try:
             for k in range(n):
                 image, label = self._batch_of_one(dataset[order[(self.process.rank * n + k) % len(order)]])
-                yield functools.partial(self._loss, image, label)
+                yield functools.partial(self.loss, image, label)
         finally:
             self.module.train(training)
 
@@ -75,7 +75,8 @@ class TrainingSamples:
         image, label = default_collate([sample])
         return image.to(self.process.device), label.to(self.process.device)
 
-    def _loss(self, image: Tensor, label: Tensor) -> Tensor:
+    def loss(self, image: Tensor, label: Tensor) -> Tensor:
+        """The loss of one sample, a batch of one, 0-dim; in evaluation mode where one is too few for a layer."""
         with self.autocast():
             try:
                 output = self.module(image)
