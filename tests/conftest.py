@@ -25,14 +25,14 @@ torch.set_num_threads(1)
 # fixtures of tests that train, evaluate, start processes, or report on many runs
 LARGE = {'image_folder', 'labelled', 'mixed', 'teacher', 'fitted', 'checkpoints', 'scenario', 'four_images', 'small',
          'grid'}
-CASES = 3
+CASES = 1
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks as `full` what `make test-fast` leaves out: whole runs, and of each test all cases but a few.
+    """Marks as `full` what `make test-fast` leaves out: whole runs, and of each test all cases but one.
 
-    Which cases stay is drawn by their names, the same every time. Other tests that take seconds carry the mark
+    Which case stays is drawn by its name, the same every time. Other tests that take seconds carry the mark
     themselves.
     """
     cases = Counter()

@@ -14,6 +14,8 @@ from timm_sam.analyze.released import released
 from timm_sam.analyze.sharpness import Measured, batch_sharpness, noise, summary
 from timm_sam.selection import select_parameters
 
+pytestmark = pytest.mark.full
+
 DOUBLE = torch.float64
 NORMS = ('linf', 'l2')
 

@@ -16,6 +16,8 @@ from timm_sam.evaluation.sets.label_spaces import LabelSpace
 from timm_sam.evaluation.sets.real import relabelled
 from timm_sam.evaluation.sets.suites import open_suite
 
+pytestmark = pytest.mark.full
+
 IMAGES = 12
 # lists of one, several and no labels; 7 is what FIRST says first, 3 is among its first five
 LABELS = [[7], [7, 20], [3], [], [20], [5, 7], [999], [3, 999], [], [0], [7], [20, 30, 40]]

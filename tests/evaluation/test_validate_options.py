@@ -247,6 +247,7 @@ def test_run_is_not_looked_at_if_the_model_is_named(parse, run):
 @pytest.mark.parametrize('text', [
     '', '- 1\n', 'a: [', 'a: !!int x\n', 'a: 2020-99-99\n', 'a: ' + '[' * 5000,
     '!!python/object/apply:os.system ["touch pwned"]\n'])
+@pytest.mark.full
 def test_broken_yaml_of_a_run_is_refused(refuse, run, tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     path = run(text)

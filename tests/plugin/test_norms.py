@@ -203,6 +203,7 @@ def test_public_names():
     assert issubclass(nn.BatchNorm2d, timm_sam.NORM_TYPES)
 
 
+@pytest.mark.full
 def test_import_loads_none_of_the_libraries(tmp_path):
     libraries = ['transformers', 'diffusers', 'apex', 'xformers', 'torch_geometric', 'lightning', 'accelerate', 'peft',
                  'torch.distributed.tensor', 'torch.distributed.fsdp']

@@ -147,6 +147,7 @@ def test_every_normalization_class_of_torch_and_timm_is_a_norm_type():
     assert {cls.__name__ for cls in found if not issubclass(cls, NORM_TYPES)} - others == set()
 
 
+@pytest.mark.full
 def test_names_have_no_prefix_of_compile_or_data_parallel_wrappers():
     model = timm.create_model('test_vit')
     plain = [n for n, _ in select_parameters(model)]

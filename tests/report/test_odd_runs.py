@@ -155,6 +155,7 @@ def test_folder_that_holds_a_pipe_only_is_a_run_that_cannot_be_read(tmp_path):
 ACTING = '=1+1|x\x1b[2J\n# `<b>[a](b)$x^$ \\'
 
 
+@pytest.mark.full
 def test_names_from_folders_and_options_do_nothing(tmp_path, capsys):
     for seed in (0, 1):
         write_run(tmp_path / 'runs' / f'{ACTING} {seed}', seconds=1.0, model=f'm{ACTING}', data_dir=f'd/{ACTING}',

@@ -67,6 +67,7 @@ def several_classes(folder, column='eval_map', **args):
     return folder
 
 
+@pytest.mark.full
 def test_run_with_several_classes_per_image_is_reported_by_its_own_metric(tmp_path, capsys):
     several_classes(tmp_path / 'runs' / 'several')
     several_classes(tmp_path / 'runs' / 'more', **sam(0.1))

@@ -6,6 +6,8 @@ import pytest
 
 from timm_sam.report.statistics import Interval, paired_bootstrap, t_quantile, welch, welch_of_moments
 
+pytestmark = pytest.mark.full
+
 DRAWN = 200  # simulated experiments
 # of 95 % intervals 190 hold the truth on average, give or take 3.1
 HELD = range(180, 199)

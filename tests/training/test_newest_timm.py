@@ -194,6 +194,7 @@ def test_every_format_of_targets_of_timm_is_a_choice_of_its_flag():
 
 
 @pytest.mark.filterwarnings('ignore:It is highly recommended to have .opt_einsum.:UserWarning')  # Kron
+@pytest.mark.full
 def test_every_optimizer_of_timm_is_made_by_its_name():
     model = torch.nn.Linear(4, 4)
     for name in timm.optim.list_optimizers(exclude_filters=('bnb*', 'fused*')):

@@ -253,7 +253,9 @@ def test_sam_trains_with(run_train, options, variant):
     assert done.code == 0, done.err[-2000:]
     for row in done.summary():
         assert finite(row) and row['train_sam_nonfinite'] == '0' and float(row['train_sam_grad_norm']) > 0
-        assert float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=1e-4)
+        # of bfloat16 weights it is that of what they took, each rounded to 8 bits
+        rel = 0.1 if '--model-dtype' in options else 1e-4
+        assert float(row['train_sam_eps_norm']) == pytest.approx(0.05, rel=rel)
         assert float(row['train_sam_loss']) > float(row['train_loss'])
     assert all(torch.isfinite(v).all() for v in done.checkpoint()['state_dict'].values())
 
