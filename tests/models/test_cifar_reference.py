@@ -123,6 +123,7 @@ def test_compiled_network_shares_the_forward_below_the_late_block():
             torch.testing.assert_close(other[n], p, rtol=1e-9, atol=1e-12, msg=n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_updates_of_one_seed_are_equal_to_the_bit(name):
     """One update of each selection, twice."""

@@ -60,6 +60,7 @@ def small(monkeypatch):
         *argv(self, out), '--epochs', '1', '--warmup-epochs', '0', '--val-interval', '1'])
 
 
+@pytest.mark.slow
 def test_run_in_a_warm_process_is_that_of_a_fresh_one(small, tmp_path):
     first, second = digits_table.grid(['vit_tiny'], ['sam'], [3])
     digits_table.digits.export(str(tmp_path / first.data), train_size=40, label_noise=0.2)

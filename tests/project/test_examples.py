@@ -153,7 +153,7 @@ class Job:
         return len(step)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_job_at_its_time_limit_writes_a_checkpoint_goes_back_into_the_queue_and_continues(tmp_path):
     job = Job(tmp_path)
     with job.start() as process:
