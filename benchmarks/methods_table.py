@@ -171,7 +171,8 @@ def draw(found: Sequence[Point], path: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from timm_sam.report.plots import PLAIN, SELECTION_FILL, SELECTION_STYLE, SETTINGS, label
+    from timm_sam.cli.figures import SETTINGS, label
+    from timm_sam.report.plots import PLAIN, SELECTION_FILL, SELECTION_STYLE
 
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9, 6), layout="constrained")

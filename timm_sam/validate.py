@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models import is_model, list_models
 
-from .cli.errors import OptionError, one_line, report
+from .cli.errors import OptionError
 from .cli.escape import setup_logging
 from .cli.parser import OptionParser
-from .cli.processes import end_failed_rank
 from .cli.tasks import EVALUATORS
 from .cli.text import csv_text, say, write_text
 from .evaluation import results, tables
+from .evaluation.command import run
 from .evaluation.options import build_validate_parser, parse_validate_args
 from .evaluation.protocol import evaluate_suites
 from .evaluation.session import Session
@@ -48,27 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, resolved = parse_validate_args(parser, argv)
     setup_logging()
-    session = None
-    try:
-        session = Session.open(args, resolved)
-        (suites if resolved.suites else one_or_bulk)(session)
-    except (OptionError, torch.OutOfMemoryError) as e:
-        message = str(e)
-        if not isinstance(e, OptionError):
-            message = (f"--batch-size {args.batch_size} is too large for the memory of "
-                       f"{session.device if session else args.device} ({one_line(e, 80)}); use a smaller one")
-        report(parser.prog, message)
-        end_failed_rank(2)
-        return 2
-    except BaseException:
-        end_failed_rank(1)
-        raise
-    failed = session.primary and bool(session.non_finite) and not args.allow_nonfinite
-    if failed:
-        report(parser.prog, f"NaN or infinite outputs: {', '.join(session.non_finite)}; give other checkpoints, or "
-                            f"--allow-nonfinite to have exit code 0")
-    session.close()
-    return int(failed)
+    return run(
+        parser.prog, args, resolved, suites if resolved.suites else one_or_bulk,
+        lambda device, words: f"--batch-size {args.batch_size} is too large for the memory of {device} ({words}); use "
+                              f"a smaller one",
+        lambda found: f"NaN or infinite outputs: {found}; give other checkpoints, or --allow-nonfinite to have exit "
+                      f"code 0", args.allow_nonfinite)
 
 
 def suites(session: Session) -> None:

@@ -5,14 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from ..cli.errors import OptionError, one_line, report
+from ..cli.errors import OptionError
 from ..cli.escape import setup_logging
 from ..cli.parser import OptionParser
-from ..cli.processes import end_failed_rank
 from ..cli.text import say, write_text
 from ..evaluation import results, tables
+from ..evaluation.command import run
 from ..evaluation.session import Session
 from ..random_state import RandomState
 from . import options
@@ -32,31 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{name}: {text}" for name, text in options.COMMANDS.items()))
     command = first.parse_args(arguments[:1]).command
     args, resolved = options.parse(command, arguments[1:])
-    prog = f"{options.PROG} {command}"
     setup_logging()
-    session = None
-    try:
-        session = Session.open(args, resolved)
+    remedy = "use a smaller --m" if command == "sharpness" else "use --device cpu"
+
+    def analyze(session: Session) -> None:
         before = RandomState({session.device})
         try:
             {"sharpness": _sharpness, "norms": _norms}[command](session)
         finally:
             before.restore()
-    except (OptionError, torch.OutOfMemoryError) as e:
-        message = str(e) if isinstance(e, OptionError) else (
-            f"the memory of {session.device if session else args.device} is too small ({one_line(e, 80)}); "
-            f"{'use a smaller --m' if command == 'sharpness' else 'use --device cpu'}")
-        report(prog, message)
-        end_failed_rank(2)
-        return 2
-    except BaseException:
-        end_failed_rank(1)
-        raise
-    failed = session.primary and bool(session.non_finite)
-    if failed:
-        report(prog, f"NaN or infinite losses: {', '.join(session.non_finite)}; give other checkpoints")
-    session.close()
-    return int(failed)
+
+    return run(f"{options.PROG} {command}", args, resolved, analyze,
+               lambda device, words: f"the memory of {device} is too small ({words}); {remedy}",
+               lambda found: f"NaN or infinite losses: {found}; give other checkpoints")
 
 
 def _sharpness(session: Session) -> None:

@@ -1,23 +1,19 @@
 """Figures of analyses, drawn with matplotlib (extra ``report``)."""
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..cli.escape import printable
+from ..cli.figures import MARKERS, SETTINGS
+from ..cli.figures import label as shown
 from ..cli.text import sample_std
 from ..evaluation.tables import Measure
 from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX*"
-# Any: in matplotlib's annotations each of its settings is a type of its own
-_SETTINGS: dict[Any, Any] = {"font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
-                             "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], labels: Sequence[str], path: str) -> None:
@@ -34,7 +30,7 @@ def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], label
     """
     rows = {measure.name: measure for measure in measures}
     families = list(dict.fromkeys(measured.family for measured in asked))
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(4 * len(families), 3.5), layout="constrained")
         panels = figure.subplots(1, len(families), squeeze=False)[0]
         for panel, family in zip(panels, families):
@@ -46,7 +42,7 @@ def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], label
                 panel.errorbar(
                     [radius for radius, _ in kept], [statistics.fmean(values) for _, values in kept],
                     [sample_std(values) or 0.0 for _, values in kept], color=_COLORS[i % len(_COLORS)],
-                    marker=_MARKERS[i % len(_MARKERS)], capsize=2, label=printable(label).replace("$", r"\$"))
+                    marker=MARKERS[i % len(MARKERS)], capsize=2, label=shown(label))
             panel.set(xlabel="radius", ylabel="sharpness", title=family)
         panels[0].legend(fontsize=8)
         figure.savefig(path, dpi=130)
@@ -64,7 +60,7 @@ def draw_norms(found: Sequence[Tensors], signed: str, sizes: str) -> None:
         OSError: A file cannot be written.
     """
     for path, kinds, log in ((signed, (NORM_WEIGHT, NORM_BIAS), False), (sizes, KINDS, True)):
-        with matplotlib.rc_context(_SETTINGS):
+        with matplotlib.rc_context(SETTINGS):
             figure = Figure(figsize=(4 * len(kinds), 3.5), layout="constrained")
             for panel, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
                 samples = {label: np.abs(values) if log else values
@@ -75,7 +71,7 @@ def draw_norms(found: Sequence[Tensors], signed: str, sizes: str) -> None:
                 bins = edges(samples)
                 for i, (label, heights) in enumerate(shares(samples, bins).items()):
                     panel.stairs(heights, bins, color=_COLORS[i % len(_COLORS)],
-                                 label=printable(label).replace("$", r"\$"))
+                                 label=shown(label))
                 if log:
                     panel.set_yscale("log")
                 panel.legend(fontsize=8)

@@ -92,7 +92,19 @@ class Sparse:
         pass
 
 
-class Dynamic(Sparse):
+class Kept(Sparse):
+    """A mask that cannot be made again from the seed, so that checkpoints hold it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mask": packed(self.flat()) if self.mask else None, "drawn_for": self.drawn_for}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["mask"] is not None:
+            self.take(unpacked(state["mask"], self.size))
+        self.drawn_for = state["drawn_for"]
+
+
+class Dynamic(Kept):
     """The mask that forgets the elements with the smallest gradients, and tries others.
 
     Args:
@@ -143,13 +155,10 @@ class Dynamic(Sparse):
         self.take(torch.where(usable, changed, mask))
 
     def state_dict(self) -> dict[str, Any]:
-        mask = None if not self.mask else packed(self.flat())
-        return {"mask": mask, "drawn_for": self.drawn_for, "waiting": None if self.at is None else list(self.at)}
+        return {**super().state_dict(), "waiting": None if self.at is None else list(self.at)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["mask"] is not None:
-            self.take(unpacked(state["mask"], self.size))
-        self.drawn_for = state["drawn_for"]
+        super().load_state_dict(state)
         self.at = None if state["waiting"] is None else At(*state["waiting"])
 
 
@@ -214,7 +223,7 @@ def ssam_dynamic(sparsity: float, every: int = 1, drop: float = 0.5, norm: str =
                   mask=Dynamic(sparsity, every, norm, drop, total_epochs), timing=Timing(by_epoch=True))
 
 
-class Fisher(Sparse):
+class Fisher(Kept):
     """The mask of the K elements with the largest sum of squared gradients of single samples.
 
     Args:
@@ -257,14 +266,6 @@ class Fisher(Sparse):
         if several:
             torch.distributed.all_reduce(total)
         return torch.where(torch.isfinite(total), total, torch.zeros_like(total))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mask": packed(self.flat()) if self.mask else None, "drawn_for": self.drawn_for}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["mask"] is not None:
-            self.take(unpacked(state["mask"], self.size))
-        self.drawn_for = state["drawn_for"]
 
 
 def ssam_fisher(sparsity: float, every: int = 1, samples: int = 128, norm: str = "full") -> Method:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from ..cli.escape import printable
+from ..cli.figures import MARKERS, SETTINGS, label
 from .runs import Run
 from .tables import NAMES, Cell, Row, Table
 
@@ -22,11 +22,6 @@ SELECTION_STYLE: dict[str, tuple[str, str, Literal["-", "--", ":"]]] = {
 SELECTION_FILL: dict[str, Literal["full", "none", "left"]] = {"all": "full", "onlynorm": "none", "nonorm": "left"}
 PLAIN = "#555555"
 ROW_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
-ROW_MARKERS = "osD^vPX*"
-# Any: in matplotlib's annotations each of its settings is a type of its own
-SETTINGS: dict[Any, Any] = {
-    "font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
@@ -52,11 +47,6 @@ def draw(kind: str, table: Table, epoch: str, path: str) -> bool:
             return False
         figure.savefig(path, dpi=130)
     return True
-
-
-def label(text: str) -> str:
-    """Text that is shown as it is: between two dollar signs matplotlib reads formulas."""
-    return printable(text).replace("$", r"\$")
 
 
 def panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
@@ -175,7 +165,7 @@ def _over_time(table: Table, epoch: str) -> Figure | None:
     if len(timed) < 2:
         return None
     rows = sorted({cell.row for _, cell in timed if cell.row.variant is not None})
-    styles = {row: (ROW_COLORS[i % len(ROW_COLORS)], ROW_MARKERS[i % len(ROW_MARKERS)]) for i, row in enumerate(rows)}
+    styles = {row: (ROW_COLORS[i % len(ROW_COLORS)], MARKERS[i % len(MARKERS)]) for i, row in enumerate(rows)}
     figure = Figure(figsize=(8.2, 5.0), layout="constrained")
     ax = figure.subplots()
     for time, cell in timed:

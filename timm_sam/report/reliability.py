@@ -6,19 +6,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..cli.figures import MARKERS, SETTINGS, label
 from .evaluations import Joined, Key
-from .plots import (
-    PLAIN,
-    ROW_COLORS,
-    ROW_MARKERS,
-    SELECTION_FILL,
-    SELECTION_STYLE,
-    SETTINGS,
-    columns_of,
-    label,
-    leftmost,
-    panels,
-)
+from .plots import PLAIN, ROW_COLORS, SELECTION_FILL, SELECTION_STYLE, columns_of, leftmost, panels
 from .tables import Cell, Table
 
 _MOST_PANELS = 9
@@ -85,7 +75,7 @@ def _style(cell: Cell, rows: Sequence[Any]) -> dict[str, Any]:
     if cell.row.variant is None:
         return dict(color=PLAIN, marker="*", linestyle="-.")
     place = rows.index(cell.row)
-    return dict(color=ROW_COLORS[place % len(ROW_COLORS)], marker=ROW_MARKERS[place % len(ROW_MARKERS)],
+    return dict(color=ROW_COLORS[place % len(ROW_COLORS)], marker=MARKERS[place % len(MARKERS)],
                 linestyle=SELECTION_STYLE[str(cell.selection)][2], fillstyle=SELECTION_FILL[str(cell.selection)],
                 markerfacecoloralt="white")
 
