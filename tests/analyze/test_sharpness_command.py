@@ -14,7 +14,7 @@ from support.processes import RANKS, run_in_turn
 from support.running import in_process
 from support.validating import BASE
 
-import timm_sam.analyze.protocol
+import timm_sam.analyze.sharpness_rows
 from timm_sam.analyze import __main__ as analyze
 from timm_sam.evaluation.sets.images import class_balanced_subset, shuffled
 
@@ -94,8 +94,8 @@ def test_interrupted_analysis_goes_on_and_gives_the_same_files(alone, fitted, se
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 2 * 4 * 4
     journal.write_text(''.join(lines[:21]) + lines[21][:30])
-    calls, measure = [], timm_sam.analyze.protocol.batch_sharpness
-    monkeypatch.setattr(timm_sam.analyze.protocol, 'batch_sharpness',
+    calls, measure = [], timm_sam.analyze.sharpness_rows.batch_sharpness
+    monkeypatch.setattr(timm_sam.analyze.sharpness_rows, 'batch_sharpness',
                         lambda *a, **k: calls.append(len(a[2])) or measure(*a, **k))
     done = run_analyze(tmp_path, f'{base(fitted)} --checkpoint {" ".join(seeds)} --skip-existing')
     assert done.code == 0, done.err
@@ -119,6 +119,17 @@ def test_existing_results_are_not_replaced(alone, fitted):
     one_line(done, 'sharpness.md exists; add --skip-existing')
 
 
+@pytest.mark.parametrize('fewer, lost', [
+    ('', 'holds {second} (SHA-256 '),
+    ('{second} --measure worst-linf=0.003', 'holds step-linf 0.003 of train, ...'),
+])
+def test_going_on_does_not_replace_a_larger_table(alone, fitted, seeds, fewer, lost):
+    before = (alone.folder / 'out/sharpness.json').read_bytes()
+    command = f'{base(fitted)} --skip-existing --checkpoint {fitted.checkpoint} {fewer.format(second=seeds[1])}'
+    one_line(run_analyze(alone.folder, command), lost.format(second=seeds[1]))
+    assert (alone.folder / 'out/sharpness.json').read_bytes() == before
+
+
 def one_line(done, words):
     assert done.code == 2, done.err[-3000:]
     assert done.out == ''
@@ -136,7 +147,7 @@ def one_line(done, words):
     ('--num-images 20', '--num-images 20 is no multiple of --m 6: use 18'),
     ('--num-images 600', '--num-images 600: train has 60 images'),
     ('--num-images 0', '--num-images'),
-    ('-b 7', '--batch-size 7: batches of sharpness are --m images'),
+    ('-b 7', '--batch-size 7: batches of this analysis are --m images'),
     ('--measure worst-l3=1', "got 'worst-l3=1'"),
     ('--measure worst-l2=1,-1', "radius '-1' of"),
     ('--measure worst-l2-row=1', "got 'worst-l2-row=1'"),

@@ -12,11 +12,14 @@ from ..cli.text import say, write_text
 from ..evaluation import results, tables
 from ..evaluation.command import run
 from ..evaluation.session import Session
+from ..evaluation.subject import Subject
+from ..evaluation.tables import Measure
 from ..random_state import RandomState
 from . import options
 from .inputs import prepare
 from .norms import collect, norms_csv, norms_json, norms_markdown, summaries, tensors_csv
-from .protocol import analyze_sharpness
+from .protocol import Analysis, Opened, analyze
+from .sharpness_rows import Sharpness
 
 _logger = logging.getLogger(__name__)
 
@@ -27,39 +30,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = OptionParser(prog=options.PROG, description="What trained weights are like. --help after a name says more.")
     first.add_argument("command", choices=options.COMMANDS, help="; ".join(
-        f"{name}: {text}" for name, text in options.COMMANDS.items()))
+        f"{name}: {command.help}" for name, command in options.COMMANDS.items()))
     command = first.parse_args(arguments[:1]).command
     args, resolved = options.parse(command, arguments[1:])
     setup_logging()
-    remedy = "use a smaller --m" if command == "sharpness" else "use --device cpu"
 
     def analyze(session: Session) -> None:
         before = RandomState({session.device})
         try:
-            {"sharpness": _sharpness, "norms": _norms}[command](session)
+            _RUN[command](session)
         finally:
             before.restore()
 
     return run(f"{options.PROG} {command}", args, resolved, analyze,
-               lambda device, words: f"the memory of {device} is too small ({words}); {remedy}",
+               lambda device, words: f"the memory of {device} is too small ({words}); "
+                                      f"{options.COMMANDS[command].remedy}",
                lambda found: f"NaN or infinite losses: {found}; give other checkpoints")
 
 
-def _sharpness(session: Session) -> None:
-    """The table on stdout, and all files in ``--out``."""
+def _table(session: Session, name: str, build: Callable[[Opened, Subject], Analysis],
+           draw: Callable[[Any, list[Measure], dict[str, Any], str], None]) -> None:
+    """The table on stdout, and all files in ``--out``.
+
+    Args:
+        session: The options, and what is open.
+        name: Of the analysis, and of its files.
+        build: Makes the analysis, see :func:`analyze`.
+        draw: Draws the figure: the module ``plots``, the rows, the protocol, the file.
+    """
     args = session.args
-    beside = os.path.join(args.out, "sharpness")
+    beside = os.path.join(args.out, name)
     files, picture = results.result_files(beside, None), f"{beside}.png"
-    measures, names, protocol = analyze_sharpness(session, files, [picture])
+    measures, names, protocol = analyze(session, name, build, files, [picture])
     if not session.primary:
         return
     try:
         say(tables.as_text(measures, names))
     finally:  # where nobody listens, the files are still wanted
         results.write(files, measures, names, protocol, f"--out {args.out}")
-    _draw(args.out, [picture], lambda plots: plots.draw_sharpness(
-        measures, args.measure, protocol["labels"], picture))
+    _draw(args.out, [picture], lambda plots: draw(plots, measures, protocol, picture))
     _logger.info(f"Wrote {', '.join(files.values())}")
+
+
+def _sharpness(session: Session) -> None:
+    _table(session, "sharpness", Sharpness, lambda plots, measures, protocol, path: plots.draw_sharpness(
+        measures, session.args.measure, protocol["labels"], path))
 
 
 def _norms(session: Session) -> None:
@@ -97,6 +112,8 @@ def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> None:
             f"--out {out}: no figure can be written ({e.strerror}); make room, or name another folder") from None
     _logger.info(f"Wrote {', '.join(paths)}")
 
+
+_RUN: dict[str, Callable[[Session], None]] = {"sharpness": _sharpness, "norms": _norms}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,22 @@
-"""What every analysis looks at before it begins: its folder, and the weights."""
+"""What analyses look at before they begin: their folder, the weights, which of them move, which images are taken."""
 import argparse
+import hashlib
+import logging
 import os
 from collections.abc import Sequence
 
-from ..cli.errors import OptionError
+from torch import nn
+
+from ..cli.errors import OptionError, one_line
 from ..evaluation import results
+from ..evaluation.ranks import batches_of
+from ..evaluation.sets.images import class_balanced_subset, shuffled
+from ..evaluation.sets.suites import Suite
 from ..evaluation.subject import Subject
+from ..selection import select_parameters
+
+_logger = logging.getLogger(__name__)
+IMAGES = 2048  # of which sharpness is taken, as in the SAM-ON paper
 
 
 def prepare(args: argparse.Namespace, files: Sequence[str]) -> None:
@@ -46,3 +57,38 @@ def labels_of(args: argparse.Namespace, names: Sequence[str]) -> Sequence[str]:
         raise OptionError(
             f"--labels: {len(args.labels)} names for {len(names)} different checkpoints; give one for each")
     return args.labels or names
+
+
+def selected(args: argparse.Namespace, subject: Subject, params: str) -> dict[str, nn.Parameter]:
+    """The parameters that move, by name: a selection of training, of which ``args.filter`` may keep a part.
+
+    Raises:
+        OptionError: None does.
+    """
+    try:
+        return dict(select_parameters(subject.model, params, args.filter))
+    except ValueError as e:
+        words = f"--params {params}" + ("" if args.filter is None else f" --filter {args.filter}")
+        raise OptionError(f"{words}: {one_line(e)}") from None
+
+
+def chosen_batches(args: argparse.Namespace, suite: Suite, verbose: bool) -> list[list[int]]:
+    """``args.num_images`` images, class-balanced and shuffled, in batches of ``args.m``; as positions in the samples.
+
+    Raises:
+        OptionError: There are not so many.
+    """
+    n, there = args.num_images, len(suite.samples)
+    if n is None:
+        n = min(IMAGES, there) // args.m * args.m
+        if n == 0:
+            raise OptionError(f"--m {args.m}: {suite.name} has {there} images; use 1 to {there}")
+        if n != IMAGES and verbose:
+            _logger.info(f"{n} images of {suite.name}: all full batches of --m {args.m}, at most {IMAGES} images")
+    chosen = class_balanced_subset(suite, n, args.seed, "--num-images")
+    return batches_of(shuffled(suite, chosen, args.seed), args.m)
+
+
+def batches_sha256(batches: Sequence[Sequence[int]]) -> str:
+    """A name of the choice and order of images."""
+    return hashlib.sha256(repr(batches).encode()).hexdigest()

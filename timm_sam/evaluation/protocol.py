@@ -1,7 +1,7 @@
 """Suites of data sets and attacks on one or many checkpoints, in one process or one group of ranks."""
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ def evaluate_suites(session: Session, files: Mapping[str, str]) -> tuple[list[Me
             attacked = AttackedSet.of_options(args, suites, subject.num_classes)
             if args.skip_existing:
                 rows = _rows(session, suites, attacked, subject.num_classes)
-                ranks.each(partial(_check_kept, session, files, checkpoints, subject, rows))
+                ranks.each(partial(session.check_kept, files, checkpoints, subject, rows))
             journal.begin(ranks, args.skip_existing)  # the options are in order: from here on files change
         measures: list[Measure] = []
         for suite in suites:
@@ -89,12 +89,6 @@ def _beside(session: Session) -> str:
     """What names of files beside the results begin with."""
     path: str = session.args.results_file
     return path if session.resolved.format_given else os.path.splitext(path)[0]
-
-
-def _check_kept(session: Session, files: Mapping[str, str], checkpoints: Sequence[str | None], subject: Subject,
-                rows: set[tuple[str, str]]) -> None:
-    sha256s = {subject.sha256, *(session.hashes.of_file(path) for path in checkpoints if path is not None)}
-    results.check_kept(files, [path or session.args.model for path in checkpoints], sha256s, rows)
 
 
 def _rows(session: Session, suites: list[Suite], attacked: AttackedSet | None,

@@ -55,7 +55,7 @@ def refuse_existing(files: Sequence[str], origin: str) -> None:
 
 
 def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collection[str | None],
-               rows: Collection[tuple[str, str]], origin: str = "--skip-existing") -> None:
+               rows: Collection[tuple[str, str]], command: str = "validate.py", out: str = "--results-file") -> None:
     """Looks whether a new table holds what an existing one does: its JSON, else its CSV; Markdown is not read.
 
     Args:
@@ -63,7 +63,8 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
         paths: Of the new table's checkpoints; a CSV file's columns are named by parts of them.
         sha256s: Of the same files.
         rows: Its pairs (data set, measure).
-        origin: The flag that asks for going on with the table.
+        command: Whose table it is.
+        out: The flag that names it.
 
     Raises:
         OptionError: It lacks something, or the existing table cannot be read.
@@ -86,14 +87,13 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
                 lost = [name for name in map(csv_plain, head[4:-3])
                         if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
     except (OSError, ValueError, LookupError, TypeError):
-        raise OptionError(
-            f"{origin}: {files[kind]} is no table of validate.py; name another --results-file, or use "
-            f"--overwrite") from None
+        raise OptionError(f"--skip-existing: {files[kind]} is no table of {command}; name another {out}, or use "
+                          f"--overwrite") from None
     lost += [f"{measure} of {dataset}" for dataset, measure in old if (dataset, measure) not in rows]
     if lost:
         raise OptionError(
-            f"{origin}: {files[kind]} holds {lost[0]}{', ...' if len(lost) > 1 else ''}, which is not "
-            f"evaluated now and would be lost; ask for it too, name another --results-file, or use --overwrite")
+            f"--skip-existing: {files[kind]} holds {lost[0]}{', ...' if len(lost) > 1 else ''}, which is not "
+            f"evaluated now and would be lost; ask for it too, name another {out}, or use --overwrite")
 
 
 def _in_csv(text: str) -> str:

@@ -1,7 +1,7 @@
 """What every evaluation opens: processes and device, checkpoints, models, data sets."""
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from ..cli.device import Process, set_up
 from ..cli.errors import OptionError
 from ..cli.image_folders import read_class_map, split_root
 from ..cli.processes import leave_process_group
+from . import results
 from .options import Resolved
 from .ranks import Ranks
 from .sets import corruptions
@@ -123,6 +124,23 @@ class Session:
         suites = self.ranks.each(lambda: _open(self.args, outputs, self.primary))
         check_same(suites, self.ranks)
         return suites
+
+    def check_kept(self, files: Mapping[str, str], checkpoints: Sequence[str | None], subject: Subject,
+                   rows: Collection[tuple[str, str]], **whose: str) -> None:
+        """Looks whether a new table of some checkpoints holds what an existing one does.
+
+        Args:
+            files: Format -> file.
+            checkpoints: All of them.
+            subject: The first.
+            rows: Pairs (data set, measure) of the new table.
+            whose: ``command`` and ``out`` of :func:`~timm_sam.evaluation.results.check_kept`.
+
+        Raises:
+            OptionError: It lacks something, or the existing table cannot be read.
+        """
+        sha256s = {subject.sha256, *(self.hashes.of_file(path) for path in checkpoints if path is not None)}
+        results.check_kept(files, [path or self.args.model for path in checkpoints], sha256s, rows, **whose)
 
 
 def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
