@@ -9,7 +9,7 @@ from support.processes import RANKS, run, torchrun
 from timm_sam.cli.processes import stay_on_machine
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_ranks_of_one_machine_listen_on_loopback_only(tmp_path):
     done = run(torchrun('-m', 'support.listening', tmp_path), tmp_path)
     assert done.code == 0, done.err[-3000:]

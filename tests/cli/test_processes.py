@@ -37,8 +37,8 @@ sys.exit({script}.main({arguments}))
 
 @pytest.mark.parametrize('script, function, rank, error, code', [
     ('train', 'fit', 1, 'RuntimeError("out of order")', 1),
-    ('validate', 'one_or_bulk', 0, 'RuntimeError("out of order")', 1),
-    ('train', 'fit', 1, 'OptionError("--flag out of order")', 2)])
+    pytest.param('validate', 'one_or_bulk', 0, 'RuntimeError("out of order")', 1, marks=pytest.mark.slow),
+    pytest.param('train', 'fit', 1, 'OptionError("--flag out of order")', 2, marks=pytest.mark.slow)])
 def test_failing_rank_says_why_and_ends_without_waiting_for_the_others(
         script, function, rank, error, code, base, image_folder, tmp_path):
     arguments = base.split() if script == 'train' else [

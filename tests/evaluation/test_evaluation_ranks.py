@@ -177,7 +177,7 @@ def ends_with_one_line(done, words):
     assert 'exitcode  : 2' in done.err and 'exitcode  : 1' not in done.err
 
 
-@pytest.mark.parametrize('mode', ['single', 'suites'])
+@pytest.mark.parametrize('mode', [pytest.param('single', marks=pytest.mark.slow), 'suites'])
 def test_unreadable_image_of_the_second_rank_is_one_line_and_code_2(fitted, tmp_path, mode):
     data = tmp_path / 'data'
     shutil.copytree(fitted.data, data)
@@ -208,7 +208,7 @@ sys.exit(validate.main(sys.argv[1:]))
 
 @pytest.mark.parametrize('function, error, words', [
     ('build_subject', 'torch.OutOfMemoryError("CUDA out of memory")', '--batch-size 5 is too large'),
-    ('open_suites', 'OptionError("mine")', 'error: mine')])
+    pytest.param('open_suites', 'OptionError("mine")', 'error: mine', marks=pytest.mark.slow)])
 def test_mistake_that_only_the_second_rank_meets_is_printed(fitted, tmp_path, function, error, words):
     (tmp_path / 'run.py').write_text(FAILS.format(function=function, error=error))
     ends_with_one_line(run(torchrun(
@@ -249,6 +249,7 @@ sys.exit(validate.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_second_rank_with_one_file_less_ends_the_evaluation(fitted, tmp_path):
     (tmp_path / 'run.py').write_text(SEES)
     ends_with_one_line(run(torchrun(

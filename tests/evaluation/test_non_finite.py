@@ -112,6 +112,7 @@ def test_attack_leaves_it_out_too(checkpoints, fitted):
         assert row['n'] == 2 and row['mean'] == pytest.approx((row['values'][0] + row['values'][2]) / 2)
 
 
+@pytest.mark.slow
 def test_two_processes_write_all_and_one_fails(checkpoints, fitted):
     command = f'{BASE} --data-dir {fitted.data} --checkpoint nan.pth --results-file r.json --results-format json'
     done = run_command(torchrun(ROOT / 'validate.py', *command.split()), checkpoints)

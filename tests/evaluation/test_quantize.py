@@ -125,7 +125,7 @@ def test_bits_that_cannot_be_are_one_line(fitted, tmp_path, options, words):
     assert done.code == 2 and words in done.last_line
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one_byte_for_byte(evaluated, command, tmp_path):
     run_in_turn('support.evaluations', {'two': f'{command} {BITS}'}, tmp_path)
     assert json.loads((tmp_path / 'two.0.log').read_text())[0] == 0

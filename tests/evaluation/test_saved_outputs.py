@@ -128,7 +128,7 @@ def test_file_of_another_kind_is_said_to_be_one(keeper, tmp_path, made):
         read(str(path))
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_three_processes_write_the_files_of_one_byte_for_byte(command, saved, tmp_path):
     run_in_turn('support.evaluations', {'three': command}, tmp_path, ranks=3)
     assert json.loads((tmp_path / 'three.0.log').read_text())[0] == 0

@@ -47,7 +47,7 @@ def test_losses_of_samples_are_those_of_batches_of_one_and_their_mean_the_loss(s
 @pytest.mark.full
 @pytest.mark.parametrize('options', [
     '--sam-m 4', '--grad-accum-steps 2', '--mixup 0.2 --smoothing 0.1', '--loss bce', '--amp --amp-dtype bfloat16',
-    '--no-prefetcher --channels-last --sam-params all', AOT])
+    '--no-prefetcher --channels-last --sam-params all', pytest.param(AOT, marks=pytest.mark.slow)])
 def test_esam_trains_with(run_train, options):
     done = run_train(f'{ESAM} --epochs 1 {options}')
     assert done.code == 0, done.err[-2000:]

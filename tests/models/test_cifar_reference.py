@@ -13,6 +13,7 @@ from timm_sam import SAM, compile_split, select_parameters
 from timm_sam.models import cifar
 
 pytestmark = pytest.mark.full
+LARGE = ('cifar_wrn28_10', 'cifar_resnet101', 'cifar_vgg19_bn')
 CHECKPOINTED = [name for name in NETWORKS if 'vgg' not in name]  # timm's VGG has no checkpoints
 
 
@@ -101,6 +102,7 @@ def test_late_blocks_are_chosen_by_the_names_of_the_stages(name, filter, count):
     assert (len(found), sum(p.numel() for _, p in found)) == count
 
 
+@pytest.mark.slow
 def test_compiled_network_shares_the_forward_below_the_late_block():
     """With the weights of two forwards of the network that is not compiled."""
     x, y = images(2, size=8).double(), torch.tensor([0, 1])
@@ -124,7 +126,8 @@ def test_compiled_network_shares_the_forward_below_the_late_block():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NETWORKS])
 def test_updates_of_one_seed_are_equal_to_the_bit(name):
     """One update of each selection, twice."""
     x = images(2, size=32 if 'vgg' in name else 8)

@@ -249,7 +249,7 @@ whole_graphs = pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets
 
 
 @pytest.mark.full
-@pytest.mark.parametrize('every', [1, 2])
+@pytest.mark.parametrize('every', [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize('way, filter', [
     pytest.param('whole', None, marks=[whole_graphs, pytest.mark.slow]),
     pytest.param('whole', r'blocks\.[45]', marks=whole_graphs),

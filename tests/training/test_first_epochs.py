@@ -21,7 +21,7 @@ def state(folder):
 
 
 @pytest.mark.parametrize('workers, ranks, options, places', [
-    (2, 1, '--val-interval 2', FEW), (1, RANKS, '', [(0, 3)]),
+    (2, 1, '--val-interval 2', FEW), pytest.param(1, RANKS, '', [(0, 3)], marks=slow),
     *(pytest.param(workers, ranks, options, MANY, marks=slow) for workers, ranks, options in (
         (0, 1, ''), (1, 1, ''), (2, 1, ''), (1, 1, '--no-prefetcher --mixup 0.2'),
         (0, RANKS, ''), (1, RANKS, ''), (2, RANKS, '--val-interval 2')))])

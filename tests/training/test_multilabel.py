@@ -1,4 +1,5 @@
 """Targets with several classes: metrics as scikit-learn defines them, on one to three ranks, with SAM, EMA, resume."""
+import functools
 import json
 import shlex
 
@@ -137,7 +138,7 @@ ONE_CLASS = ('--device cpu --data-dir {images} --num-classes 4 --model test_vit 
 
 @pytest.fixture(scope='module')
 def on_ranks(command, tmp_path_factory):
-    """Number of ranks -> the folder in which they have run train.py; the weights hardly move where lr is 1e-30."""
+    """Number of ranks -> the folder in which they run train.py, once; the weights hardly move where lr is 1e-30."""
     images = write_image_folder(tmp_path_factory.mktemp('images'), splits={'train': 6, 'validation': 1})
     more = tmp_path_factory.mktemp('more')
     write_image_folder(more, splits={'validation': 3}, seed=1)
@@ -145,37 +146,42 @@ def on_ranks(command, tmp_path_factory):
         (more / 'validation' / 'red' / f'{i}.png').rename(images / 'validation' / 'red' / f'more{i}.png')
     commands = {name: f'{command} {options} --experiment {name}' for name, options in RUNS.items()}
     commands['one_class'] = ONE_CLASS.format(images=images)
-    folders = {}
-    for ranks in (1, 2, 3):
-        folders[ranks] = tmp_path_factory.mktemp(f'ranks{ranks}')
-        run_in_turn('support.multilabel', commands, folders[ranks], ranks)
-    return folders
+
+    @functools.cache
+    def folder(ranks):
+        made = tmp_path_factory.mktemp(f'ranks{ranks}')
+        run_in_turn('support.multilabel', commands, made, ranks)
+        return made
+    return folder
+
+
+RANKS = pytest.mark.parametrize('ranks', [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
 @pytest.mark.parametrize('name, columns', [('several', METRICS), ('one_class', ('loss', 'top1', 'top5'))])
-@pytest.mark.parametrize('ranks', [2, 3])
+@RANKS
 def test_ranks_give_the_metrics_of_one_process(on_ranks, ranks, name, columns):
-    one, more = (summary(on_ranks[n] / 'out' / name)[0] for n in (1, ranks))
+    one, more = (summary(on_ranks(n) / 'out' / name)[0] for n in (1, ranks))
     for column in columns:
         assert float(more[f'eval_{column}']) == pytest.approx(float(one[f'eval_{column}']), rel=1e-5)
 
 
 def test_metrics_on_ranks_would_differ_if_samples_counted_twice(on_ranks, labelled):
     """What two ranks add to seven images is the first one: the metrics tell that it is not among them."""
-    outputs = logits(on_ranks[2] / 'out' / 'sam', 'last.pth.tar', labelled, 'state_dict_ema')
+    outputs = logits(on_ranks(2) / 'out' / 'sam', 'last.pth.tar', labelled, 'state_dict_ema')
     targets = multi_hot(labelled, 'validation')
-    row = metrics(summary(on_ranks[2] / 'out' / 'sam')[-1])
+    row = metrics(summary(on_ranks(2) / 'out' / 'sam')[-1])
     padded = by_definition(torch.cat([outputs, outputs[:1]]), np.concatenate([targets, targets[:1]]))
     assert row == pytest.approx(by_definition(outputs, targets), rel=1e-4)
     assert row['loss'] != pytest.approx(padded['loss'], rel=1e-3)
 
 
-@pytest.mark.parametrize('ranks', [2, 3])
+@RANKS
 def test_sam_on_ranks_leaves_the_same_weights_on_all(on_ranks, ranks):
-    states = [torch.load(on_ranks[ranks] / f'sam-rank{i}.pt') for i in range(ranks)]
+    states = [torch.load(on_ranks(ranks) / f'sam-rank{i}.pt') for i in range(ranks)]
     for state in states[1:]:
         assert_identical(state['weights'], states[0]['weights'])
         assert differences(state['optimizer'], states[0]['optimizer']) == []
     assert len({state['stats']['grad_norm'].item() for state in states}) == ranks  # of its own images
-    for row in summary(on_ranks[ranks] / 'out' / 'sam'):
+    for row in summary(on_ranks(ranks) / 'out' / 'sam'):
         assert float(row['train_sam_eps_norm']) > 0 and float(row['train_sam_loss']) > float(row['train_loss'])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.places import ROOT, TESTS
 from support.processes import Process, python, run, torchrun
-from support.running import in_process
+from support.running import in_process, quiet_about_timm
 from support.states import differences, summary
 
 from timm_sam import train
@@ -42,15 +42,17 @@ class Runs:
             *command, ranks=ranks, options=['--standalone', *launcher]), self.folder)
 
     def run(self, options: str, ranks: int = 1) -> str:
+        """Runs in a process of its own, or of their own."""
         with self.start(options, ranks) as process:
             done = process.wait()
         assert done.code == 0, done.err[-3000:]
         return done.err
 
-    def refused(self, options: str) -> str:
-        """Runs in process; returns what is printed to stderr."""
-        done = in_process(train.main, self.command(options), self.folder)
-        assert done.code == 2, done.err[-3000:]
+    def here(self, options: str, code: int = 0) -> str:
+        """Runs in this process; returns what is printed to stderr."""
+        with quiet_about_timm():
+            done = in_process(train.main, self.command(options), self.folder)
+        assert done.code == code, done.err[-3000:]
         return done.err
 
     def state(self, name: str) -> dict:
@@ -103,19 +105,19 @@ def test_sigterm_finishes_the_update_and_the_resumed_run_is_the_one_that_was_not
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing_and_then_goes_on(runs):
-    assert 'starting anew' in runs.run(f'{SAM} --epochs 2 --experiment auto --resume auto --sched step')
-    out = runs.run(f'{SAM} --epochs 4 --experiment auto --resume auto --sched step')
+    assert 'starting anew' in runs.here(f'{SAM} --epochs 2 --experiment auto --resume auto --sched step')
+    out = runs.here(f'{SAM} --epochs 4 --experiment auto --resume auto --sched step')
     assert 'last.pth.tar' in out and 'Train: 1 [' not in out
     assert runs.epochs('auto') == ['0', '1', '2', '3']
 
 
 def test_torn_checkpoint_is_skipped_with_a_warning(runs):
-    runs.run(f'{SAM} --epochs 2 --experiment torn')
+    runs.here(f'{SAM} --epochs 2 --experiment torn')
     folder = runs.folder / 'out' / 'torn'
     whole = (folder / 'last.pth.tar').read_bytes()
     (folder / 'last.pth.tar').unlink()  # a hard link of checkpoint-1
     (folder / 'last.pth.tar').write_bytes(whole[:len(whole) // 2])
-    out = runs.run(f'{SAM} --epochs 3 --experiment torn --resume auto')
+    out = runs.here(f'{SAM} --epochs 3 --experiment torn --resume auto')
     assert 'last.pth.tar is not a whole checkpoint' in out
     resumed = out.split('--resume auto: ')[1].splitlines()[0]
     assert resumed in ('out/torn/checkpoint-1.pth.tar', 'out/torn/model_best.pth.tar')  # links to one file
@@ -123,7 +125,7 @@ def test_torn_checkpoint_is_skipped_with_a_warning(runs):
 
 
 def test_resume_auto_without_experiment_is_refused(runs):
-    assert '--resume auto needs --experiment' in runs.refused(f'{SAM} --resume auto')
+    assert '--resume auto needs --experiment' in runs.here(f'{SAM} --resume auto', code=2)
 
 
 @pytest.mark.parametrize('who', ['torchrun', pytest.param('rank 1', marks=pytest.mark.slow)])
@@ -145,6 +147,7 @@ def assert_goes_on_within_epoch_1(out: str) -> None:
     assert 'Train: 1 [' in out and 'Train: 0 [' not in out and 'Train: 1 [   0/' not in out
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch(runs, whole_of_two):
     with runs.start(f'{TWO} --experiment restarts --resume auto', 2, ('--max-restarts', '1')) as process:
         process.wait_for('Train: 1 [   0/10')
@@ -162,17 +165,17 @@ def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch
 def test_resume_auto_does_not_go_on_with_another_run(runs, options, words):
     folder = runs.folder / 'out' / 'whole'
     before = (folder / 'args.yaml').read_bytes()
-    out = runs.refused(f'--sam-variant sam {options} --epochs 4 --experiment whole --resume auto')
+    out = runs.here(f'--sam-variant sam {options} --epochs 4 --experiment whole --resume auto', code=2)
     last = out.rstrip().splitlines()[-1]
     assert all(word in last for word in ['--resume auto', 'another', '--experiment', *words]) and 'Traceback' not in out
     assert (folder / 'args.yaml').read_bytes() == before
 
 
 def test_options_of_a_run_that_goes_on_with_others_are_kept(runs):
-    runs.run(f'{SAM} --epochs 1 --experiment changed')
+    runs.here(f'{SAM} --epochs 1 --experiment changed')
     folder = runs.folder / 'out' / 'changed'
     before = (folder / 'args.yaml').read_bytes()
-    out = runs.run(f'--sam-variant sam --sam-rho 0.1 --epochs 2 --experiment changed --resume {folder}/last.pth.tar')
+    out = runs.here(f'--sam-variant sam --sam-rho 0.1 --epochs 2 --experiment changed --resume {folder}/last.pth.tar')
     assert 'other options than before: epochs, sam_rho' in out
     assert (folder / 'args-before-epoch-1.yaml').read_bytes() == before
     assert read_run(str(folder)).status == MIXED

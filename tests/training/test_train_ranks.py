@@ -152,6 +152,7 @@ def test_average_of_the_weights_is_kept_on_two_ranks(trainings):
     assert different(parameters_only(average), parameters_only(final)) == list(parameters_only(average))
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_weights_of_one_node_with_two_processes(trainings, base, tmp_path):
     """Two agents of one process each, as on two machines: about 8 s."""
     (port,) = free_ports(1)
