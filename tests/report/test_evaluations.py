@@ -1,64 +1,12 @@
 """Evaluations joined with runs: by hash, in the paper's layouts; differences from a baseline; what is left over."""
-import hashlib
 import json
 import os
 
 import numpy as np
 import pytest
-from support.reports import rows, sam, write_run
+from support.reports import ROWS, checkpoint, rows, sam, sha256, write_results, write_run
 
-from timm_sam.evaluation.calibration import calibration
 from timm_sam.report import __main__ as command
-
-ROWS = {  # group, data set, measure, unit -> what plain has, and what each step towards SAM adds
-    ('ID', 'imagenet', 'top1', '%'): (70.0, 2.0), ('ID', 'imagenet', 'top5', '%'): (90.0, 1.0),
-    ('OOD', 'imagenet-r', 'top1', '%'): (25.0, 0.0), ('adversarial', 'imagenet', 'clean', '%'): (71.0, 2.0),
-    ('adversarial', 'imagenet', 'l2 0.25', '%'): (20.0, 9.0),
-    ('adversarial', 'imagenet', 'linf 0.5/255', '%'): (15.0, 7.0),
-    ('calibration', 'imagenet', 'ece_mass', '%'): (5.0, -1.0), ('calibration', 'imagenet', 'nll', 'nats'): (1.5, -0.1),
-}
-IMAGES = 400
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_results(path, checkpoints, steps, outputs=False, **changes):
-    """A file as validate.py writes it: ``steps`` says how far each of the checkpoints is from plain."""
-    results = []
-    generator = np.random.default_rng(0)
-    for (group, dataset, measure, unit), (value, step) in ROWS.items():
-        values = [value + step * s + 0.1 * i for i, s in enumerate(steps)]
-        row = dict(group=group, dataset=dataset, measure=measure, unit=unit, images=IMAGES, values=values,
-                   **{'non_finite': [0] * len(values), **changes})
-        if measure == 'ece_mass':
-            images = np.stack([generator.random((IMAGES, len(steps))), generator.random((IMAGES, len(steps))) > 0.5],
-                              axis=-1)
-            row['details'] = [calibration(np.concatenate([images[:, i], np.zeros((IMAGES, 2))], axis=1))['bins']['mass']
-                              for i in range(len(steps))]
-        if outputs and measure == 'top1' and group == 'ID':
-            row['details'] = [write_outputs(path.parent / f'{path.stem}.outputs' / f'{i}.npz', v / 100)
-                              for i, v in enumerate(values)]
-        results.append(row)
-    protocol = dict(checkpoints=[dict(path=str(c), sha256=sha256(c)) for c in checkpoints],
-                    datasets=[dict(name=name, folder=f'/data/{name}') for name in ('imagenet', 'imagenet-r')])
-    path.write_text(json.dumps(dict(checkpoints=[str(c) for c in checkpoints], results=results, protocol=protocol)))
-    return path
-
-
-def write_outputs(path, share, order=1):
-    """Outputs of which this share is right, always the first images; names in either order."""
-    path.parent.mkdir(exist_ok=True)
-    right = np.arange(IMAGES) < round(share * IMAGES)
-    np.savez(path, names=np.array([f'a/{i:04d}.png' for i in range(IMAGES)])[::order], right=right[::order])
-    return f'{path.parent.name}/{path.name}'
-
-
-def checkpoint(run, name='last.pth.tar', content=None):
-    path = run / name
-    path.write_bytes(str(content or path).encode())
-    return path
 
 
 @pytest.fixture

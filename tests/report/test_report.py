@@ -5,7 +5,6 @@ from support.reports import rows, sam, write_run
 from support.running import working_directory
 
 from timm_sam.report import __main__ as command
-from timm_sam.report.markdown import MARK
 from timm_sam.report.runs import (
     find_runs,
     read_run,
@@ -26,7 +25,7 @@ def test_report_of_the_grid(grid, capsys):
     assert command.main([str(grid / 'runs'), '--out', str(grid / 'out'), '--no-plots']) == 0
     shown = capsys.readouterr()
     text = (grid / 'out' / 'report.md').read_text()
-    assert text.startswith(MARK) and text.removeprefix(MARK).strip() in shown.out and shown.err == ''
+    assert text.startswith(command.MARK) and text.removeprefix(command.MARK).strip() in shown.out and shown.err == ''
     assert '18 runs: 16 finished, 1 stopped, 1 unreadable.' in text
     assert '| variant | all | onlynorm |' in text
     assert '| plain (sgd) | 91.00 ± 1.00 (3) |  |' in text
@@ -35,7 +34,7 @@ def test_report_of_the_grid(grid, capsys):
     assert '| sam | all | 0.1 | **94.00 ± 1.00** | 3 | 2.00 |' in text
     assert 'torn` | unreadable | summary.csv is torn' in text and 'half` | stopped | evaluated up to epoch 0' in text
     assert sorted(path.name for path in (grid / 'out').iterdir()) == [
-        'differences.csv', 'report.csv', 'report.md', 'runs.csv']
+        'differences.csv', 'report.csv', 'report.html', 'report.md', 'runs.csv']
 
     line = rows(grid / 'out' / 'report.csv')[1]
     assert [line[k] for k in ('variant', 'selection', 'rho', 'n', 'top1_mean', 'top1_std', 'chosen', 'seeds')] == [
@@ -74,13 +73,13 @@ def test_report_is_written_again_over_itself_and_old_pictures_go(grid, capsys):
     (grid / 'out' / 'notes.txt').write_text('mine')
     assert command.main(argv) == 0
     assert sorted(p.name for p in (grid / 'out').iterdir()) == [
-        'differences.csv', 'notes.txt', 'report.csv', 'report.md', 'runs.csv']
+        'differences.csv', 'notes.txt', 'report.csv', 'report.html', 'report.md', 'runs.csv']
 
 
 def test_interrupted_report_can_be_written_again(grid, monkeypatch):
     argv = [str(grid / 'runs'), '--out', str(grid / 'out'), '--no-plots']
     with monkeypatch.context() as patch:
-        patch.setattr(command.markdown, 'grid_csv', lambda tables: 1 / 0)
+        patch.setattr(command.page, 'as_html', lambda document, folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command.main(argv)
     (grid / 'out' / 'runs.csv').write_text('torn')

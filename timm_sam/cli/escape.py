@@ -21,10 +21,15 @@ def printable(text: str) -> str:
 
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, in a heading, a paragraph or a cell of a table."""
+    return re.sub(r"^(\s*)([#+-])", r"\1\\\2", markdown_inline(text))
+
+
+def markdown_inline(text: str) -> str:
+    """The same where no line begins with it, as in a table of which numbers with signs are cells."""
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"[\\`*~\[\]$]", r"\\\g<0>", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it is no emphasis
-    return re.sub(r"^(\s*)([#+-])", r"\1\\\2", text).replace("|", "&#124;")
+    return text.replace("|", "&#124;")
 
 
 def markdown_code(text: str) -> str:

@@ -4,18 +4,25 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from ..cli import page
+from ..cli.document import Document, Figure, as_markdown
 from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
 from ..cli.parser import OptionParser
 from ..cli.text import replace_file, why_not_writable
-from . import evaluation_tables, markdown
+from . import evaluation_tables, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
 from .evaluations import Joined, join, read_evaluations
+from .links import Links
 from .runs import Run, find_runs, read_run
 from .tables import Table, build_tables
 
-PICTURES = ("rho", "time", "loss")
+MARK = "<!-- written by python -m timm_sam.report, which writes over it -->"
+MARKDOWN, PAGE = "report.md", "report.html"
+PICTURES = {"rho": "Accuracy over the radius", "time": "Accuracy over training time",
+            "loss": "Training loss over epochs"}
 RELIABILITY = "reliability"  # a picture of evaluations
 
 
@@ -23,8 +30,8 @@ def build_parser() -> OptionParser:
     parser = OptionParser(prog="python -m timm_sam.report",
                           description="Puts runs into the paper's tables and figures.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
-    parser.add_argument("--out", required=True, metavar="DIR",
-                        help=f"folder for {', '.join((*markdown.FILES, *evaluation_tables.FILES))} and PNG files")
+    names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES)
+    parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {', '.join(names)} and PNG files")
     parser.add_argument("--evaluations", nargs="+", default=[], metavar="RESULTS.json",
                         help="results of validate.py with --eval, joined with the runs by the checkpoints' hashes")
     parser.add_argument("--baseline", default=PLAIN, metavar="NAME",
@@ -66,44 +73,55 @@ def make_report(args: argparse.Namespace) -> None:
     odd: list[str] = [] if joined is None else joined.notes
     compared = {i: differences(table, args.baseline, joined, odd) for i, table in enumerate(tables, 1)}
     draw, note = (None, "") if args.no_plots else _drawing(joined, args.epoch)
-    pictures = {f"table{i}-{kind}.png": (kind, table) for i, table in enumerate(tables, 1)
+    pictures = {f"table{i}-{kind}.png": (kind, i) for i in range(1, len(tables) + 1)
                 for kind in (*PICTURES, *([RELIABILITY] if joined is not None else []))}
-    contents: dict[str, Callable[[Sequence[str]], str]] = dict(zip(markdown.FILES, (
-        lambda drawn: _text(tables, runs, args, drawn, joined, compared), lambda _: markdown.grid_csv(tables),
-        lambda _: markdown.runs_csv(runs, args.epoch))))
+    texts = dict(zip(run_tables.CSV_FILES, (run_tables.grid_csv(tables), run_tables.runs_csv(runs, args.epoch))))
     if joined is not None:
-        contents[evaluation_tables.FILES[0]] = lambda _: evaluation_tables.evaluations_csv(tables, joined)
+        texts[evaluation_tables.FILES[0]] = evaluation_tables.evaluations_csv(tables, joined)
     if any(compared.values()):
-        contents[evaluation_tables.FILES[1]] = lambda _: evaluation_tables.differences_csv(args.baseline, compared)
-    names = [*contents, *(pictures if draw else ())]
+        texts[evaluation_tables.FILES[1]] = evaluation_tables.differences_csv(args.baseline, compared)
     try:
-        _prepare(args.out, names, args.overwrite)
+        _prepare(args.out, [MARKDOWN, PAGE, *texts, *(pictures if draw else ())], args.overwrite)
         drawn, notes = [], [note] if note else []
-        for name, (kind, table) in pictures.items() if draw else ():
+        for name, (kind, number) in pictures.items() if draw else ():
             try:
-                if draw and draw(kind, table, os.path.join(args.out, name)):
+                if draw and draw(kind, tables[number - 1], os.path.join(args.out, name)):
                     drawn.append(name)
             except OSError:
                 raise
             except Exception as e:  # numbers that no axis can hold: the tables are still wanted
                 notes.append(f"{name} is not drawn: {type(e).__name__}: {one_line(e, 150)}")
-        texts = {name: content(drawn) for name, content in contents.items()}
+        links = Links(tables, runs)
+        said = _document(tables, runs, args, [(name, *pictures[name]) for name in drawn], joined, compared, links)
+        shown = as_markdown(said)
+        # the page has all runs, so that its numbers can lead to them
+        whole = replace(said, sections=[*said.sections, links.section(args.epoch)])
+        texts = {MARKDOWN: f"{MARK}\n\n{shown}", PAGE: page.as_html(whole, args.out), **texts}
         for name, text in texts.items():
             replace_file(os.path.join(args.out, name), text)
     except OSError as e:
         raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
-    print(texts[markdown.FILES[0]].removeprefix(markdown.MARK).strip())
-    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*contents, *drawn])}"]:
+    print(shown.strip())
+    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*texts, *drawn])}"]:
         print(printable(line))
 
 
-def _text(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Namespace, drawn: Sequence[str],
-          joined: Joined | None, compared: Mapping[int, Sequence[Difference]]) -> str:
-    """The report in Markdown."""
-    more = {i: evaluation_tables.difference_text(table, args.baseline, compared[i])
+def _document(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Namespace,
+              drawn: Sequence[tuple[str, str, int]], joined: Joined | None,
+              compared: Mapping[int, Sequence[Difference]], links: Links) -> Document:
+    """All that the report says; ``drawn`` are name, kind and table of each picture."""
+    of_runs: dict[int, list[Figure]] = {}
+    of_evaluations: dict[int, list[Figure]] = {}
+    for name, kind, i in drawn:
+        if kind == RELIABILITY:
+            of_evaluations.setdefault(i, []).append(Figure(name, f"Accuracy over confidence: {tables[i - 1].title}"))
+        else:
+            of_runs.setdefault(i, []).append(Figure(name, f"{PICTURES[kind]}: {tables[i - 1].title}"))
+    more = {i: evaluation_tables.difference_blocks(table, args.baseline, compared[i], joined, links)
             for i, table in enumerate(tables, 1)}
-    parts = [] if joined is None else evaluation_tables.evaluation_text(tables, joined, drawn, compared)
-    return markdown.report_text(tables, runs, args.epoch, drawn, more, parts)
+    evaluated = [] if joined is None else evaluation_tables.evaluation_sections(
+        tables, joined, of_evaluations, compared, links)
+    return run_tables.report_document(tables, runs, args.epoch, of_runs, more, evaluated, links)
 
 
 def _drawing(joined: Joined | None, epoch: str) -> tuple[Callable[[str, Table, str], bool] | None, str]:
@@ -133,8 +151,8 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
             raise OptionError(f"--out {out}: {name} cannot be written: {reason}; name another folder")
     ours = False
     try:
-        with open(os.path.join(out, markdown.FILES[0]), encoding="utf-8") as f:
-            ours = f.readline().strip() == markdown.MARK
+        with open(os.path.join(out, MARKDOWN), encoding="utf-8") as f:
+            ours = f.readline().strip() == MARK
     except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError):
         pass
     there = [name for name in names if os.path.lexists(os.path.join(out, name))]
@@ -142,7 +160,7 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
         raise OptionError(
             f"--out {out} holds {there[0]}, which no report wrote: name another folder, or add --overwrite")
     # first of all, so that an interrupted report is taken for one
-    replace_file(os.path.join(out, markdown.FILES[0]), f"{markdown.MARK}\n")
+    replace_file(os.path.join(out, MARKDOWN), f"{MARK}\n")
     if ours:
         for kind in (*PICTURES, RELIABILITY):
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):

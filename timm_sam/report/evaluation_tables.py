@@ -3,11 +3,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..cli.escape import markdown_code, markdown_text
+from ..cli import document
+from ..cli.document import Block, Entry, Figure, Link, Points, Section
 from ..cli.image_folders import SYNONYMS
-from ..cli.text import csv_text, markdown, spread
-from .differences import PLAIN, SAME, Difference, headlines
+from ..cli.text import csv_text, spread
+from .differences import PLAIN, SAME, Difference, baseline_of, headlines
 from .evaluations import Joined, Key, Spread
+from .links import Links
 from .statistics import Interval
 from .tables import Cell, Table
 
@@ -38,31 +40,32 @@ def sides(tables: Sequence[Table]) -> list[Side]:
     return found
 
 
-def evaluation_text(tables: Sequence[Table], joined: Joined, pictures: Sequence[str],
-                    found: Mapping[int, Sequence[Difference]]) -> list[str]:
-    """The sections of the report, in Markdown.
+def evaluation_sections(tables: Sequence[Table], joined: Joined, pictures: Mapping[int, Sequence[Figure]],
+                        found: Mapping[int, Sequence[Difference]], links: Links) -> list[Section]:
+    """The sections of the report that are on evaluations.
 
     Args:
         tables: As they are numbered in the report.
         joined: What is known of their runs.
-        pictures: Names of the files that the sections show.
+        pictures: What the sections show, by the number of the table.
         found: Number of a table -> its differences: ``≈`` marks what cannot be told from the baseline.
+        links: Ways to the runs.
     """
-    parts: list[str] = []
+    sections: list[Section] = []
     same = {(number, id(difference.cell), difference.key) for number, several in found.items()
             for difference in several if difference.verdict == SAME}
     for side in sides(tables):
-        writer = _Writer(side, joined, same)
+        writer = _Writer(side, joined, same, links)
         if not writer.keys:
             continue
         first = [key for key in headlines(joined) if key in writer.keys]
         attack = [key for key in writer.keys if key.group == "adversarial"]
-        parts += [f"## Evaluations: {markdown_text(side.title)}",
-                  "At the chosen radii, mean ± sample standard deviation over the seeds that were evaluated, as Table "
-                  "4 of the paper (and, for one data set, Table 13). Bold: the better of all and onlynorm; ≈: not "
-                  f"distinguishable from the baseline. {_chosen_on(side, joined)}",
-                  *([writer.table(["", "data set"], [([key.group, _what(key, joined)], key) for key in first])]
-                    if first else [])]
+        parts: list[Block] = [
+            "At the chosen radii, mean ± sample standard deviation over the seeds that were evaluated, as Table 4 of "
+            "the paper (and, for one data set, Table 13). Bold: the better of all and onlynorm; ≈: not distinguishable "
+            f"from the baseline. {_chosen_on(side, joined)}"]
+        if first:
+            parts.append(writer.table(["", "data set"], [([key.group, _what(key, joined)], key) for key in first]))
         if attack:
             rows = [([*_radius(key), *_of(key, attack)], key) for key in attack if key.measure != "clean"]
             rows += [(["Clean acc.", "", *_of(key, attack)], key) for key in attack if key.measure == "clean"]
@@ -72,9 +75,9 @@ def evaluation_text(tables: Sequence[Table], joined: Joined, pictures: Sequence[
         if others:
             parts += ["Further measures:", writer.table(
                 ["", "data set", "measure"], [([key.group, key.dataset, _measure(key)], key) for key in others])]
-        parts += [f"![{name}]({name})" for number, _ in side.tables for name in pictures
-                  if name == f"table{number}-reliability.png"]
-    return parts + _left_over(joined)
+        parts += [figure for number, _ in side.tables for figure in pictures.get(number, ())]
+        sections.append(Section(f"Evaluations: {side.title}", parts))
+    return sections + _left_over(joined, links)
 
 
 def _chosen_on(side: Side, joined: Joined) -> str:
@@ -87,7 +90,7 @@ def _chosen_on(side: Side, joined: Joined) -> str:
             if any(_is_split(folder, *table.validated_on) for folder in folders
                    for _, table in side.tables if table.held_out is None)]
     if same:
-        return (f"Radii were chosen on {markdown_text(', '.join(same))}, on what is reported here: the more were "
+        return (f"Radii were chosen on {', '.join(same)}, on what is reported here: the more were "
                 f"tried, the luckier these numbers are (train.py --holdout).")
     return ("Radii were chosen on the images that the runs validated on; by their folders none of these data sets is "
             "that.")
@@ -103,34 +106,34 @@ def _is_split(folder: str, data: str, split: str) -> bool:
 class _Writer:
     """The columns of one section: the chosen cells of its tables."""
 
-    def __init__(self, side: Side, joined: Joined, same: set[tuple[int, int, Key | None]]) -> None:
-        self._joined, self._same = joined, same
+    def __init__(self, side: Side, joined: Joined, same: set[tuple[int, int, Key | None]], links: Links) -> None:
+        self._joined, self._same, self._links = joined, same, links
         self._columns = [(number, table, cell) for number, table in side.tables for cell in table.cells if cell.chosen]
         self._several = len(side.tables) > 1
         self.keys = [key for key in joined.keys
                      if any(joined.of(cell, key).values for _, _, cell in self._columns)]
 
-    def table(self, head: Sequence[str], rows: Sequence[tuple[Sequence[str], Key]]) -> str:
+    def table(self, head: Sequence[str], rows: Sequence[tuple[Sequence[str], Key]]) -> document.Table:
         header = [*head, *(self._label(table, cell) for _, table, cell in self._columns)]
-        lines = [[*map(markdown_text, labels), *(self._entry(number, table, cell, key)
-                                                  for number, table, cell in self._columns)] for labels, key in rows]
-        return markdown(header, lines, left=len(head))
+        return document.Table(header, [
+            [*labels, *(self._entry(number, table, cell, key) for number, table, cell in self._columns)]
+            for labels, key in rows], left=len(head))
 
     def _label(self, table: Table, cell: Cell) -> str:
         name = PLAIN if cell.row.variant is None else f"{cell.row.name} {cell.selection}"
-        return markdown_text(f"{table.optimizer}: {name}" if self._several else name)
+        return f"{table.optimizer}: {name}" if self._several else name
 
-    def _entry(self, number: int, table: Table, cell: Cell, key: Key) -> str:
+    def _entry(self, number: int, table: Table, cell: Cell, key: Key) -> Entry:
         found = self._joined.of(cell, key)
         if found.mean is None:
-            return "–"
-        text = spread(found.mean, found.std, DIGITS.get(key.unit, 4))
+            return Entry("–")
         rivals = [self._joined.of(other, key) for other in table.cells
                   if other.chosen and other.row == cell.row and other.selection in ("all", "onlynorm")]
-        if cell.selection in ("all", "onlynorm") and len(rivals) == 2 and _best(rivals, key) == found.mean:
-            text = f"**{text}**"
+        better = cell.selection in ("all", "onlynorm") and len(rivals) == 2 and _best(rivals, key) == found.mean
         part = "" if len(found.values) == found.of else f" ({len(found.values)} of {found.of})"
-        return f"{text}{' ≈' if (number, id(cell), key) in self._same else ''}{part}"
+        return Entry(spread(found.mean, found.std, DIGITS.get(key.unit, 4)), number=found.mean, strong=better,
+                     note=f"{' ≈' if (number, id(cell), key) in self._same else ''}{part}",
+                     links=self._links.evaluated(self._joined, key, cell))
 
 
 def _best(rivals: Sequence[Spread], key: Key) -> float | None:
@@ -165,41 +168,47 @@ def _measure(key: Key) -> str:
     return key.measure if key.unit in ("%", "") else f"{key.measure} ({key.unit})"
 
 
-def _left_over(joined: Joined) -> list[str]:
+def _left_over(joined: Joined, links: Links) -> list[Section]:
     """What has no counterpart, and what is odd."""
-    parts = []
+    sections = []
     if joined.runs_without:
-        lines = [[markdown_code(run.path), run.status] for run in joined.runs_without]
-        parts += ["## Runs without an evaluation", markdown(["run", "status"], lines)]
+        sections.append(Section("Runs without an evaluation", [document.Table(["run", "status"], [
+            [Entry(run.path, code=True, links=[links.run(run.path)]), run.status] for run in joined.runs_without])]))
     if joined.without_run:
-        lines = [[markdown_code(e.file), markdown_code(e.checkpoint), e.sha256[:12]] for e in joined.without_run]
-        parts += ["## Evaluations without a run", markdown(["file", "checkpoint", "SHA-256"], lines)]
+        sections.append(Section("Evaluations without a run", [document.Table(["file", "checkpoint", "SHA-256"], [
+            [Entry(e.file, code=True), Entry(e.checkpoint, code=True), e.sha256[:12]] for e in joined.without_run])]))
     if joined.notes:
-        parts += ["## Notes on evaluations", *(f"- {markdown_text(note)}" for note in dict.fromkeys(joined.notes))]
-    return parts
+        sections.append(Section("Notes on evaluations", [Points(list(dict.fromkeys(joined.notes)))]))
+    return sections
 
 
-def difference_text(table: Table, baseline: str, found: Sequence[Difference]) -> list[str]:
-    """The section of a table's differences from the baseline, in Markdown; empty without any."""
-    if not found:
+def difference_blocks(table: Table, baseline: str, found: Sequence[Difference], joined: Joined | None,
+                      links: Links) -> list[Block]:
+    """What is said of a table's differences from the baseline; nothing without any."""
+    base = baseline_of(table, baseline)
+    if not found or base is None:
         return []
-    lines = []
+    lines: list[list[Entry | str]] = []
     for d in found:
         what = "validation" if d.key is None else (
             d.key.dataset if d.key.measure == "top1" else f"{d.key.dataset}, {d.key.measure}")
-        rho = "" if d.cell.rho is None else f"{d.cell.rho:g}"
         name = PLAIN if d.cell.row.variant is None else f"{d.cell.row.name} {d.cell.selection}"
         digits = 2 if d.key is None else DIGITS.get(d.key.unit, 4)
-        lines.append([markdown_text(name), rho, markdown_text(what), f"{d.difference:+.{digits}f}",
-                      _ends(d.over_images, digits), _ends(d.over_seeds, digits), d.verdict])
-    return [f"Minus {markdown_text(baseline)}, with 95 % intervals over images (paired bootstrap, these models on "
-            f"other images) and over seeds (Welch, other seeds on these images); better or worse only if no interval "
-            f"that is known holds 0. Of twenty comparisons of equals one is expected to come out as different.",
-            markdown(["", "ρ", "in", "difference", "over images", "over seeds", ""], lines)]
+        behind = (links.behind(d.cell, base) if d.key is None or joined is None
+                  else links.evaluated(joined, d.key, d.cell, base))
+        lines.append([name, Entry("" if d.cell.rho is None else f"{d.cell.rho:g}", number=d.cell.rho), what,
+                      Entry(f"{d.difference:+.{digits}f}", number=d.difference, links=behind),
+                      _ends(d.over_images, digits, behind), _ends(d.over_seeds, digits, behind), d.verdict])
+    return [f"Minus {baseline}, with 95 % intervals over images (paired bootstrap, these models on other images) and "
+            f"over seeds (Welch, other seeds on these images); better or worse only if no interval that is known "
+            f"holds 0. Of twenty comparisons of equals one is expected to come out as different.",
+            document.Table(["variant", "ρ", "in", "difference", "over images", "over seeds", "verdict"], lines)]
 
 
-def _ends(interval: Interval | None, digits: int) -> str:
-    return "–" if interval is None else f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}"
+def _ends(interval: Interval | None, digits: int, behind: Sequence[Link]) -> Entry:
+    if interval is None:
+        return Entry("–")
+    return Entry(f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}", number=interval.low, links=behind)
 
 
 def evaluations_csv(tables: Sequence[Table], joined: Joined) -> str:

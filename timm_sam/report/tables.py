@@ -218,15 +218,15 @@ def _differing(setting: dict[str, Any], settings: Iterable[dict[str, Any]]) -> d
     """In what a setting differs from others with the same data and model."""
     same = [s for s in settings if all(s.get(name) == setting.get(name) for name in ("data_dir", "dataset", "model"))]
     names = sorted({name for s in same for name in s if s[name] != setting.get(name)})
-    return {name: _shown(setting.get(name)) for name in names}
+    return {name: written(setting.get(name)) for name in names}
 
 
-def _shown(value: Any) -> str:
+def written(value: Any) -> str:
     """An option's value as it is written, whole numbers without a fraction."""
     if isinstance(value, dict):
-        return " ".join(f"{k}={_shown(v)}" for k, v in value.items()) or "none"
+        return " ".join(f"{k}={written(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return " ".join(map(_shown, value))
+        return " ".join(map(written, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

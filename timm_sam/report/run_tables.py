@@ -1,54 +1,54 @@
-"""The report as text: Markdown for people, CSV for programs."""
+"""The runs themselves: the paper's table, all radii, and what is not averaged; CSV for programs."""
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..cli.escape import markdown_code, markdown_text
-from ..cli.text import csv_text, markdown, spread
+from ..cli import document
+from ..cli.document import Block, Document, Entry, Figure, Section
+from ..cli.text import csv_text, spread
+from .links import Links
 from .runs import FINISHED, Run
 from .tables import NAMES, Cell, Row, Table
 
-FILES = ("report.md", "report.csv", "runs.csv")
-MARK = "<!-- written by python -m timm_sam.report, which writes over it -->"
+CSV_FILES = ("report.csv", "runs.csv")
 
 
-def report_text(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictures: Sequence[str],
-                compared: Mapping[int, Sequence[str]], evaluated: Sequence[str]) -> str:
-    """The whole report in Markdown.
+def report_document(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pictures: Mapping[int, Sequence[Figure]],
+                    compared: Mapping[int, Sequence[Block]], evaluated: Sequence[Section], links: Links) -> Document:
+    """The whole report.
 
     Args:
         tables: In their order.
         runs: All that were found.
         epoch: Whose accuracy the tables hold.
-        pictures: Names of the files that it shows.
+        pictures: What is shown of a table, by its number.
         compared: What is said of differences, by the number of the table.
         evaluated: What is said of evaluations.
+        links: Ways to the runs.
     """
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.status] = counts.get(run.status, 0) + 1
     found = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    parts = [MARK, "# Report", f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {found}."]
+    first = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {found}."]
     if tables:
         which = "of the last epoch" if epoch == "last" else "of each run's best epoch, which flatters noisy runs"
-        parts.append(
+        first.append(
             f"Validation {_measured(tables)} in %, {which}: mean ± sample standard deviation over seeds, in brackets "
             "the number of seeds and the radius. The radius is the one with the highest mean among those with most "
             "seeds and without diverged runs. It is chosen on the same images, as is the paper's (Table 7): "
             "the more radii a cell has tried, the luckier its number. Bold: the better of all and onlynorm; "
             "underlined: the best of all; †: radius at the edge of those tried, so that a better one may lie beyond.")
     if len(tables) > 1:
-        parts.append("Runs that differ in more than seed and SAM are in tables of their own.")
-    for i, table in enumerate(tables, 1):
-        parts += [f"## {i}. {markdown_text(table.title)}", *_held_out(table), _paper_table(table),
-                  *(f"![{name}]({name})" for name in pictures
-                    if name.startswith(f"table{i}-") and "reliability" not in name),
-                  "All radii; time is that of training, evaluation left out, over plain training:", _grid_table(table),
-                  *compared.get(i, ())]
-    parts += evaluated
+        first.append("Runs that differ in more than seed and SAM are in tables of their own.")
+    sections = [Section(f"{i}. {table.title}", [
+        *_held_out(table), _paper_table(table, links), *pictures.get(i, ()),
+        "All radii; time is that of training, evaluation left out, over plain training:", _grid_table(table, links),
+        *compared.get(i, ())]) for i, table in enumerate(tables, 1)]
+    sections += evaluated
     left_out = [run for run in runs if run.status != FINISHED]
     if left_out:
-        lines = [[markdown_code(run.path), run.status, markdown_text(run.reason)] for run in left_out]
-        parts += ["## Not averaged", markdown(["run", "status", "why"], lines)]
-    return "\n\n".join(parts) + "\n"
+        sections.append(Section("Not averaged", [document.Table(["run", "status", "why"], [
+            [Entry(run.path, code=True, links=[links.run(run.path)]), run.status, run.reason] for run in left_out])]))
+    return Document("Report", first, sections)
 
 
 def grid_csv(tables: Sequence[Table]) -> str:
@@ -99,45 +99,49 @@ def _measured(tables: Sequence[Table]) -> str:
     return " or ".join([*names, *(["mAP (where the title says so)"] if "map" in metrics else [])])
 
 
-def _paper_table(table: Table) -> str:
+def _paper_table(table: Table, links: Links) -> document.Table:
     shown = [cell for cell in table.cells if cell.chosen]
     best = max(shown, key=lambda cell: cell.mean) if len(shown) > 1 else None
     columns = table.selections or ["all"]
-    lines = []
+    lines: list[list[Entry | str]] = []
     for row in table.rows:
         if row.variant is None:
             # as in the paper: plain training has no selection, its number stands in the first column
-            lines.append([f"plain ({markdown_text(table.optimizer)})", _entry(table, row, None, best),
+            lines.append([f"plain ({table.optimizer})", _entry(table, row, None, best, links),
                           *[""] * (len(columns) - 1)])
             continue
-        lines.append([markdown_text(row.name), *(_entry(table, row, column, best) for column in columns)])
-    return markdown(["variant", *columns], lines)
+        lines.append([row.name, *(_entry(table, row, column, best, links) for column in columns)])
+    return document.Table(["variant", *columns], lines)
 
 
-def _entry(table: Table, row: Row, selection: str | None, best: Cell | None) -> str:
+def _entry(table: Table, row: Row, selection: str | None, best: Cell | None, links: Links) -> Entry:
     cells = table.of(row, selection)
     cell = table.chosen(row, selection)
     if cell is None:
-        return "diverged" if any(cell.diverged for cell in cells) else "" if not cells else "–"
-    text = spread(cell.mean, cell.std)
+        lost = any(cell.diverged for cell in cells)
+        return Entry("diverged" if lost else "" if not cells else "–", links=links.behind(*cells, lost=True))
     rivals = [other for other in (table.chosen(row, s) for s in ("all", "onlynorm")) if other is not None]
-    if selection in ("all", "onlynorm") and len(rivals) == 2 and cell.mean == max(r.mean for r in rivals):
-        text = f"**{text}**"
-    if cell is best:
-        text = f"<u>{text}</u>"
+    better = selection in ("all", "onlynorm") and len(rivals) == 2 and cell.mean == max(r.mean for r in rivals)
     rho = "" if cell.rho is None else f", ρ {cell.rho:g}{'†' if cell.at_edge else ''}"
-    lost = sum(len(other.diverged) for other in cells)
-    return f"{text} ({len(cell.runs)}{rho}{f'; {lost} diverged at other ρ' if lost else ''})"
+    gone = sum(len(other.diverged) for other in cells)
+    return Entry(spread(cell.mean, cell.std), strong=better, underlined=cell is best, number=cell.mean,
+                 note=f" ({len(cell.runs)}{rho}{f'; {gone} diverged at other ρ' if gone else ''})",
+                 links=links.behind(cell), anchor=links.of_choice(cell))
 
 
-def _grid_table(table: Table) -> str:
-    lines = []
+def _grid_table(table: Table, links: Links) -> document.Table:
+    lines: list[list[Entry | str]] = []
     for cell in table.cells:
         results = [spread(cell.mean, cell.std)] if cell.runs else []
         if cell.diverged:
             results.append(f"{len(cell.diverged)} diverged")
-        text = ", ".join(results)
         time = f"{cell.relative_time:.2f}" if cell.relative_time is not None else "unknown" if cell.runs else ""
-        lines.append([markdown_text(cell.row.name), cell.selection or "", "" if cell.rho is None else f"{cell.rho:g}",
-                      f"**{text}**" if cell.chosen and cell.rho is not None else text, str(len(cell.runs)), time])
-    return markdown(["variant", "selection", "ρ", NAMES[table.metric], "n", "time"], lines)
+        behind = links.behind(cell, lost=True)
+        lines.append([
+            Entry(cell.row.name, anchor=links.of_radius(cell)), cell.selection or "",
+            Entry("" if cell.rho is None else f"{cell.rho:g}", number=cell.rho),
+            Entry(", ".join(results), strong=cell.chosen and cell.rho is not None, links=behind,
+                  number=cell.mean if cell.runs else None),
+            Entry(str(len(cell.runs)), number=len(cell.runs), links=behind, spelled=True),
+            Entry(time, number=cell.relative_time)])
+    return document.Table(["variant", "selection", "ρ", NAMES[table.metric], "n", "time"], lines)
