@@ -1,4 +1,4 @@
-"""Sharpness of losses whose maximum is known, in float64; imports nothing of `timm_sam`."""
+"""Sharpness of losses whose maximum is known, and ranks of features, in float64; imports nothing of `timm_sam`."""
 import numpy as np
 
 WEIGHTS = np.array([0.5, -1.0, 2.0, 0.1])
@@ -59,3 +59,27 @@ def largest_normalized_loss_difference(classes):
     def loss(logits):
         return np.log(np.exp(logits).sum()) - logits[0]
     return loss(-z) - loss(z)
+
+
+def squared_singular_values(phi, centring):
+    """Of features (n, d) without their mean over images (`feature`) or each image's over features (`sample`)."""
+    phi = np.asarray(phi, dtype=np.float64)
+    return np.linalg.svd(phi - phi.mean(axis=0 if centring == 'feature' else 1, keepdims=True), compute_uv=False) ** 2
+
+
+def feature_rank(phi, share, centring):
+    """Directions in order of their variance, until more than a share of it is reached."""
+    squares = squared_singular_values(phi, centring)
+    total, reached = squares.sum(), 0.0
+    for count, square in enumerate(squares, 1):
+        reached += square
+        if reached > share * total:
+            return count
+    return len(squares)
+
+
+def parabola_along_sam(curvatures, weights, radius):
+    """sum h (w + t e)^2 / 2 with e = rho g / |g|: what stands before 1, t and t^2."""
+    grads = curvatures * weights
+    eps = radius * grads / np.sqrt((grads ** 2).sum())
+    return ((curvatures * weights ** 2).sum() / 2, (grads * eps).sum(), (curvatures * eps ** 2).sum() / 2)

@@ -9,7 +9,7 @@ from .group import Group
 from .methods.stages import At, Groups, Samples, Stages
 from .multi_tensor import at_least_float32, by_factor
 from .passes import Passes
-from .perturbation import perturbation
+from .perturbation import is_named_weight, perturbation
 
 Scale = float | Tensor | None
 
@@ -25,7 +25,7 @@ class Ascent:
 
     def __init__(self, selected: Sequence[tuple[str, nn.Parameter]], stages: Stages, group: Group) -> None:
         self.params = [p for _, p in selected]
-        self._is_weight = ["weight" in name.rsplit(".", 1)[-1] for name, _ in selected]  # in_proj_weight, too
+        self._is_weight = [is_named_weight(name) for name, _ in selected]
         self._stages = stages
         self._group = group
         if stages.mask is not None:

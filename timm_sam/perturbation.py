@@ -81,6 +81,11 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
+def is_named_weight(name: str) -> bool:
+    """Whether a parameter of this name is a weight for ``elementwise_l2_orig``: ``in_proj_weight`` is one, too."""
+    return "weight" in name.rsplit(".", 1)[-1]
+
+
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """l2 norm over all elements of all tensors, as a 0-dim float64 tensor on the device of the first.
 

@@ -1,4 +1,4 @@
-"""python -m timm_sam.analyze sharpness: files, many checkpoints, going on, ranks and workers, mistakes."""
+"""python -m timm_sam.analyze sharpness: files, many checkpoints, going on, mistakes."""
 import csv
 import json
 import random
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.processes import RANKS, run_in_turn
 from support.running import in_process
 from support.validating import BASE
 
@@ -100,16 +99,6 @@ def test_interrupted_analysis_goes_on_and_gives_the_same_files(alone, fitted, se
     done = run_analyze(tmp_path, f'{base(fitted)} --checkpoint {" ".join(seeds)} --skip-existing')
     assert done.code == 0, done.err
     assert calls == [3, 4, 4]
-    for kind in ('json', 'csv', 'md'):
-        assert (tmp_path / f'out/sharpness.{kind}').read_text() == (alone.folder / f'out/sharpness.{kind}').read_text()
-
-
-@pytest.mark.full
-def test_two_processes_and_workers_give_the_files_of_one(alone, fitted, seeds, tmp_path):
-    command = f'{base(fitted)} --checkpoint {" ".join(seeds)}'.replace('-j 0', '-j 1')
-    run_in_turn('support.analyses', {'two': command}, tmp_path)
-    logs = [json.loads((tmp_path / f'two.{rank}.log').read_text()) for rank in range(RANKS)]
-    assert [log[0] for log in logs] == [0, 0] and logs[0][1] == alone.done.out and logs[1][1] == ''
     for kind in ('json', 'csv', 'md'):
         assert (tmp_path / f'out/sharpness.{kind}').read_text() == (alone.folder / f'out/sharpness.{kind}').read_text()
 

@@ -17,8 +17,10 @@ from ..evaluation.tables import Measure
 from ..random_state import RandomState
 from . import options
 from .inputs import prepare
+from .line_rows import Lines
 from .norms import collect, norms_csv, norms_json, norms_markdown, summaries, tensors_csv
 from .protocol import Analysis, Opened, analyze
+from .rank_rows import Rank
 from .sharpness_rows import Sharpness
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +79,16 @@ def _sharpness(session: Session) -> None:
         measures, session.args.measure, protocol["labels"], path))
 
 
+def _rank(session: Session) -> None:
+    _table(session, "rank", Rank, lambda plots, measures, protocol, path: plots.draw_ranks(
+        measures, protocol["labels"], path))
+
+
+def _line(session: Session) -> None:
+    _table(session, "line", Lines, lambda plots, measures, protocol, path: plots.draw_lines(
+        measures, protocol["labels"], path))
+
+
 def _norms(session: Session) -> None:
     """The table on stdout, and all files in ``--out``."""
     args = session.args
@@ -113,7 +125,8 @@ def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> None:
     _logger.info(f"Wrote {', '.join(paths)}")
 
 
-_RUN: dict[str, Callable[[Session], None]] = {"sharpness": _sharpness, "norms": _norms}
+_RUN: dict[str, Callable[[Session], None]] = {
+    "sharpness": _sharpness, "rank": _rank, "norms": _norms, "line": _line}
 
 if __name__ == "__main__":
     sys.exit(main())

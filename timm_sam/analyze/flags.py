@@ -3,11 +3,18 @@ import argparse
 import math
 
 from ..cli import ranges
+from ..cli.parser import non_negative
 from ..cli.rules import Rules
 from ..evaluation.attack.ball import NORMS
+from ..perturbation import VARIANTS
 from ..selection import SELECTIONS
+from .features import PRE_LOGITS, TOKENS
 from .inputs import IMAGES
+from .line import Line
 from .sharpness import KINDS, Measured
+
+RANK_IMAGES = 10_240  # as in the paper on the rank of features of networks for CIFAR
+_UNITS = {"": 1, "KB": 10 ** 3, "MB": 10 ** 6, "GB": 10 ** 9, "TB": 10 ** 12}
 
 
 def add_batches(parser: argparse.ArgumentParser) -> None:
@@ -80,3 +87,72 @@ def settle_sharpness(args: argparse.Namespace) -> None:
     # the default is one list, what is given one per word
     args.measure = list(dict.fromkeys(
         m for part in args.measure for m in (part if isinstance(part, list) else [part])))
+
+
+def add_rank(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Rank").add_argument
+    add("--layers", nargs="+", metavar="NAME",
+        help=f"modules, {PRE_LOGITS}, or all for every stage or block that the model names; none: the last but one of "
+             f"those (layer3 of a ResNet) and {PRE_LOGITS}")
+    add("--tokens", choices=TOKENS,
+        help="of layers that give tokens: the first, their mean, or all; none: the first if the model has a class "
+             "token, else the mean")
+    add("--variance", nargs="+", type=float, default=[0.99], metavar="Q", help="shares of the variance, each < 1")
+    add("--num-images", type=int, metavar="N",
+        help=f"images, class-balanced; none: {RANK_IMAGES}, or all that there are")
+    add("--memory", type=_memory, default="2GB", metavar="SIZE",
+        help="for features that are kept: with less, layers with more features than images take more passes")
+
+
+def rank(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
+    """Values of :func:`add_rank`."""
+    yield not args.data_dir, "--data-dir is missing: give the folder of the training images"
+    yield from ranges.in_range(args, {"num_images": ranges.COUNT, "variance": ranges.BETWEEN})
+
+
+def settle_rank(args: argparse.Namespace) -> None:
+    """Each share once."""
+    args.variance = list(dict.fromkeys(args.variance))
+
+
+def _memory(text: str) -> int:
+    number = text.upper().rstrip("KMGTB")
+    unit = text.upper()[len(number):]
+    try:
+        size = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 1e6 <= size <= 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 2GB, of at least 1MB")
+    return int(size)
+
+
+def add_line(parser: argparse.ArgumentParser) -> None:
+    add_batches(parser)
+    add = parser.add_argument_group("Line").add_argument
+    add("--variant", nargs="+", choices=tuple(VARIANTS), default=["sam"],
+        help="perturbations, as --sam-variant in training")
+    add("--rho", nargs="+", type=float, default=[0.05], metavar="RHO", help="radius: of each variant, or one for all")
+    add("--eta", type=non_negative, metavar="ETA", help="eta of the variants that have one; none: their own")
+    add("--params", nargs="+", choices=SELECTIONS, default=["all"],
+        help="which parameters move, as --sam-params in training; several one after another")
+    add("--filter", metavar="REGEX", help="of those, only the parameters in whose names this is found")
+
+
+def line(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
+    """Values of :func:`add_line`."""
+    yield from batches(args, given)
+    yield from ranges.in_range(args, {"rho": ranges.POSITIVE})
+    yield (len(args.rho) not in (1, len(args.variant)),
+           f"--rho {' '.join(f'{rho:g}' for rho in args.rho)}: give one, or one for each of {' '.join(args.variant)}")
+    yield (args.eta is not None and all(VARIANTS[name].eta is None for name in args.variant),
+           f"--eta {args.eta}: {', '.join(args.variant)} has no eta; leave it out")
+
+
+def settle_line(args: argparse.Namespace) -> None:
+    """``line`` is the list of directions."""
+    settle_batches(args)
+    radii = args.rho if len(args.rho) > 1 else args.rho * len(args.variant)
+    args.line = list(dict.fromkeys(
+        Line(variant, params, rho, None if VARIANTS[variant].eta is None else args.eta)
+        for params in args.params for variant, rho in zip(args.variant, radii)))

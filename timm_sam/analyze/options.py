@@ -41,8 +41,13 @@ def _norms(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
 COMMANDS = {
     "sharpness": Command("how much the loss rises within a radius around the weights",
                          own_flags.add_sharpness, own_flags.sharpness, own_flags.settle_sharpness),
+    "rank": Command("how many directions hold most of the variance of a layer's activations",
+                    own_flags.add_rank, own_flags.rank, own_flags.settle_rank,
+                    "use a smaller --batch-size, --memory or --num-images"),
     "norms": Command("how the parameters of normalization layers are distributed, beside all others",
                      lambda parser: None, _norms, lambda args: None, "use --device cpu"),
+    "line": Command("how the loss changes along SAM's own direction",
+                    own_flags.add_line, own_flags.line, own_flags.settle_line),
 }
 
 # flags of evaluation's groups that would change what is analysed, or not allow it

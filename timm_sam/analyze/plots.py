@@ -1,6 +1,6 @@
 """Figures of analyses, drawn with matplotlib (extra ``report``)."""
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -14,6 +14,7 @@ from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+Point = tuple[float, Sequence[float], Sequence[int]]  # x, a value per checkpoint, how much of each is not finite
 
 
 def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], labels: Sequence[str], path: str) -> None:
@@ -29,22 +30,69 @@ def draw_sharpness(measures: Sequence[Measure], asked: Sequence[Measured], label
         OSError: The file cannot be written.
     """
     rows = {measure.name: measure for measure in measures}
-    families = list(dict.fromkeys(measured.family for measured in asked))
+    panels = {}
+    for family in dict.fromkeys(measured.family for measured in asked):
+        points = sorted((m for m in asked if m.family == family), key=lambda m: m.radius)
+        panels[family] = [(m.radius, rows[str(m)].values, rows[str(m)].broken) for m in points]
+    _draw_panels(panels, labels, path, "radius", "sharpness")
+
+
+def draw_ranks(measures: Sequence[Measure], labels: Sequence[str], path: str) -> None:
+    """Rank over the share of the variance: a panel per layer and centring, a line per label.
+
+    Args:
+        measures: The rows.
+        labels: Of the checkpoints; equal ones are one line.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    panels: dict[str, list[Point]] = {}
+    for measure in measures:  # rows of several shares have the same curve
+        curves = [dict(detail["curve"]) for detail in measure.details]
+        panels[measure.name.rpartition(" ")[0]] = [
+            (share, [curve[share] for curve in curves], measure.broken) for share in curves[0]]
+    _draw_panels(panels, labels, path, "share of the variance", "rank", log=True)
+
+
+def draw_lines(measures: Sequence[Measure], labels: Sequence[str], path: str) -> None:
+    """The loss over t: a panel per direction, a line per label.
+
+    Args:
+        measures: The rows.
+        labels: Of the checkpoints; equal ones are one line.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    panels: dict[str, list[Point]] = {}
+    for measure in measures:
+        panels.setdefault(measure.name.rpartition(" ")[0], []).append(
+            (measure.details[0]["t"], measure.values, measure.broken))
+    _draw_panels(panels, labels, path, "t", "loss at w + t eps")
+
+
+def _draw_panels(panels: Mapping[str, Sequence[Point]], labels: Sequence[str], path: str, xlabel: str, ylabel: str,
+                 log: bool = False) -> None:
+    """A line per label in each panel, with the deviation of its seeds."""
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4 * len(families), 3.5), layout="constrained")
-        panels = figure.subplots(1, len(families), squeeze=False)[0]
-        for panel, family in zip(panels, families):
-            points = sorted((m for m in asked if m.family == family), key=lambda m: m.radius)
+        figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, (title, points) in zip(axes, panels.items()):
             for i, label in enumerate(dict.fromkeys(labels)):
-                seeds = [[value for value, of, broken in zip(rows[str(m)].values, labels, rows[str(m)].broken)
-                          if of == label and not broken] for m in points]
-                kept = [(m.radius, values) for m, values in zip(points, seeds) if values]
+                seeds = [(x, [value for value, of, lost in zip(values, labels, broken) if of == label and not lost])
+                         for x, values, broken in points]
+                kept = [(x, values) for x, values in seeds if values]
                 panel.errorbar(
-                    [radius for radius, _ in kept], [statistics.fmean(values) for _, values in kept],
+                    [x for x, _ in kept], [statistics.fmean(values) for _, values in kept],
                     [sample_std(values) or 0.0 for _, values in kept], color=_COLORS[i % len(_COLORS)],
                     marker=MARKERS[i % len(MARKERS)], capsize=2, label=shown(label))
-            panel.set(xlabel="radius", ylabel="sharpness", title=family)
-        panels[0].legend(fontsize=8)
+            panel.set(xlabel=xlabel, ylabel=ylabel, title=shown(title))
+            if log:
+                panel.set_yscale("log")
+        axes[0].legend(fontsize=8)
         figure.savefig(path, dpi=130)
 
 
