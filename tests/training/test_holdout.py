@@ -1,10 +1,14 @@
 """train.py --holdout: which images are held out, that nothing is trained on them, and where it cannot be."""
+import json
+import shlex
 import tarfile
 
 import numpy as np
 import pytest
+from support.held_out import files_of, noting
 from support.images import COLORS
 from support.multilabel import install, write_labelled_tree
+from support.processes import run, torchrun
 from support.states import differences
 from torch.utils.data import Dataset
 
@@ -47,10 +51,6 @@ def test_class_with_a_single_image_is_a_mistake():
 
 
 # Data sets by their kinds
-
-def files_of(part):
-    return [part.filename(i) for i in range(len(part))]
-
 
 @pytest.mark.parametrize('kind', ['folder', 'tar'])
 def test_folders_and_tar_files_are_split_alike(image_folder, tmp_path, kind):
@@ -113,13 +113,7 @@ def test_data_set_without_targets_is_refused():
 def parts(monkeypatch):
     """What each run trains and validates on, by file names."""
     seen = []
-    real = data_module.hold_out
-
-    def noting(*args):
-        kept, held = real(*args)
-        seen.append((files_of(kept), files_of(held)))
-        return kept, held
-    monkeypatch.setattr(data_module, 'hold_out', noting)
+    monkeypatch.setattr(data_module, 'hold_out', noting(seen.append))
     return seen
 
 
@@ -138,6 +132,21 @@ def test_run_validates_on_what_it_does_not_train_on_and_goes_on_so(run_train, im
     assert len(parts) == 4 and all(part == parts[0] for part in parts)
     run_train(f'{options} --experiment other --holdout-seed 7')
     assert parts[-1] != parts[0]
+
+
+@pytest.mark.full
+def test_two_ranks_hold_out_the_images_of_one_process_and_count_each_once(run_train, base, parts, tmp_path):
+    # hardly any step, so that the same weights are validated; without BatchNorm, whose statistics would differ
+    options = '--holdout 0.2 --model test_vit --lr 1e-20 --min-lr 0 --warmup-lr 0 --epochs 1'
+    two = run(torchrun('-m', 'support.held_out', *shlex.split(f'{base} {options} --experiment two')), tmp_path)
+    one = run_train(f'{options} --experiment one')
+    assert two.code == one.code == 0, two.err[-3000:] + one.err[-3000:]
+    ranks = [json.loads((tmp_path / f'held-out-{rank}.json').read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] == parts[0] and list(map(len, parts[0])) == [32, 8]
+    assert two.log('--holdout 0.2: 8 of 40 training images are validated on')
+    ours, theirs = two.summary('two')[0], one.summary('one')[0]
+    assert ours['eval_top1'] == theirs['eval_top1']
+    assert float(ours['eval_loss']) == pytest.approx(float(theirs['eval_loss']), rel=1e-5)
 
 
 @pytest.mark.parametrize('options, words', [

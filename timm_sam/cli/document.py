@@ -120,12 +120,17 @@ def as_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def table_markdown(table: Table) -> str:
+    """One table, without the last line's end."""
+    return markdown([markdown_inline(name) for name in table.header],
+                    [[_cell(as_entry(cell)) for cell in row] for row in table.rows], table.left)
+
+
 def _block(block: Block) -> str:
     if isinstance(block, str):
         return markdown_text(block)
     if isinstance(block, Table):
-        return markdown([markdown_inline(name) for name in block.header],
-                        [[_cell(as_entry(cell)) for cell in row] for row in block.rows], block.left)
+        return table_markdown(block)
     if isinstance(block, Figure):
         return f"![{markdown_text(block.text)}]({block.name})"
     return "\n".join(f"- {markdown_text(text)}" for text in block.texts)
