@@ -16,20 +16,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from run_pool import Pool, locked  # of this folder; before torch, it sets the number of threads
+from timm_sam.cli.parser import OptionParser
+from timm_sam.digits import __main__ as digits
+from timm_sam.jobs.job import Job as PoolJob
+from timm_sam.jobs.table import run_table
+from timm_sam.report.__main__ import main as write_report
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # train.py is a script at the top, not part of the package
-
-import yaml  # noqa: E402
-
-from timm_sam import train  # noqa: E402
-from timm_sam.cli.errors import OptionError, report  # noqa: E402
-from timm_sam.cli.parser import OptionParser, dump_args  # noqa: E402
-from timm_sam.digits import __main__ as digits  # noqa: E402
-from timm_sam.report.__main__ import main as write_report  # noqa: E402
-from timm_sam.report.runs import read_run  # noqa: E402
-from timm_sam.training.options import parse_args  # noqa: E402
 
 # Training images, and the share of them that is filed under a wrong digit: such that plain training is far from what
 # the model can reach. Names of folders, so that the report's titles say it.
@@ -138,17 +131,8 @@ def grid(models: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -
     return jobs
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what is missing and writes the report; returns 0, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_table(
-        parser.prog, grid(args.models, args.variants, args.seeds), args.out, args.jobs,
-        lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")]))
-
-
-def run_table(prog: str, jobs: Sequence[Job], out: str, processes: int, write: Callable[[], int]) -> int:
-    """Trains what is missing, then writes what is made of it; returns as :func:`main`.
+def run_grid(prog: str, jobs: Sequence[Job], out: str, processes: int, write: Callable[[], int]) -> int:
+    """Writes the images, trains what is missing, then writes what is made of it; returns as :func:`main`.
 
     Args:
         prog: Name of the command.
@@ -157,67 +141,25 @@ def run_table(prog: str, jobs: Sequence[Job], out: str, processes: int, write: C
         processes: How many train at the same time.
         write: Writes the report, and returns 0 if that went well.
     """
-    try:
-        if processes < 1:
-            raise OptionError(f"--jobs {processes} trains nothing: use 1 or more")
-        with locked(out):
-            failed = run_grid(jobs, out, processes)
-        code = write()
-    except OptionError as e:
-        report(prog, e)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; started again, this goes on where it was.", flush=True)
-        return 130
-    for name, why in failed:
-        print(f"failed: {name}: {why}", flush=True)
-    return code or bool(failed)
+    def prepare() -> list[PoolJob]:
+        for data, model in {job.data: job.model for job in jobs}.items():
+            size, noise = DATA[model]
+            if not os.path.isdir(os.path.join(out, data)):
+                digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
+            print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
+        return [PoolJob(job.name, job.kind, os.path.join(out, "runs", job.name), tuple(job.argv(out)))
+                for job in jobs]
+
+    return run_table(prog, prepare, out, processes, write, "--jobs")
 
 
-def run_grid(jobs: Sequence[Job], out: str, processes: int) -> list[tuple[str, str]]:
-    """Runs the jobs that are not finished yet.
-
-    Args:
-        jobs: All of them.
-        out: The folder of data and runs.
-        processes: How many train at the same time.
-
-    Returns:
-        Names of the runs that failed, and why.
-
-    Raises:
-        OptionError: A finished run has other options than the job it stands for.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are gone.
-    """
-    for data, model in {job.data: job.model for job in jobs}.items():
-        size, noise = DATA[model]
-        if not os.path.isdir(os.path.join(out, data)):
-            digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
-        print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
-    missing = [job for job in jobs if not _is_finished(job, out)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before", flush=True)
-    pool = Pool(min(processes, len(missing)))
-    try:
-        return pool.run(missing, out)
-    finally:
-        pool.close()
-
-
-def _is_finished(job: Job, out: str) -> bool:
-    """Whether the run's folder holds all epochs of just this job."""
-    folder = os.path.join(out, "runs", job.name)
-    if not os.path.isdir(folder):
-        return False
-    run = read_run(folder)
-    if not run.complete:
-        return False
-    wanted = yaml.safe_load(dump_args(parse_args(train.build_parser(), job.argv(out))))
-    # the same folder is called otherwise from elsewhere
-    other = [key for key, value in wanted.items() if key not in ("data_dir", "output") and run.args.get(key) != value]
-    if other:
-        raise OptionError(f"{folder} was run with {other[0]} {run.args.get(other[0])}, not {wanted[other[0]]}: remove "
-                          f"it, or name another --out")
-    return True
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing and writes the report; returns 0, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_grid(
+        parser.prog, grid(args.models, args.variants, args.seeds), args.out, args.jobs,
+        lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")]))
 
 
 if __name__ == "__main__":

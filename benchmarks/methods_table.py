@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import digits_table  # of this folder, as step_cost; before torch, it sets the number of threads
+import digits_table  # of this folder, as step_cost
 import step_cost
 import torch
 
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(found)} cells of {len(jobs)} runs in {os.path.join(folder, 'report.md')}", flush=True)
         return 0
 
-    return digits_table.run_table(parser.prog, jobs, args.out, args.jobs, write)
+    return digits_table.run_grid(parser.prog, jobs, args.out, args.jobs, write)
 
 
 if __name__ == "__main__":

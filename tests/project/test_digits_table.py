@@ -12,9 +12,11 @@ from support.running import quiet_about_timm, working_directory
 sys.path.insert(0, str(ROOT / 'benchmarks'))  # scripts, no part of the package
 
 import digits_table
-import run_pool
 
 from timm_sam import train
+from timm_sam.jobs.job import Job
+from timm_sam.jobs.pool import locked
+from timm_sam.jobs.worker import run_job
 from timm_sam.perturbation import VARIANTS
 from timm_sam.training.options import parse_args
 
@@ -69,7 +71,7 @@ def test_run_in_a_warm_process_is_that_of_a_fresh_one(small, tmp_path):
             folder = tmp_path / 'runs' / job.name
             if folder.exists():
                 folder.rename(tmp_path / 'before')
-            assert run_pool.run_job(job.argv(str(tmp_path)), str(folder)) is None
+            assert run_job(Job(job.name, None, str(folder), tuple(job.argv(str(tmp_path))))) is None
     fresh = run(python(ROOT / 'train.py', *second.argv(str(tmp_path)), '--experiment', 'fresh'), tmp_path)
     assert fresh.code == 0, fresh.err
     summaries = [(path / 'summary.csv').read_bytes()
@@ -104,7 +106,7 @@ def test_grid_survives_crashes_and_goes_on(small, tmp_path, monkeypatch, capfd):
     assert any(line.startswith(f'failed: {name}2: train.py returned 2') for line in lines)
     assert '4 finished' in shown.out and '40 training images, 20% of them under a wrong digit' in shown.out
     assert '| plain (adamw) |' in (tmp_path / 'out' / 'report' / 'report.md').read_text()
-    assert 'Invalid learning rate' in (tmp_path / 'out' / 'runs' / f'{name}2' / 'log.txt').read_text()
+    assert '--lr -1.0 must be' in (tmp_path / 'out' / 'runs' / f'{name}2' / 'log.txt').read_text()
     kept = tmp_path / 'out' / 'runs' / 'vit_tiny' / 'plain-seed0' / 'summary.csv'
     before = kept.stat().st_mtime_ns
 
@@ -115,7 +117,7 @@ def test_grid_survives_crashes_and_goes_on(small, tmp_path, monkeypatch, capfd):
     assert not list((tmp_path / 'out').rglob('*.pth.tar'))
 
     # nothing left to do: no process is started
-    monkeypatch.setattr(multiprocessing.context.SpawnContext, 'Process', None)
+    monkeypatch.setattr(multiprocessing.context.ForkServerContext, 'Process', None)
     code, shown = table()
     assert code == 0 and '6 runs, 6 of them finished before' in shown.out
 
@@ -125,7 +127,7 @@ def test_grid_survives_crashes_and_goes_on(small, tmp_path, monkeypatch, capfd):
     code, shown = table()
     assert code == 2 and 'lr 0.25' in shown.err and shown.err.count('\n') == 1
 
-    with run_pool.locked(str(tmp_path / 'out')):
+    with locked(str(tmp_path / 'out')):
         code, shown = table()
     assert code == 2 and 'in use' in shown.err
 

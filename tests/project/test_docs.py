@@ -12,6 +12,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from timm_sam import train, validate
 from timm_sam.analyze import options as analyses
 from timm_sam.report.__main__ import build_parser as report_parser
+from timm_sam.sweep.__main__ import build_parser as sweep_parser
+from timm_sam.sweep.grid import cells
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]}
 FOLDERS = 'timm_sam|hparams|examples|benchmarks|tests|docs'
@@ -78,7 +80,7 @@ def test_files_and_targets_of_make_that_are_named_exist(page):
 def test_flags_that_are_named_exist(page):
     flags = {flag for parser in (*PARSERS.values(), torchrun_parser()) for action in parser._actions
              for flag in action.option_strings}
-    of_others = {flag for file in (*(ROOT / 'benchmarks').glob('*.py'), ROOT / 'timm_sam/digits/__main__.py')
+    of_others = {flag for file in (*(ROOT / 'benchmarks').glob('*.py'), *ROOT.glob('timm_sam/*/__main__.py'))
                  for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())}
     named = set(re.findall(r'(?<![\w-])--[a-z]+(?:-[a-z]+)*(?![\w-])', PAGES[page]))
     assert named <= flags | of_others | {'--help'}
@@ -96,6 +98,9 @@ def test_commands_parse(page, command):
     assert (ROOT / name).exists() or module.with_suffix('.py').exists() or (module / '__main__.py').exists()
     if name == 'timm_sam.analyze':  # whose flags are those of the analysis that is named next
         name, arguments = ' '.join([name, *arguments[:1]]), arguments[1:]
+    if name == 'timm_sam.sweep':  # which takes train.py's, too
+        given, arguments = sweep_parser().parse_known_args(arguments)
+        name, arguments = 'train.py', [*arguments, *cells(given.grid, given.plain)[-1].flags]
     if name not in PARSERS or not arguments:
         return
     args = PARSERS[name].parse_args(arguments)

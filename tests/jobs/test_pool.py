@@ -1,0 +1,84 @@
+"""The pool: devices, an order that jobs need, a start that is killed, and what is taken for done."""
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import Process, family, python
+from support.running import in_process
+
+from timm_sam.cli.errors import OptionError
+from timm_sam.jobs.job import VALIDATE, Job, is_done
+from timm_sam.jobs.pool import environments
+from timm_sam.jobs.table import run_missing
+from timm_sam.sweep import __main__ as sweep
+
+
+def test_each_process_has_a_gpu_of_those_that_we_see_or_a_thread(monkeypatch):
+    assert environments(2) == [{'OMP_NUM_THREADS': '1'}] * 2
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert environments(2) == [{'CUDA_VISIBLE_DEVICES': '0'}, {'CUDA_VISIBLE_DEVICES': '1'}]
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'GPU-a,GPU-b,GPU-c')
+    assert [place['CUDA_VISIBLE_DEVICES'] for place in environments(3)] == ['GPU-a', 'GPU-b', 'GPU-c']
+    with pytest.raises(OptionError, match='--devices 4: there are 3 GPUs'):
+        environments(4)
+    with pytest.raises(OptionError, match='--jobs 0 runs nothing'):
+        environments(0, '--jobs')
+
+
+def training(folder, images, *flags, **more):
+    argv = ('--device', 'cpu', '--data-dir', str(images), '--num-classes', '4', '--model', 'test_resnet', '--img-size',
+            '32', '-b', '8', '-j', '0', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.05', '--output',
+            str(folder.parent), '--experiment', folder.name, *flags)
+    return Job(folder.name, 'training', str(folder), argv, **more)
+
+
+@pytest.mark.full
+def test_evaluation_waits_for_its_training_and_fails_with_it(image_folder, tmp_path, capfd):
+    def evaluation(train):
+        result = f'{train.folder}/evaluation.json'
+        return Job(f'{train.name} evaluated', 'evaluation', train.folder, (
+            '--checkpoint', f'{train.folder}/last.pth.tar', '--eval', f'colors={image_folder}/validation', '--device',
+            'cpu', '--workers', '0', '--results-file', result), VALIDATE, True, result, train)
+
+    good = training(tmp_path / 'good', image_folder, keep=True)
+    bad = training(tmp_path / 'bad', image_folder, '--lr', '-1', keep=True)
+    jobs = [evaluation(good), evaluation(bad), bad, good]
+    place = environments(1)
+    failed = run_missing(jobs, place)
+    said = capfd.readouterr().out.splitlines()
+    assert [name for name, _ in failed] == ['bad', 'bad evaluated'], said
+    assert failed[1] == ('bad evaluated', 'needs bad')
+    order = [line.split('] ')[1].split(':')[0] for line in said if line.startswith('[')]
+    assert order == ['bad', 'bad evaluated', 'good', 'good evaluated']
+    assert [is_done(job) for job in jobs] == [True, False, False, True]
+    # without --keep a run leaves no checkpoint
+    assert not run_missing([training(tmp_path / 'slim', image_folder)], place)
+    assert sorted(path.name for path in (tmp_path / 'slim').iterdir()) == [
+        'args.yaml', 'log.txt', 'summary.csv', 'timing.csv']
+    with pytest.raises(OptionError, match='was run with lr 0.05, not 0.1: remove it, or name another --out'):
+        is_done(training(tmp_path / 'slim', image_folder, '--lr', '0.1'))
+
+
+@pytest.mark.slow
+def test_killed_start_leaves_no_process_and_is_gone_on_with(image_folder, tmp_path):
+    line = (f'--out out --devices 2 --grid lr=0.01,0.02,0.03,0.04 --device cpu --data-dir {image_folder} --num-classes '
+            f'4 --model test_resnet --img-size 32 -b 8 -j 0 --epochs 20 --warmup-epochs 0').split()
+    with Process(python('-m', 'timm_sam.sweep', *line), tmp_path) as first:
+        first.wait_for('[1/4]')
+        workers = family(first.pid)[1:]
+        assert len(workers) >= 3
+        done = in_process(sweep.main, line, tmp_path)
+        assert done.code == 2 and 'is in use by another process' in done.err and done.err.count('\n') == 1
+        first.signal(signal.SIGKILL)
+        first.wait()
+    end = time.monotonic() + 30
+    while any(Path(f'/proc/{pid}').exists() for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    done = in_process(sweep.main, line, tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.split(',')[0] == '4 runs' and not done.out.startswith('4 runs, 0 ')
+    assert '4 runs: 4 finished.' in done.out

@@ -1,0 +1,1 @@
+"""A grid over flags of train.py."""
