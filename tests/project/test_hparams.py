@@ -64,7 +64,9 @@ def test_folders_hold_exactly_the_runs_of_the_tables():
     assert Counter(f for f, _ in PAPER if f.startswith('cifar') and '_' in f.split('/')[-1]) == {
         'cifar/wrn28_10/cifar100_late_blocks': 2, 'cifar/resnext29_32x4d/cifar100_late_blocks': 2,
         'cifar/wrn28_10/cifar100_masks': 5, 'cifar/resnet18/cifar10_masks': 3,
-        'cifar/wrn28_10/cifar100_weight_decay': 3}
+        'cifar/wrn28_10/cifar100_weight_decay': 6, 'cifar/wrn28_10/cifar100_norm_drop': 2,
+        'cifar/wrn28_10/cifar100_fixed_norm': 1,
+        'cifar/wrn28_10/cifar10_only_norm': 3, 'cifar/resnet101/cifar10_only_norm': 3}
 
 
 @pytest.mark.parametrize(('folder', 'name'), PAPER)

@@ -33,24 +33,24 @@ def test_resnet50_trains_for_a_hundred_epochs_the_last_ten_of_them_at_the_lowest
     assert rates[90:] == [1e-6] * 10
 
 
-@pytest.mark.parametrize(('folder', 'name', 'kind', 'nesterov', 'decays_norm'), [
+@pytest.mark.parametrize(('folder', 'name', 'kind', 'nesterov', 'decays_all'), [
     ('imagenet/resnet50', 'sgd', torch.optim.SGD, True, False),
     ('imagenet/vit_small_patch32_224', 'adamw', torch.optim.AdamW, None, False),
     ('imagenet/vit_small_patch32_224', 'lion', timm.optim.Lion, None, False),
     ('cifar/resnet18/cifar10', 'sgd', torch.optim.SGD, False, True),
     ('cifar/vit_tiny/cifar10', 'adamw', torch.optim.AdamW, None, True),
 ])
-def test_optimizer_is_the_one_meant(folder, name, kind, nesterov, decays_norm, tmp_path):
+def test_optimizer_is_the_one_meant(folder, name, kind, nesterov, decays_all, tmp_path):
     args = parse(path_of(folder, name), tmp_path)
     model = build_model(args, QUIET)
     optimizer = create_optimizer(args, QUIET, model, args.lr or args.lr_base)
     assert type(optimizer) is kind
     assert optimizer.defaults.get('nesterov') is nesterov
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
-    exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') and not decays_all else ()
     for parameter_name, p in model.named_parameters():
         one_d = p.ndim == 1 or parameter_name.endswith('.bias')
-        plain = parameter_name not in exempt and (decays_norm or not one_d)
+        plain = parameter_name not in exempt and (decays_all or not one_d)
         assert decay[id(p)] == (args.weight_decay if plain else 0), parameter_name
 
 

@@ -5,7 +5,8 @@ from support.settings import OPEN, Row, Setting, rows
 
 CIFAR = dict(OPEN, scale=[0.64, 0.64], ratio=[1, 1], train_interpolation='bicubic', crop_pct=1, epochs=200,
              warmup_epochs=0, cooldown_epochs=0, min_lr=0, weight_decay=5e-4, pretrained=False, img_size=32,
-             opt_kwargs={'filter_bias_and_bn': False}, sam_filter=None, sam_method=None)
+             opt_kwargs={}, wd_params='all',
+             norm_params=None, norm_drop=0, sam_filter=None, sam_method=None)
 DATA = ('cifar10', 'cifar100')
 # of each data set, as in the paper's code
 OF_DATA = {'cifar10': dict(num_classes=10, mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
@@ -178,9 +179,27 @@ CIFAR_SETTINGS['cifar/resnet18/cifar10_masks'] = Setting(
     own={'random': dict(sam_method=['random_mask'], sam_random_mask_sparsity=0.9993, sam_random_mask_every=None),
          'ssam_fisher': dict(FISHER_MASK, sam_ssam_fisher_sparsity=0.5),
          'ssam_dynamic': dict(sam_method=['ssam_dynamic'], sam_ssam_dynamic_sparsity=0.5)})
-# Figure 11 (right): weight decay
+# Figure 11 (right): weight decay of all but normalization layers, and none; of all parameters it is Table 1's
+RUNS = {'sgd': (), 'sam_all': ('sam', 'all', 0.1), 'sam_onlynorm': ('sam', 'onlynorm', 1)}
 CIFAR_SETTINGS['cifar/wrn28_10/cifar100_weight_decay'] = Setting(
     ('Figure 11',), devices=1, values=CIFAR_SETTINGS['cifar/wrn28_10/cifar100'].values,
-    rows={f'none_{name}': Row(*run, accuracy='drawn in Figure 11 (right), without a number')
-          for name, run in (('sgd', ()), ('sam_all', ('sam', 'all', 0.1)), ('sam_onlynorm', ('sam', 'onlynorm', 1)))},
-    own={'none': dict(weight_decay=0)})
+    rows={f'{kind}_{name}': Row(*run, accuracy='drawn in Figure 11 (right), without a number')
+          for kind in ('nonorm', 'none') for name, run in RUNS.items()},
+    own={kind: dict(wd_params=kind) for kind in ('nonorm', 'none')})
+# Figure 11 (left): dropout behind normalization layers, of a probability that the paper does not name
+CIFAR_SETTINGS['cifar/wrn28_10/cifar100_norm_drop'] = Setting(
+    ('Figure 11',), devices=1, values=dict(CIFAR_SETTINGS['cifar/wrn28_10/cifar100'].values, norm_drop=0.1),
+    rows={name: Row(*RUNS[name], accuracy='drawn in Figure 11 (left), without a number')
+          for name in ('sgd', 'sam_all')})
+# Figure 10: gamma 1 and beta 0, not trained
+CIFAR_SETTINGS['cifar/wrn28_10/cifar100_fixed_norm'] = Setting(
+    ('Figure 10',), devices=1, values=dict(CIFAR_SETTINGS['cifar/wrn28_10/cifar100'].values, norm_params='fixed'),
+    rows={'sam_all': Row(*RUNS['sam_all'], accuracy='drawn in Figure 10, without a number')})
+# Table 17: nothing but normalization layers is trained; SGD, and SAM with two radii
+TABLE_17 = {'resnet101': ('78.75', '78.63', '79.27'), 'wrn28_10': ('63.49', '64.48', '62.70')}
+for network, found in TABLE_17.items():
+    CIFAR_SETTINGS[f'cifar/{network}/cifar10_only_norm'] = Setting(
+        ('Table 17',), devices=1,
+        values=dict(RESNET, model=f'cifar_{network}', **OF_DATA['cifar10']) | dict(norm_params='only'),
+        rows={'sgd': Row(accuracy=found[0]), 'sam_0.01': Row('sam', 'all', 0.01, found[1]),
+              'sam_0.05': Row('sam', 'all', 0.05, found[2])})

@@ -20,6 +20,13 @@ HOLDOUT = [
     {'flags': ['--holdout'], 'dest': 'holdout', 'action': 'StoreAction', 'default': None},
     {'flags': ['--holdout-seed'], 'dest': 'holdout_seed', 'action': 'StoreAction', 'default': 0},
 ]
+ABLATIONS = [
+    {'flags': ['--norm-params'], 'dest': 'norm_params', 'action': 'StoreAction', 'default': None,
+     'choices': ['fixed', 'only']},
+    {'flags': ['--norm-drop'], 'dest': 'norm_drop', 'action': 'StoreAction', 'default': 0.0},
+    {'flags': ['--wd-params'], 'dest': 'wd_params', 'action': 'StoreAction', 'default': 'timm',
+     'choices': ['timm', 'all', 'nonorm', 'none']},
+]
 SAM = [
     {'flags': ['--sam-variant'], 'dest': 'sam_variant', 'action': 'StoreAction', 'default': None,
      'choices': ['sam', 'elementwise_l2', 'elementwise_l2_orig', 'elementwise_linf', 'layerwise_l2', 'fisher']},
@@ -73,6 +80,7 @@ SAM = [
     {'flags': ['--allow-nonfinite'], 'dest': 'allow_nonfinite', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
      'default': False},
 ]
+BEYOND = HOLDOUT + ABLATIONS + SAM
 
 
 def actions(keep):
@@ -81,14 +89,14 @@ def actions(keep):
 
 def test_flags_are_those_of_timm_in_every_field():
     ours = actions(lambda dest: not dest.startswith('sam_') and dest not in (
-        'help', 'config', 'holdout', 'holdout_seed', 'allow_nonfinite'))
+        'help', 'config', 'holdout', 'holdout_seed', 'norm_params', 'norm_drop', 'wd_params', 'allow_nonfinite'))
     assert as_lines(record(a) for a in ours) == as_lines(TIMM['train.py'])
 
 
-def test_flags_beyond_timm_are_help_config_the_holdout_the_sam_group_and_what_a_diverged_run_does():
+def test_flags_beyond_timm_are_help_config_holdout_ablations_sam_and_what_a_diverged_run_does():
     ours = actions(lambda dest: dest not in TIMM_DESTS)
-    assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in HOLDOUT + SAM)]
-    assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(HOLDOUT + SAM)
+    assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in BEYOND)]
+    assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(BEYOND)
     assert record(ours[1]) == {'flags': ['-c', '--config'], 'dest': 'config', 'action': 'StoreAction', 'default': ''}
 
 
@@ -138,7 +146,7 @@ def refuse(parse, capsys):
 
 
 def test_options_without_flags_are_the_defaults(parse, tmp_path):
-    defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + HOLDOUT + SAM}
+    defaults = {flag['dest']: flag['default'] for flag in TIMM['train.py'] + BEYOND}
     assert vars(parse()) == {**defaults, **COMPLETED, 'device': 'cpu', 'data_dir': str(tmp_path), 'config': ''}
 
 
@@ -379,7 +387,7 @@ def test_args_yaml_of_timm_is_read(tmp_path):
     args = vars(parse_args(train.build_parser(), ['-c', str(path)]))
     assert {dest: args[dest] for dest in options} == options
     assert {dest: args[dest] for dest in args if dest not in options} == {
-        **{flag['dest']: flag['default'] for flag in HOLDOUT + SAM}, 'config': str(path)}
+        **{flag['dest']: flag['default'] for flag in BEYOND}, 'config': str(path)}
 
 
 # Files that build on others

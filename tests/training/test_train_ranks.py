@@ -6,12 +6,15 @@ import shlex
 from contextlib import ExitStack
 
 import pytest
+import timm
 import torch
 from support.command_lines import AOT, DEIT, JSD, KD, NAFLEX, VIT
 from support.models import assert_identical
 from support.places import ROOT
 from support.processes import RANKS, Process, free_ports, run_in_turn, torchrun
 from support.states import differences, finite, summary
+
+from timm_sam import select_parameters
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 
@@ -39,6 +42,11 @@ SAM_MACHINERY = {'compiled': f'{SAM_ON} --sam-filter layer4'}
 TRAININGS |= {
     f'{name}{end}': f"{options} --epochs 2 --val-split '' {sam}" for name, options in MACHINERY.items()
     for end, sam in (('', ''), ('_sam', SAM_MACHINERY.get(name, SAM_ON)))}
+# what some weights are not trained in
+FROZEN = {
+    'fixed_norm': f'--norm-params fixed {SAM_ON} --sam-params all --norm-drop 0.1',
+    'only_norm': f'--norm-params only {SAM_ON} --epochs 2',
+}
 WITH_SAM = [name for name, options in TRAININGS.items() if '--sam' in options]
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -47,10 +55,11 @@ STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 def trainings(base, teacher, tmp_path_factory):
     """The folder in which two ranks have run train.py with the options of TRAININGS."""
     folder = tmp_path_factory.mktemp('trainings')
+    runs = TRAININGS | FROZEN
     done = run_in_turn('support.trainings', {
-        name: f'{base} {options.format(teacher=teacher)} --experiment {name}' for name, options in TRAININGS.items()},
+        name: f'{base} {options.format(teacher=teacher)} --experiment {name}' for name, options in runs.items()},
         folder)
-    assert done.err.count('Best metric') == len(TRAININGS)  # the second rank does not say it too
+    assert done.err.count('Best metric') == len(runs)  # the second rank does not say it too
     return folder
 
 
@@ -102,6 +111,22 @@ def test_sam_in_train_py_changes_every_weight_on_two_ranks(trainings, name):
         assert len(different(plain, sam)) > 0.8 * len(plain)
     else:
         assert different(plain, sam) == list(plain)
+
+
+@pytest.mark.parametrize('name', FROZEN)
+def test_weights_that_are_not_trained_are_those_of_the_start_on_both_ranks(trainings, name):
+    first, second = map(parameters_only, state_of_ranks(trainings, name))
+    assert_identical(first, second)
+    torch.manual_seed(42)
+    model = timm.create_model('test_resnet', num_classes=4)
+    start, norms = dict(model.named_parameters()), {n for n, _ in select_parameters(model)}
+    for weight, value in first.items():
+        if name == 'only_norm':
+            assert torch.equal(value, start[weight]) == (weight not in norms), weight
+        elif weight in norms:
+            assert torch.equal(value, torch.full_like(value, float(weight.endswith('weight')))), weight
+        else:
+            assert not torch.equal(value, start[weight]), weight
 
 
 @pytest.mark.parametrize('name', ['sync', 'chunks'])

@@ -28,6 +28,15 @@ NOT_COMPARED = {
     "save_epochs": "checkpoints",
     "allow_nonfinite": "when a run ends",
 }
+# Options that timm or older versions do not know, and what they did instead.
+SINCE = {
+    "sam_variant": None,
+    "sam_method": None,
+    "holdout": None,
+    "norm_params": None,
+    "norm_drop": 0.0,
+    "wd_params": "timm",
+}
 
 
 def normal(value: Any) -> Any:
@@ -49,13 +58,14 @@ def data_name(data_dir: str | None) -> str:
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the options that make ``now`` another training than ``before``, seeds included.
 
-    Options that ``before`` does not name (it may be timm's, or older) count where they turn SAM on.
+    Of options that ``before`` does not name (it may be timm's, or older), those count that changed what was done
+    without them.
     """
     changed = []
     for name, value in now.items():
-        if name in NOT_COMPARED and name != "seed" or name not in before and name != "sam_variant":
+        if name in NOT_COMPARED and name != "seed" or name not in before and name not in SINCE:
             continue
-        old = before.get(name)
+        old = before.get(name, SINCE.get(name))
         if name == "data_dir":
             old, value = data_name(old), data_name(value)
         if normal(old) != normal(value):

@@ -28,6 +28,7 @@ from ..cli.errors import OptionError, one_line
 from ..cli.models import check_model_name
 from ..cli.tasks import is_multilabel
 from ..runs.checkpoints import why_unreadable
+from .ablations import alter_norms, decay_groups
 from .data import Data
 from .losses import check_lengths
 from .pretrained import check_pretrained, load_initial, loaded_keys
@@ -127,10 +128,10 @@ def _set_model_flags(args: argparse.Namespace) -> str:
 
 
 def place_model(args: argparse.Namespace, process: Process, model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Splits, moves, synchronises and scripts the model, as the options say.
+    """Splits, moves, synchronises, alters and scripts the model, as the options say.
 
     Raises:
-        OptionError: The device cannot do it.
+        OptionError: The device cannot do it, or the model has not what is to be altered.
     """
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -144,6 +145,7 @@ def place_model(args: argparse.Namespace, process: Process, model: nn.Module, dt
         model = convert_sync_batchnorm(model)
         if process.primary:
             _logger.info("Batch normalization is synchronized over all ranks.")
+    alter_norms(args, model)
     if args.torchscript:
         model = torch.jit.script(model)
     return model
@@ -243,8 +245,10 @@ def create_optimizer(args: argparse.Namespace, process: Process, module: nn.Modu
     Raises:
         OptionError: The factory does not know the name or refuses an option.
     """
+    options = {**optimizer_kwargs(cfg=args), "lr": lr}
+    groups = decay_groups(args, process, {**options, **args.opt_kwargs})
     try:
-        optimizer = create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), "lr": lr}, **args.opt_kwargs)
+        optimizer = create_optimizer_v2(module, param_group_fn=groups, **options, **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
         raise OptionError(f"--opt {args.opt}: {one_line(e)}; see timm.optim.list_optimizers() for the names, and check "
                           f"--opt-kwargs") from e

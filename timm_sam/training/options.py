@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..cli.errors import OptionError
 from ..cli.parser import OptionParser, config_defaults
+from .ablations import add_ablation_flags, check_ablations
 from .checks import check_numbers, check_surroundings, check_values
 from .completed import complete
 from .diverged import add_run_flags
@@ -37,6 +38,7 @@ def build_train_parser(prog: str = "train.py") -> OptionParser:
     parser.add_argument("-c", "--config", metavar="FILE", default="",
                         help="YAML file of defaults; its keys are the names of the flags, with underscores")
     add_train_flags(parser)
+    add_ablation_flags(parser)
     add_sam_flags(parser)
     add_run_flags(parser)
     return parser
@@ -76,6 +78,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     warnings = [*left_out, *complete(args)]
     check_values(args)
     check_sam(args, given)
+    check_ablations(args)
     defaults = {a.dest: a.default for a in build_train_parser(parser.prog)._actions}
     if idle := without_effect(args, defaults):
         warnings.append(f"{', '.join(idle)} without effect: --loss is {loss_type(args)}")

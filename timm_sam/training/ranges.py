@@ -61,6 +61,7 @@ _MODEL = {
     "head_init_scale": ANY,
     "head_init_bias": ANY,
     "drop": PROBABILITY,
+    "norm_drop": BELOW_ONE,  # at 1 nothing is left
     "drop_connect": PROBABILITY,
     "drop_path": PROBABILITY,
     "drop_block": PROBABILITY,
