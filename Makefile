@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table methods-table test test-fast test-slow test-newest lint typecheck clean
+.PHONY: train validate digits-table methods-table normalization test test-fast test-slow test-newest lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -30,6 +30,11 @@ digits-table: $(INSTALLED)
 # Every method in small: accuracy over counted cost. 219 runs, the same way.
 methods-table: $(INSTALLED)
 	$(BIN)/python benchmarks/methods_table.py --out output/methods_table
+
+# What normalization does in SAM: a quadratic, a curve of minima, matrix sensing. `networks` is 81 runs, see its page.
+normalization: $(INSTALLED)
+	for name in quadratic drift sensing; do \
+		$(BIN)/python benchmarks/normalization.py $$name --out output/normalization || exit; done
 
 test: $(INSTALLED)
 	$(BIN)/python $(PYTEST)
