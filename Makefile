@@ -31,7 +31,7 @@ digits-table: $(INSTALLED)
 methods-table: $(INSTALLED)
 	$(BIN)/python benchmarks/methods_table.py --out output/methods_table
 
-# What normalization does in SAM: a quadratic, a curve of minima, matrix sensing. `networks` is 81 runs, see its page.
+# What normalization does in SAM: a quadratic, a curve of minima, matrix sensing. `networks` is 78 runs, see its page.
 normalization: $(INSTALLED)
 	for name in quadratic drift sensing; do \
 		$(BIN)/python benchmarks/normalization.py $$name --out output/normalization || exit; done

@@ -142,15 +142,25 @@ def run_grid(prog: str, jobs: Sequence[Job], out: str, processes: int, write: Ca
         write: Writes the report, and returns 0 if that went well.
     """
     def prepare() -> list[PoolJob]:
-        for data, model in {job.data: job.model for job in jobs}.items():
-            size, noise = DATA[model]
-            if not os.path.isdir(os.path.join(out, data)):
-                digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
-            print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
-        return [PoolJob(job.name, job.kind, os.path.join(out, "runs", job.name), tuple(job.argv(out)))
-                for job in jobs]
+        export(jobs, out)
+        return [pool_job(job, out) for job in jobs]
 
     return run_table(prog, prepare, out, processes, write, "--jobs")
+
+
+def export(jobs: Sequence[Job], out: str) -> None:
+    """Writes the images that the jobs train on, if they are not there."""
+    for data, model in {job.data: job.model for job in jobs}.items():
+        size, noise = DATA[model]
+        if not os.path.isdir(os.path.join(out, data)):
+            digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
+        print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
+
+
+def pool_job(job: Job, out: str, keep: bool = False, after: PoolJob | None = None) -> PoolJob:
+    """The job as a pool takes it; ``keep`` and ``after`` as there."""
+    return PoolJob(job.name, job.kind, os.path.join(out, "runs", job.name), tuple(job.argv(out)), keep=keep,
+                   after=after)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

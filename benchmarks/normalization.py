@@ -128,7 +128,7 @@ def build_parser() -> OptionParser:
                           description="What the normalization of the gradient does in SAM.")
     experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for name, text in (("quadratic", "which radii USAM survives"), ("drift", "how far methods go along minima"),
-                       ("sensing", "matrix sensing"), ("networks", "a small ResNet on digits: 81 runs")):
+                       ("sensing", "matrix sensing"), ("networks", "a small ResNet on digits: 78 runs")):
         add = experiments.add_parser(name, help=text, description=text).add_argument
         add("--out", default="output/normalization", metavar="DIR", help="folder of the CSV file and the figure")
         if name == "drift":

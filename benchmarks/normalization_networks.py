@@ -6,18 +6,17 @@ data. Recipe, data and pool are those of ``digits_table.py``.
 import math
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-import digits_table  # of this folder, as methods_table; it sets the number of threads
+import digits_table  # of this folder, as methods_table
 import methods_table
 from experiment import COLORS, LINES, publish
 
-from timm_sam.cli.errors import OptionError
 from timm_sam.cli.text import sample_std, say, spread
+from timm_sam.jobs.job import Job as PoolJob
+from timm_sam.jobs.table import run_table
 from timm_sam.report.runs import FINISHED, read_run
 from timm_sam.runs import files
 
@@ -30,9 +29,9 @@ DRIFT_EPOCHS = 20
 DRIFT_LR = 0.05
 
 
-def minimum(out: str, seed: int) -> str:
-    """Where the weights lie that plain training with this seed leaves."""
-    return os.path.join(out, "minima", f"seed{seed}", files.LAST)
+def plain(seed: int) -> methods_table.Job:
+    """Plain training; what it leaves is the minimum that runs go on from."""
+    return methods_table.Job(methods_table.MODEL, None, None, None, seed)
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,16 @@ class OnFromMinimum(methods_table.Job):
         return f"from minimum, {self.method}", self.selection
 
     def argv(self, out: str) -> list[str]:
-        return [*super().argv(out), "--initial-checkpoint", minimum(out, self.seed), "--lr", f"{DRIFT_LR:g}",
-                "--sched", "none", "--epochs", str(DRIFT_EPOCHS), "--warmup-epochs", "0", "--val-interval", "1"]
+        weights = os.path.join(out, "runs", plain(self.seed).name, files.LAST)
+        return [*super().argv(out), "--initial-checkpoint", weights, "--lr", f"{DRIFT_LR:g}", "--sched", "none",
+                "--epochs", str(DRIFT_EPOCHS), "--warmup-epochs", "0", "--val-interval", "1"]
 
 
 def over_radius(seeds: Sequence[int]) -> list[methods_table.Job]:
     """Plain training, and both methods with every radius."""
     jobs = []
     for seed in dict.fromkeys(seeds):
-        jobs.append(methods_table.Job(methods_table.MODEL, None, None, None, seed))
+        jobs.append(plain(seed))
         jobs += [methods_table.Job(methods_table.MODEL, "sam", "all", rho, seed, method)
                  for method in METHODS for rho in RADII]
     return jobs
@@ -67,28 +67,6 @@ def from_minimum(seeds: Sequence[int]) -> list[methods_table.Job]:
     return [OnFromMinimum(methods_table.MODEL, None if method == "plain" else "sam",
                           None if method == "plain" else "all", None if method == "plain" else DRIFT_RHO, seed, method)
             for seed in dict.fromkeys(seeds) for method in ("plain", *METHODS)]
-
-
-def find_minima(out: str, seeds: Sequence[int]) -> None:
-    """Plain training with each seed that keeps its weights; the same runs as those of the grid.
-
-    Raises:
-        OptionError: One failed.
-    """
-    for seed in dict.fromkeys(seeds):
-        path = minimum(out, seed)
-        folder = os.path.dirname(path)
-        if os.path.isfile(path) and read_run(folder).complete:
-            continue
-        job = methods_table.Job(methods_table.MODEL, None, None, None, seed)
-        os.makedirs(folder, exist_ok=True)
-        log = os.path.join(folder, "log.txt")
-        with open(log, "w", encoding="utf-8") as f:
-            code = subprocess.run(
-                [sys.executable, os.path.join(digits_table.ROOT, "train.py"), *job.argv(out), "--output",
-                 os.path.dirname(folder), "--experiment", os.path.basename(folder)], stdout=f, stderr=f).returncode
-        if code:
-            raise OptionError(f"plain training with seed {seed} ended with code {code}: see {log}")
 
 
 @dataclass(frozen=True)
@@ -148,16 +126,17 @@ def run(prog: str, out: str, processes: int, seeds: Sequence[int]) -> int:
     """
     grid, onward = over_radius(seeds), from_minimum(seeds)
 
-    def minima() -> int:
-        find_minima(out, seeds)
-        return 0
+    def prepare() -> list[PoolJob]:
+        digits_table.export(grid, out)
+        jobs = [digits_table.pool_job(job, out, keep=job.variant is None) for job in grid]
+        minima = {job.seed: found for job, found in zip(grid, jobs) if job.variant is None}
+        return [*jobs, *(digits_table.pool_job(job, out, after=minima[job.seed]) for job in onward)]
 
     def write() -> int:
         write_results(grid, onward, out)
         return 0
 
-    code = digits_table.run_table(prog, grid, out, processes, minima)
-    return code if code > 1 else max(code, digits_table.run_table(prog, onward, out, processes, write))
+    return run_table(prog, prepare, out, processes, write, "--jobs")
 
 
 def write_results(grid: Sequence[methods_table.Job], onward: Sequence[methods_table.Job], out: str) -> None:
