@@ -1,7 +1,6 @@
 """What SAM refuses to be built with."""
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -12,6 +11,7 @@ from .group import Group
 from .methods.stages import Stages
 from .passes import BN_STATS
 from .perturbation import VARIANTS
+from .sharded.units import check_parts
 from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -62,30 +62,13 @@ def check_model(model: nn.Module, group: Group) -> None:
     Raises:
         ValueError: Its gradients, or the norms of them, would be wrong.
     """
-    _check_whole(model)
+    check_parts(model)
     if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
         raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
                          "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
     if any(ddp.static_graph for ddp in group.ddp):
         raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
                          "which the pass at w must not do; build it without static_graph")
-
-
-def _check_whole(model: nn.Module) -> None:
-    """Refuses parameters that are parts of tensors, whose norms would be those of parts.
-
-    What has not been imported, nobody uses: none of these modules is loaded here.
-    """
-    fsdp, tensors = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
-    remedy = "of which SAM would take the norms; use DistributedDataParallel instead"
-    if fsdp is not None:
-        if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()) or any(
-                getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
-            raise ValueError(f"model: FullyShardedDataParallel leaves each rank a part of every parameter, {remedy}")
-        if any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
-            raise ValueError(f"model: fully_shard leaves each rank a part of every parameter, {remedy}")
-    if tensors is not None and any(isinstance(p, tensors.DTensor) for p in model.parameters()):
-        raise ValueError(f"model: tensor parallelism leaves each rank a part of some parameters, {remedy}")
 
 
 def check_methods(stages: Stages, names: str, variant: str, optimizer: torch.optim.Optimizer,

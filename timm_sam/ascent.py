@@ -9,7 +9,8 @@ from .group import Group
 from .methods.stages import At, Groups, Samples, Stages
 from .multi_tensor import at_least_float32, by_factor
 from .passes import Passes
-from .perturbation import is_named_weight, perturbation
+from .perturbation import is_named_weight
+from .store import Store
 
 Scale = float | Tensor | None
 
@@ -18,16 +19,19 @@ class Ascent:
     """Turns gradients into perturbations.
 
     Args:
-        selected: The names and values of w_S.
+        selected: The names and parameters of w_S.
         stages: What methods change.
         group: The ranks.
+        store: Where w_S is.
     """
 
-    def __init__(self, selected: Sequence[tuple[str, nn.Parameter]], stages: Stages, group: Group) -> None:
-        self.params = [p for _, p in selected]
+    def __init__(self, selected: Sequence[tuple[str, nn.Parameter]], stages: Stages, group: Group,
+                 store: Store) -> None:
+        self.params = store.params
         self._is_weight = [is_named_weight(name) for name, _ in selected]
         self._stages = stages
         self._group = group
+        self._store = store
         if stages.mask is not None:
             stages.mask.bind(self.params)
         self._prepared: int | None = None
@@ -64,10 +68,10 @@ class Ascent:
             scale: What they carry as a factor; None: nothing.
             sync: Whether g is the mean over all ranks.
         """
-        g = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(self.params, grads)]
+        g = [torch.zeros_like(w) if grad is None else grad for w, grad in zip(self._store.tensors, grads)]
         if scale is not None:
             g = by_factor(torch._foreach_mul, at_least_float32(g), torch.as_tensor(1.0 / scale))
-        return self._group.mean(g) if sync else g
+        return self._group.mean(g) if sync and not self._store.averages else g
 
     def radius(self, at: At, rho: float, groups: Groups) -> float:
         """The radius of an update."""
@@ -80,8 +84,8 @@ class Ascent:
         stages = self._stages
         d = None if stages.direction is None else stages.direction(at_least_float32(g))
         masked = None if stages.mask is None else stages.mask.apply(at_least_float32(g if d is None else d))
-        eps, norm = perturbation(
-            variant, self.params, g, rho, eta, self._is_weight, direction=d, masked=masked,
+        eps, norm = self._store.eps(
+            variant, g, rho, eta, self._is_weight, direction=d, masked=masked,
             full_norm=stages.mask is None or stages.mask.full,
             normalized=1.0 if stages.normalization is None else stages.normalization(at))
         if away:

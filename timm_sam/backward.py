@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .store import Store
+
 
 class Backward(NamedTuple):
     """What a loop asks of the backward passes of one (micro-)batch.
@@ -25,14 +27,9 @@ class Backward(NamedTuple):
         """The factor that gradients at w carry, 0-dim; None: nothing."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=device))
 
-    def ascend(self, loss: Tensor, params: Sequence[nn.Parameter]) -> None:
-        """The backward pass at w, to some parameters' ``.grad``.
-
-        It leaves the graph of what both passes share alone, and DDP's hooks on the parameters asleep.
-        """
-        wanted = [p for p in params if p.requires_grad]
-        for p, grad in zip(wanted, torch.autograd.grad(self._scaled(loss), wanted, allow_unused=True)):
-            p.grad = grad
+    def ascend(self, loss: Tensor, params: Sequence[nn.Parameter], store: Store) -> None:
+        """The backward pass at w, to some parameters."""
+        store.backward(self._scaled(loss), params)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)

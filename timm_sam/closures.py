@@ -8,9 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from .losses import as_loss
+from .store import Store, version_of
 
 PLAIN = ("SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) before it, "
          "or use SAM.minimize(loss_fn)")
+
+
+def step_of_nothing(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """``step()`` where SAM computed no gradient: an error, unless nothing can move.
+
+    That is how torch.distributed.checkpoint has an optimizer make its state.
+
+    Raises:
+        ValueError: A learning rate is not 0.
+    """
+    if any(group["lr"] != 0 for group in optimizer.param_groups):
+        raise ValueError(PLAIN)
+    optimizer.step()
+    return None
 
 
 class NoLoss(Exception):
@@ -69,13 +84,12 @@ def plain_call(closure: Callable[[], Any], params: Sequence[nn.Parameter]) -> Te
     return torch.full((), torch.nan) if value is None else loss_of(value)
 
 
-def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held: nn.Parameter | None,
-               begun: bool) -> Tensor:
+def first_call(closure: Callable[[], Any], store: Store, held: nn.Parameter | None, begun: bool) -> Tensor:
     """The closure's first call of an update.
 
     Args:
         closure: It.
-        params: The perturbed parameters.
+        store: Of the perturbed parameters.
         held: Of those, one that has a gradient from before.
         begun: Whether there has been an update.
 
@@ -88,11 +102,11 @@ def first_call(closure: Callable[[], Any], params: Sequence[nn.Parameter], held:
         ValueError: It returned no loss, added to what was there, or did nothing at all (wrappers of trainers pass a
             closure that does nothing).
     """
-    with zeroing(held) as seen:
+    with zeroing(held, store) as seen:
         value = closure()
         if value is None and held is not None and seen.untouched():
             raise ValueError(PLAIN)
-        if (value is None or begun) and not seen.arrived and all(p.grad is None for p in params if p is not held):
+        if (value is None or begun) and not seen.arrived and not store.arrived(held):
             raise NoLoss
         return loss_of(value)
 
@@ -111,7 +125,7 @@ def holding(params: Sequence[nn.Parameter]) -> nn.Parameter | None:
 
 
 @contextmanager
-def zeroing(p: nn.Parameter | None) -> Iterator[_Seen]:
+def zeroing(p: nn.Parameter | None, store: Store) -> Iterator[_Seen]:
     """Around a closure: sees whether it zeroes gradients before it adds to them.
 
     A gradient that the first backward pass inside finds as it was has been left over, from the last update or from
@@ -119,6 +133,7 @@ def zeroing(p: nn.Parameter | None) -> Iterator[_Seen]:
 
     Args:
         p: Whose gradient is looked at; it may have been put aside meanwhile. None: nothing can be left over.
+        store: Of the perturbed parameters.
 
     Raises:
         ValueError: The closure adds to what was there.
@@ -131,18 +146,17 @@ def zeroing(p: nn.Parameter | None) -> Iterator[_Seen]:
     held = torch.zeros_like(p) if aside else p.grad
     assert held is not None
     p.grad = held
-    version = held._version
-    seen.untouched = lambda: p.grad is held and held._version == version
+    version = version_of(held)
+    seen.untouched = lambda: p.grad is held and version_of(held) == version
 
     def look(p: torch.Tensor) -> None:
         # adding in place is one version; in-place zeroing before it is another; else the gradient is a new tensor
-        seen.arrived.append(p.grad is held and held._version == version + 1)
+        seen.arrived.append(p.grad is held and version_of(held) == version + store.version)
 
-    handle = p.register_post_accumulate_grad_hook(look)
     try:
-        yield seen
+        with store.watched(p, look):
+            yield seen
     finally:
-        handle.remove()
         if aside and p.grad is held and not seen.arrived:
             p.grad = None  # nothing arrived
     if seen.arrived and seen.arrived[0]:

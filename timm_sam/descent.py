@@ -30,7 +30,7 @@ class Descent:
         self._passes = passes
         self._group = group
         self._sync = sync
-        self._averages = sync or bool(group.ddp)
+        self._averages = sync or group.averages
         self._params: list[nn.Parameter] = []
         self._g: list[Tensor] = []
         self._used: list[bool] = []

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .arguments import check_model
 from .group import Group, in_group
+from .sharded.units import SHARDED_LATE, units_of
 
 Selection = Sequence[tuple[str, nn.Parameter]]
 
@@ -64,6 +65,9 @@ class FirstUpdate:
         """
         if self._looked:
             return
+        self._group.settle()
+        if units_of(self._model) and not self._group.sharded:
+            raise ValueError(SHARDED_LATE)
         check_model(self._model, Group(self._model))
         self._find_replaced()
         self._compare_with_optimizer()

@@ -18,7 +18,12 @@ class Group:
 
     Args:
         model: The model that is trained.
+
+    Attributes:
+        sharded: Whether the ranks keep parts of the parameters.
     """
+
+    sharded = False
 
     def __init__(self, model: nn.Module) -> None:
         self.ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
@@ -26,6 +31,24 @@ class Group:
     @property
     def process_group(self) -> Any:
         return self.ddp[0].process_group if self.ddp else None
+
+    @property
+    def process_groups(self) -> list[Any]:
+        """Those that together reach all ranks, one after the other."""
+        return [self.process_group]
+
+    @property
+    def averages(self) -> bool:
+        """Whether the gradients of the ranks are averaged for the step."""
+        return bool(self.ddp)
+
+    def settle(self) -> None:
+        """Has the model show the parameters that it was built with."""
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around a pass: what it leaves in the model is what was there before."""
+        yield
 
     @property
     def rank(self) -> int:
@@ -50,12 +73,13 @@ class Group:
             yield
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over all ranks, by one collective; the tensors themselves without a process group."""
+        """The mean over all ranks, by one collective (a process group); the tensors themselves without any."""
         if not in_group():
             return list(tensors)
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        torch.distributed.all_reduce(flat, group=self.process_group)
-        flat /= torch.distributed.get_world_size(self.process_group)
+        for group in self.process_groups:
+            torch.distributed.all_reduce(flat, group=group)
+            flat /= torch.distributed.get_world_size(group)
         return [part.view_as(t).to(t.dtype) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
     def average_gradients(self, params: Sequence[nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from .multi_tensor import Backup
 from .norms import is_norm
 from .random_state import RandomState
 from .recording import Recording
-from .rounding import Rounding
+from .store import Store
 
 BN_STATS = ("clean", "both")
 
@@ -28,9 +28,9 @@ class Passes:
     Args:
         optimizer: The base optimizer.
         model: The model.
-        params: The selected parameters w_S.
+        store: Where the selected parameters w_S are.
         bn_stats: Which passes update running statistics, of ``BN_STATS``.
-        group: Who must not synchronize at w.
+        group: The ranks.
         norm_types: What is a normalization layer beside the known ones.
 
     Attributes:
@@ -38,18 +38,18 @@ class Passes:
         norm_layers: The normalization layers of the model.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, params: Sequence[nn.Parameter],
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, store: Store,
                  bn_stats: str, group: Group, norm_types: tuple[type[nn.Module], ...] = ()) -> None:
         self.optimizer = optimizer
-        self.params = list(params)
+        self.params = store.params
+        self.store = store
         chosen = {id(p) for p in self.params}
         self.outside = [p for p in model.parameters() if id(p) not in chosen]
         self.second_order = bool(getattr(optimizer, "is_second_order", False))
         self.norm_layers = [m for m in model.modules() if is_norm(m, norm_types)]
         self.bn_stats = bn_stats
         self.group = group
-        self._weights, self._statistics = Backup(), Backup()
-        self._rounding = Rounding(self.params)
+        self._statistics = Backup()
         self._random_state: RandomState | None = None
         norms = {id(m) for m in self.norm_layers}
         # the state of other layers, as spectral normalization's vectors or the averages of a codebook
@@ -85,22 +85,23 @@ class Passes:
         accumulated = [p.grad for p in touched]
         self._random_state = RandomState({p.device for p in self.params})
         grads: list[Tensor | None] = []
-        for p in touched:
-            p.grad = None
-        if recording is None:
-            _set_requires_grad(frozen, False)
-        else:  # what is shared needs the graph to its own weights
-            recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
-        try:
-            with self.group.no_sync(), without_reentrance(_nothing if recording is None else recording.give_up):
-                yield grads
-            grads += [p.grad for p in wanted]
-        finally:
-            _set_requires_grad(frozen, True)
-            for p, grad in zip(touched, accumulated):
-                p.grad = grad
-            # weights cast inside an autocast region around both passes are stale in the second
-            torch.clear_autocast_cache()
+        with self.group.settled():
+            for p in touched:
+                p.grad = None
+            if recording is None:
+                _set_requires_grad(frozen, False)
+            else:  # what is shared needs the graph to its own weights
+                recording.on_perturbed = lambda: _set_requires_grad(frozen, False)
+            try:
+                with self.store.at_w(), without_reentrance(_nothing if recording is None else recording.give_up):
+                    yield grads
+                grads += self.store.grads(wanted)
+            finally:
+                _set_requires_grad(frozen, True)
+                for p, grad in zip(touched, accumulated):
+                    p.grad = grad
+                # weights cast inside an autocast region around both passes are stale in the second
+                torch.clear_autocast_cache()
 
     @contextmanager
     def at_perturbed(self, eps: list[Tensor], only: bool = False) -> Iterator[Tensor]:
@@ -119,21 +120,22 @@ class Passes:
             # all of them: which ones a forward writes cannot be told without reading them, if it writes to their .data
             states = [(m, name, b) for m, name in self._states if (b := m._buffers.get(name)) is not None]
             buffers += [b for _, _, b in states]
-        self._weights.save(self.params)
+        self.store.save()
         self._statistics.save(buffers)
-        try:
-            norm = self._rounding.add(eps, self._weights.values)
-            if not only:
-                self.rewind()
-            with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
-                yield norm
-        finally:
-            self._random_state = None
-            self._weights.restore()
-            for m, name, b in states:
-                m._buffers[name] = b  # a forward may have put another tensor there
-            self._statistics.restore()
-            torch.clear_autocast_cache()
+        with self.group.settled():
+            try:
+                norm = self.store.add(eps)
+                if not only:
+                    self.rewind()
+                with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
+                    yield norm
+            finally:
+                self._random_state = None
+                self.store.restore()
+                for m, name, b in states:
+                    m._buffers[name] = b  # a forward may have put another tensor there
+                self._statistics.restore()
+                torch.clear_autocast_cache()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -63,12 +63,14 @@ class Variant:
         p: Norm of the perturbation model, 2 or inf.
         eta: Default of eta, or None where T has no eta.
         title: The name used in the paper's tables.
+        by_tensor: Whether T is the l2 norm of each whole tensor.
     """
 
     normalizer: Callable[[Sequence[Tensor], Sequence[Tensor], float, Sequence[bool]], Tensors | None]
     p: float
     eta: float | None
     title: str
+    by_tensor: bool = False
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -76,7 +78,7 @@ VARIANTS: Mapping[str, Variant] = {
     "elementwise_l2": Variant(_elementwise, 2, 0.0, "elem. l2"),
     "elementwise_l2_orig": Variant(_elementwise_orig, 2, 0.01, "elem. l2 orig."),
     "elementwise_linf": Variant(_elementwise, math.inf, 0.0, "elem. l-inf"),
-    "layerwise_l2": Variant(_layerwise, 2, None, "layer l2"),
+    "layerwise_l2": Variant(_layerwise, 2, None, "layer l2", by_tensor=True),
     "fisher": Variant(_fisher, 2, 1.0, "Fisher-SAM"),
 }
 
@@ -135,6 +137,7 @@ def perturbation(
     # half-precision tensors are widened: squares of half-precision gradients under- and overflow
     params, grads = at_least_float32(params), at_least_float32(grads)
     grad_norm = global_norm(grads)
+    norm: Tensor | None = None
     t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
     d = grads if direction is None else at_least_float32(direction)
     along = d if masked is None else at_least_float32(masked)
@@ -145,18 +148,35 @@ def perturbation(
         else:
             norm = grad_norm if scaled is grads else global_norm(scaled)
         usable = torch.isfinite(norm) & (norm > 0)
-        # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
-        eps = by_factor(torch._foreach_div, scaled, torch.where(usable, norm, torch.ones_like(norm)))
-        if normalized != 1:
-            torch._foreach_mul_(eps, normalized)
-            torch._foreach_add_(eps, scaled, alpha=1 - normalized)
     else:
         usable = torch.isfinite(grad_norm)
-        eps = list(torch._foreach_sign(along))
+        scaled = list(torch._foreach_sign(along))
+    if direction is not None:
+        usable = usable & torch.isfinite(grad_norm) & torch.isfinite(global_norm(d))
+    return of_length(scaled, t, norm, usable, rho, normalized), grad_norm
+
+
+def of_length(scaled: Sequence[Tensor], t: Tensors | None, norm: Tensor | None, usable: Tensor, rho: float,
+              normalized: float) -> Tensors:
+    """eps = rho s T scaled, with s = 1 - lam + lam / norm; zero where it is not usable.
+
+    Args:
+        scaled: T d, or sign(d) for p = inf, float32 or wider.
+        t: T; None: 1.
+        norm: 0-dim; None: s = 1, and ``scaled`` becomes eps in place.
+        usable: 0-dim, whether eps is not zero.
+        rho: Radius.
+        normalized: lam.
+    """
+    eps = list(scaled)
+    if norm is not None:
+        # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
+        eps = by_factor(torch._foreach_div, eps, torch.where(usable, norm, torch.ones_like(norm)))
+        if normalized != 1:
+            torch._foreach_mul_(eps, normalized)
+            torch._foreach_add_(eps, list(scaled), alpha=1 - normalized)
     torch._foreach_mul_(eps, rho)
     if t is not None:
         torch._foreach_mul_(eps, t)
-    if direction is not None:
-        usable = usable & torch.isfinite(grad_norm) & torch.isfinite(global_norm(d))
     zero_unless_(usable, eps)
-    return eps, grad_norm
+    return eps

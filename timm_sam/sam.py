@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from .arguments import check_arguments, check_methods, check_model, in_right_order
 from .ascent import Ascent, Scale
 from .backward import Backward
-from .closures import PLAIN, check_idle, first_call, holding, loss_of, plain_call, updating
+from .closures import check_idle, first_call, holding, loss_of, plain_call, step_of_nothing, updating
 from .descent import Descent
 from .facade import Facade, on_itself
 from .first_update import FirstUpdate
-from .group import Group
 from .losses import Losses, LossFn
 from .methods.stages import At, Method, Samples, merged, when
 from .norms import NormTypes, checked_types
@@ -34,6 +33,7 @@ from .passes import Passes
 from .perturbation import VARIANTS
 from .recording import Recording
 from .selection import select_parameters, share_of
+from .sharded import group_of, store_of
 from .sharing import Sharing, ruled_out
 from .stats import UNKNOWN, Stats
 from .when import When
@@ -105,7 +105,7 @@ class SAM(Facade):
     ) -> None:
         super().__init__(optimizer)
         check_arguments(variant, bn_stats, rho, eta)
-        self._group = Group(model)
+        self._group = group_of(model, params)
         check_model(model, self._group)
         self.variant = variant
         self.params = params
@@ -125,16 +125,18 @@ class SAM(Facade):
         every, start, first = when(self.methods, every, start)
         self._when = When(every, start, end, seed, first)
         self._when.by_epoch |= any(method.timing.by_epoch for method in self.methods)
-        self._ascent = Ascent(self.selected, self._stages, self._group)
+        self._store = store_of(
+            model, self.selected, self._group, params, sync, self._stages, self._method_names(), optimizer)
+        self._ascent = Ascent(self.selected, self._stages, self._group, self._store)
         self._params = self._ascent.params
-        self._passes = Passes(optimizer, model, self._params, bn_stats, self._group, checked_types(norm_types))
+        self._passes = Passes(optimizer, model, self._store, bn_stats, self._group, checked_types(norm_types))
         self._descent = Descent(self._stages, self._passes, self._group, sync)
         self._losses = Losses(self._stages.rows, self._method_names(), self._passes, model)
         whole_pass = self._stages.full_ascent or self._stages.rows is not None
         self._sharing = Sharing(
             model, self._params, ruled_out(
                 share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass,
-                one_pass=self._stages.ahead is not None),
+                one_pass=self._stages.ahead is not None, sharded=self._group.sharded),
             self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
         check_methods(self._stages, self._method_names(), variant, optimizer, self._passes.second_order)
         self._first = FirstUpdate(optimizer, model, self._group, self.selected,
@@ -244,7 +246,7 @@ class SAM(Facade):
                 leaves no gradient in any selected parameter, or adds to gradients of earlier batches.
         """
         if closure is None and self._stepped:
-            raise ValueError(PLAIN)
+            return step_of_nothing(self.optimizer)
         if closure is not None and not self._by_closure(closure):
             return None
         self.optimizer.step()
@@ -270,11 +272,11 @@ class SAM(Facade):
         held, begun = holding(self._params), self.stats is not None
         if self._stages.ahead is not None:
             with self._perturbed(True, accumulate=False):
-                loss = first_call(closure, self._params, held, begun)
+                loss = first_call(closure, self._store, held, begun)
             self._record(loss, loss)
             return
         with self.ascent():
-            loss = first_call(partial(self._losses.same_input.at_w, closure), self._params, held, begun)
+            loss = first_call(partial(self._losses.same_input.at_w, closure), self._store, held, begun)
         with self._perturbed(True, accumulate=False):
             loss_perturbed = loss_of(self._losses.same_input.at_perturbed(closure))
         self._record(loss, loss_perturbed)
@@ -349,7 +351,7 @@ class SAM(Facade):
                 raise ValueError(
                     f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
                     f"({self.selected[0][0]}, ...): select others by params or filter")
-            how.ascend(loss, wanted)
+            how.ascend(loss, wanted, self._store)
             self._weight = how.share(loss) if self._descent.needs_g else None
         return loss.detach()
 

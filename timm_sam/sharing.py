@@ -19,7 +19,7 @@ _ONE_PASS = "one forward per update: the method has no pass at w"
 
 
 def ruled_out(*, share_forward: bool = True, bn_stats: str = "clean", full_ascent: bool = False,
-              one_pass: bool = False, whole_batch: bool = True) -> str | None:
+              one_pass: bool = False, whole_batch: bool = True, sharded: bool = False) -> str | None:
     """Why settings of SAM exclude sharing, in a few words, or None if they do not.
 
     Args:
@@ -28,11 +28,14 @@ def ruled_out(*, share_forward: bool = True, bn_stats: str = "clean", full_ascen
         full_ascent: Whether the pass at w computes the gradients of all parameters, or another loss than the mean.
         one_pass: Whether there is no pass at w.
         whole_batch: Whether both passes take the same samples.
+        sharded: Whether ranks keep parts of the model.
     """
     if one_pass:
         return _ONE_PASS
     if not share_forward:
         return "sharing is off"
+    if sharded:
+        return "the model is sharded"
     if bn_stats == "both":
         return "both passes update running statistics"
     if full_ascent:

@@ -1,28 +1,28 @@
 """Models that are sharded, or wrapped after SAM was built, on two ranks: one sentence, never wrong in silence."""
 import pytest
 from support.models import assert_identical
-from support.scenarios import of_both_ranks
 from support.wrapped_ranks import LATE, SHARDED
 
 
-@pytest.fixture(scope='session')
-def scenario(tmp_path_factory):
-    return of_both_ranks('support.wrapped_ranks', tmp_path_factory.mktemp('wrapped'))
+@pytest.fixture
+def scenario(wrapped_models):
+    return wrapped_models
 
 
 WORDS = {
     'fsdp1': 'FullyShardedDataParallel', 'fsdp1_with_parameters': 'FullyShardedDataParallel',
-    'inside_of_fsdp1': 'FullyShardedDataParallel', 'fsdp2': 'fully_shard', 'a_part_in_fsdp2': 'fully_shard',
+    'inside_of_fsdp1': 'FullyShardedDataParallel',
     'tensor_parallel': 'tensor parallelism', 'replicated_tensors': 'tensor parallelism',
+    'tensor_parallel_in_fsdp2': 'tensor parallelism',
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize('how', SHARDED)
-def test_sharded_models_are_refused_at_construction_with_what_works(scenario, how):
+def test_parts_that_are_not_those_of_fully_shard_are_refused_at_construction_with_what_works(scenario, how):
     for rank in scenario(how):
         assert rank['said'].startswith(f'model: {WORDS[how]} leaves each rank a part of')
-        assert rank['said'].endswith('use DistributedDataParallel instead') and '\n' not in rank['said']
+        assert rank['said'].endswith('use fully_shard or DistributedDataParallel instead') and '\n' not in rank['said']
 
 
 @pytest.mark.full
@@ -37,7 +37,8 @@ def test_ddp_around_a_model_whose_sam_was_built_before_is_found_at_the_first_upd
 @pytest.mark.full
 def test_a_model_that_is_sharded_after_sam_was_built_is_found_at_the_first_update(scenario):
     for rank in scenario('late fsdp2'):
-        assert rank['said'].startswith('model: fully_shard leaves each rank a part of')
+        assert rank['said'] == ('model: fully_shard was called after SAM was built; call it first, then build the '
+                                'optimizer and SAM with the model')
 
 
 @pytest.mark.full

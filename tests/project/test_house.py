@@ -15,9 +15,11 @@ COMMANDS = {'timm_sam.train', 'timm_sam.validate'}
 LINES = 450
 
 # wing -> the others that it may import; 'plugin' are the files of the root
+PLUGIN = {'plugin', 'methods', 'sharded'}  # parts of one thing
 ALLOWED = {
-    'plugin': {'methods'},
+    'plugin': {'methods', 'sharded'},
     'methods': {'plugin'},
+    'sharded': {'plugin', 'methods'},
     'models': set(),
     'cli': {'plugin'},
     'runs': {'cli'},
@@ -68,7 +70,7 @@ def test_wing_imports_only_those_below_it(name):
 
 
 def test_wings_are_ordered():
-    order = {name: others - {'plugin', 'methods'} for name, others in ALLOWED.items()}  # two halves of one thing
+    order = {name: others - PLUGIN for name, others in ALLOWED.items()}
     assert len(list(graphlib.TopologicalSorter(order).static_order())) >= len(order)
 
 
@@ -98,7 +100,7 @@ def test_plugin_is_made_of_torch_and_timm():
     """What `import timm` loads itself cannot be told from what the plugin does: so by the text."""
     libraries = {'torch', 'timm', 'timm_sam', 'numpy'} | sys.stdlib_module_names - {'argparse', 'csv', 'json'}
     for module in GRAPH:
-        if wing(module) in ('plugin', 'methods'):
+        if wing(module) in PLUGIN:
             taken = {found.module.split('.')[0] for found in imports_of(file_of(module), ROOT)}
             assert taken <= libraries, module
 
@@ -129,7 +131,7 @@ def test_import_of_the_package_loads_the_plugin_and_nothing_else(tmp_path):
     assert done.code == 0, done.err
     loaded = json.loads(done.out)
     ours = {module for module in loaded if module.split('.')[0] == 'timm_sam'}
-    assert ours == {module for module in GRAPH if wing(module) in ('plugin', 'methods')}
+    assert ours == {module for module in GRAPH if wing(module) in PLUGIN}
     foreign = {module.split('.')[0] for module in loaded} - {'timm_sam'} - sys.stdlib_module_names
     assert foreign <= {'torch'}, foreign
 
@@ -149,7 +151,7 @@ def test_library_logs_under_the_names_of_its_modules():
 
 
 def test_errors_of_the_plugin_name_arguments_and_no_flags():
-    raised = [(module, text) for module in GRAPH if wing(module) in ('plugin', 'methods')
+    raised = [(module, text) for module in GRAPH if wing(module) in PLUGIN
               for text in raised_texts(file_of(module))]
     assert len(raised) > 20
     assert [(module, text) for module, text in raised if re.search(r'--[a-z]', text)] == []

@@ -14,8 +14,9 @@ from support.places import ROOT
 NEEDS = {
     'plain_loop': (), 'grad_scaler': (), 'lightning_module': ('lightning',), 'lightning_accumulation': ('lightning',),
     'fabric_loop': ('lightning',), 'accelerate_loop': ('accelerate',),
-    'transformers_trainer': ('transformers', 'accelerate'),
+    'transformers_trainer': ('transformers', 'accelerate'), 'fsdp2': (),
 }
+RANKS_ONLY = ['fsdp2']
 PARTS = {'grad_scaler': 2, 'lightning_accumulation': 2, 'accelerate_loop': 2}  # batches of an update
 
 
@@ -125,4 +126,5 @@ RUNS = {
     'grad_scaler': lambda module, net, data, ranks: module.train(net, data, autocast=False),
     'lightning_module': by_lightning, 'lightning_accumulation': by_lightning, 'fabric_loop': by_fabric,
     'accelerate_loop': by_accelerate, 'transformers_trainer': by_transformers,
+    'fsdp2': lambda module, net, data, ranks: module.train(net, data),
 }

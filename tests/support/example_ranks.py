@@ -1,19 +1,20 @@
-"""The loops of `examples/` on two ranks, for `test_example_loops.py`: each under its trainer's DDP."""
+"""The loops of `examples/` on two ranks, for `test_example_loops.py`: each under its trainer's DDP, or sharded."""
 from types import SimpleNamespace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from support.example_loops import batches, by_hand, by_lightning, load, missing, network, run
+from support.example_loops import RANKS_ONLY, batches, by_hand, by_lightning, load, missing, network, run
+from support.fsdp_models import whole
 from support.models import weights
 from support.scenarios import main
 from timm_sam import SAM
 
-ON_RANKS = ['lightning_module', 'lightning_accumulation', 'fabric_loop', 'accelerate_loop']
+ON_RANKS = ['lightning_module', 'lightning_accumulation', 'fabric_loop', 'accelerate_loop', *RANKS_ONLY]
 
 
 def loop(rank, name):
-    return weights(run(name, batches(rank), ranks=torch.distributed.get_world_size()))
+    return whole(run(name, batches(rank), ranks=torch.distributed.get_world_size()))
 
 
 def hand(rank, parts):

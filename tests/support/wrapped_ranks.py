@@ -1,4 +1,5 @@
 """What each of two ranks does for `test_wrapped.py`: models that are wrapped or sharded in ways that SAM must notice.
+Then comes what `test_fsdp.py` always needs.
 
 A scenario returns the message of the error that SAM raised, or an empty string, and the weights afterwards.
 """
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from support.fsdp_ranks import core
 from support.models import OPTIMIZERS, TinyNet, batch, weights
 from support.scenarios import main
 from timm_sam import SAM
@@ -58,10 +60,6 @@ def fsdp2(model):
     fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
 
 
-def a_part_in_fsdp2(model):
-    fully_shard(model.conv, mesh=init_device_mesh('cpu', (2,)))
-
-
 def tensor_parallel(model, placement=Shard):
     mesh = init_device_mesh('cpu', (2,))
     model.conv.weight = nn.Parameter(distribute_tensor(model.conv.weight.detach(), mesh, [placement(0)]))
@@ -71,8 +69,14 @@ def replicated_tensors(model):
     tensor_parallel(model, placement=lambda _: Replicate())
 
 
-SHARDED = {f.__name__: f for f in (fsdp1, fsdp1_with_parameters, inside_of_fsdp1, fsdp2, a_part_in_fsdp2,
-                                   tensor_parallel, replicated_tensors)}
+def tensor_parallel_in_fsdp2(model):
+    mesh = init_device_mesh('cpu', (1, 2), mesh_dim_names=('data', 'tensor'))
+    model.conv.weight = nn.Parameter(distribute_tensor(model.conv.weight.detach(), mesh['tensor'], [Shard(0)]))
+    fully_shard(model, mesh=mesh['data'])
+
+
+SHARDED = {f.__name__: f for f in (fsdp1, fsdp1_with_parameters, inside_of_fsdp1, tensor_parallel, replicated_tensors,
+                                   tensor_parallel_in_fsdp2)}
 
 
 def late(rank, wrap, way, **options):
@@ -179,6 +183,7 @@ def scenarios():
     yield 'others', others, (), {}
     yield 'in a trainer', in_a_trainer, (), {}
     yield 'around', around_the_wrapper, (), {}
+    yield from core()
 
 
 if __name__ == '__main__':
