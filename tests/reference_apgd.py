@@ -85,3 +85,15 @@ def cross_entropy(z, y):
 def targeted_dlr(z, y, t):
     ordered = sorted(z, key=lambda z_j: float(z_j.detach()), reverse=True)
     return -(z[y] - z[t]) / (ordered[0] - (ordered[2] + ordered[3]) / 2 + 1e-12)
+
+
+def checkpoints(steps):
+    """After which steps the authors' code looks at the step size: it counts down windows that shrink."""
+    window, least, shrink = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    found, since = [], 0
+    for k in range(1, steps + 1):
+        since += 1
+        if since == window:
+            found.append(k)
+            window, since = max(window - shrink, least), 0
+    return tuple(found)

@@ -61,12 +61,17 @@ class WeightBall:
     (100, (22, 41, 57, 70, 80, 87, 93, 99)),
     (200, (44, 82, 114, 140, 160, 174, 186, 198)),
     (50, (11, 21, 30, 38, 45)),
-    (20, (4, 8, 12, 16, 20)),
+    (33, (7, 13, 18, 22, 25, 27, 28, 29, 30, 31, 32, 33)),
+    (20, (4, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)),
     (3, (1, 2, 3)),
     (1, (1,)),
 ])
 def test_checkpoints(steps, expected):
     assert checkpoints(steps) == expected
+
+
+def test_checkpoints_are_those_of_the_authors_code():
+    assert all(checkpoints(steps) == reference_apgd.checkpoints(steps) for steps in range(1, 400))
 
 
 @pytest.mark.parametrize('steps', [0, -1, 2.5])

@@ -80,12 +80,12 @@ class Rank:
         self.progress.title = f"Rank: {name} ({number + 1} of {self.count})"
         places = ranks.share(range(len(self.batches)))
         later = (self.count - number - 1) * self.passes * len(places)
-        ahead = len(plan(self.n, dims, args.memory)) * len(places) if dims else 0
+        passes = len(plan(self.n, dims, args.memory))
         passed = 0
 
         def batches() -> Iterator[Tensor]:
             nonlocal passed
-            self.progress.expect(ahead + later - passed * len(places), f"pass {passed + 1}")
+            self.progress.expect((passes - passed) * len(places) + later, f"pass {passed + 1} of {passes}")
             passed += 1
             for images, _ in suite_loader(args, subject, self.suite, self.batches, places):
                 images = images.to(subject.device)

@@ -68,45 +68,59 @@ def measure_rank(features: Features, dims: Mapping[str, int], n: int, memory: in
         note: Is told of each layer when it is done, on every rank: see :func:`_of`.
         tick: Is called after each batch.
     """
-    grams: dict[str, Gram] = {}
+    sums = _Sums(n, dims, device)
     for columns in plan(n, dims, memory):
-        kept: dict[str, Tensor] = {}
-
-        def take(rows: Sequence[tuple[int, dict[str, Tensor]]], columns: Pass = columns,
-                 kept: dict[str, Tensor] = kept) -> None:
-            for start, found in rows:
-                for name, part in found.items():
-                    if dims[name] <= n:
-                        if name not in grams:
-                            grams[name] = Gram(n, dims[name], device)
-                        grams[name].add(part)
-                    else:
-                        if name not in kept:
-                            kept[name] = torch.empty(n, len(columns[name]))
-                        kept[name][start:start + len(part)] = part
-
-        _over_images(features, columns, memory, group, batches, sizes, take, tick)
+        _over_images(features, columns, memory, group, batches, sizes, sums, tick)
         for name in columns:
-            def add(name: str = name, kept: dict[str, Tensor] = kept) -> dict[str, Any] | None:
-                if not group.primary:
-                    return None
-                if name in kept:
-                    if name not in grams:
-                        grams[name] = Gram(n, dims[name], device)
-                    grams[name].add(kept.pop(name))
-                if not grams[name].complete:
-                    return None
-                return _of(grams.pop(name), shares, name)
-
-            value = group.run(add)[0]
+            value = group.run(partial(sums.close, name, shares) if group.primary else _nothing)[0]
             if value is not None:
                 note(name, value)
 
 
+def _nothing() -> None:
+    """What other ranks do where the first one computes."""
+
+
+class _Sums:
+    """What the first rank keeps: products of layers that are not complete, and columns until the end of a pass.
+
+    Args:
+        n: Number of images.
+        dims: Layer -> number of features.
+        device: Of the products.
+    """
+
+    def __init__(self, n: int, dims: Mapping[str, int], device: torch.device) -> None:
+        self._n, self._dims, self._device = n, dims, device
+        self._grams: dict[str, Gram] = {}
+        self._columns: dict[str, Tensor] = {}
+
+    def take(self, start: int, found: Mapping[str, Any]) -> None:
+        """The next rows, of one batch, as arrays (b, c) by layer; ``start`` is the place of the first."""
+        for name, part in found.items():
+            rows = torch.from_numpy(part)
+            if self._dims[name] <= self._n:
+                self._gram(name).add(rows)
+            else:
+                if name not in self._columns:
+                    self._columns[name] = torch.empty(self._n, rows.shape[1])
+                self._columns[name][start:start + len(rows)] = rows
+
+    def close(self, name: str, shares: Sequence[float]) -> dict[str, Any] | None:
+        """At the end of a pass: what is known of a layer, if it is complete."""
+        if name in self._columns:
+            self._gram(name).add(self._columns.pop(name))
+        return _of(self._grams.pop(name), shares, name) if self._gram(name).complete else None
+
+    def _gram(self, name: str) -> Gram:
+        if name not in self._grams:
+            self._grams[name] = Gram(self._n, self._dims[name], self._device)
+        return self._grams[name]
+
+
 def _over_images(features: Features, columns: Pass, memory: int, group: Ranks, batches: Callable[[], Any],
-                 sizes: Sequence[int], take: Callable[[Sequence[tuple[int, dict[str, Tensor]]]], None],
-                 tick: Callable[[], None]) -> None:
-    """One pass: the first rank takes the columns of each batch, in order, with the place of its first row."""
+                 sizes: Sequence[int], sums: _Sums, tick: Callable[[], None]) -> None:
+    """One pass: the first rank takes the columns of each batch, in order."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     width = sum(map(len, columns.values()))
     fitting = memory // _WINDOWS // (_BYTES * width * max(sizes))
@@ -128,12 +142,12 @@ def _over_images(features: Features, columns: Pass, memory: int, group: Ranks, b
                 return found
 
             together = sorted((row for part in group.run(share) for row in part), key=lambda row: row[0])
-            group.run(partial(_hand_over, together, take) if group.primary else lambda: None)
+            group.run(partial(_take, sums, together) if group.primary else _nothing)
 
 
-def _hand_over(together: Sequence[tuple[int, dict[str, Any]]],
-               take: Callable[[Sequence[tuple[int, dict[str, Tensor]]]], None]) -> None:
-    take([(start, {name: torch.from_numpy(rows) for name, rows in found.items()}) for start, found in together])
+def _take(sums: _Sums, together: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    for start, found in together:
+        sums.take(start, found)
 
 
 def _of(gram: Gram, shares: Sequence[float], name: str) -> dict[str, Any]:

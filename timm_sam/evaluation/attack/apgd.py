@@ -60,14 +60,14 @@ class Maximum:
 def checkpoints(steps: int) -> tuple[int, ...]:
     """After how many of ``steps`` steps the step size is looked at: (22, 41, 57, 70, 80, 87, 93, 99) of 100.
 
-    The first window is 22% of the steps long, each next one 3% shorter, none shorter than 6%, all rounded down and at
-    least one step.
+    The first window is 22% of the steps long, each next one 3% shorter, none shorter than 6%, all rounded down and
+    at least one step, as in AutoAttack's code: it matters below 34 steps.
 
     Raises:
         ValueError: ``steps`` is no integer >= 1.
     """
     _check_steps(steps)
-    window, shrink, shortest = (max(share * steps // 100, least) for share, least in ((22, 1), (3, 0), (6, 1)))
+    window, shrink, shortest = (max(share * steps // 100, 1) for share in (22, 3, 6))
     found, at = [], window
     while at <= steps:
         found.append(at)
