@@ -3,6 +3,7 @@ import math
 
 import pytest
 import reference_methods as papers
+import timm
 import torch
 import torch.nn.functional as F
 from support.models import (
@@ -275,6 +276,36 @@ def test_flops_are_those_of_the_formula(beta, gamma):
         below = (drawn.index(True) + 1) / layers
         table = 3 + sum(drawn) / layers + 3 * gamma if gamma < 1 else 5 + sum(drawn) / layers
         assert counted == pytest.approx(table - below, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('beta, gamma, params, units', [
+    (1, 0.5, 'all', 5.5), (0.6, 0.5, 'all', 5.1), (0.5, 0.5, 'all', 5), (0.6, 1, 'all', 5.6), (0.5, 1, 'all', 5.5),
+    (0.5, 0.5, 'onlynorm', 4.5), (0.5, 1, 'onlynorm', 5)])
+@pytest.mark.parametrize('name', ['resnet50', 'vit_small_patch32_224'])
+def test_flops_of_large_networks_are_those_of_the_table(name, beta, gamma, params, units):
+    """Over a plain update of three units, on average over draws; counted on torch's meta device: about 20 s."""
+    with torch.device('meta'):
+        model = timm.create_model(name).train()
+        x, y = torch.empty(4, 3, 224, 224), torch.zeros(4, dtype=torch.int64)
+
+    def losses(rows=None):
+        return F.cross_entropy(model(x if rows is None else x[rows]), y if rows is None else y[rows], reduction='none')
+
+    def mean():
+        return losses().mean()
+
+    plain = flops(lambda: mean().backward())
+    model.zero_grad()
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, params=params, rho=0.05, share_forward=False,
+              method=methods.esam(beta=beta, gamma=gamma))
+    counted = []
+    for update in range(4 if beta < 1 and params == 'all' else 1):
+        sam.begin(0, update)
+        # another function for the pass at w: whether one sees the same input twice cannot be told without numbers
+        options = dict(loss_fn=losses) if gamma < 1 else dict(loss_fn=mean, ascent_fn=lambda: mean())
+        counted.append(flops(lambda options=options: sam.minimize(**options)) / plain)
+    assert sum(counted) / len(counted) == pytest.approx(units / 3, abs=0.02)
 
 
 @pytest.mark.parametrize('make, message', [

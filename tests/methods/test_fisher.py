@@ -84,19 +84,6 @@ def test_update_is_that_of_the_transcription_with_the_mask_by_hand(optimizer, se
         torch.testing.assert_close(buffers(model), buffers(twin), rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize('selection', SELECTIONS)
-@pytest.mark.parametrize('norm', ['full', 'masked'])
-def test_sparsity_0_is_sam_bit_for_bit(norm, selection):
-    model, twin = TinyNet(), TinyNet()
-    sam, plain = sam_on(model, params=selection, method=fisher(0, norm=norm)), sam_on(twin, params=selection)
-    for step in range(3):
-        sam.begin(step, step, samples_of(model))
-        one_step('minimize', sam, model, step)
-        one_step('minimize', plain, twin, step)
-        assert_identical(weights(model), weights(twin))
-        assert_identical(buffers(model), buffers(twin))
-
-
 def test_estimate_leaves_random_numbers_statistics_and_gradients_as_they_were():
     model = TinyNet()
     sam = sam_on(model, params='all', method=fisher())

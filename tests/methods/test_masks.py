@@ -5,6 +5,7 @@ import pytest
 import reference_methods as papers
 import torch
 from support.models import (
+    ONLYNORM,
     OPTIMIZERS,
     SELECTIONS,
     BatchLoss,
@@ -29,16 +30,26 @@ def params(selection='all'):
     return [p for name, p in TinyNet().named_parameters() if name in SELECTIONS[selection]]
 
 
-@pytest.mark.parametrize('norm', ['masked', 'full'])
+MASKED = {  # the method, and what its eps is normalized by
+    'random masked': (lambda: methods.random_mask(0.5, norm='masked'), 'masked'),
+    'random full': (lambda: methods.random_mask(0.5, norm='full'), 'full'),
+    'dynamic': (lambda: methods.ssam_dynamic(0.5, total_epochs=2), 'full'),
+}
+
+
+@pytest.mark.parametrize('name', MASKED)
 @pytest.mark.parametrize('selection', SELECTIONS)
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
-def test_update_with_a_random_mask_is_that_of_the_transcription(optimizer, selection, norm):
+def test_update_with_a_mask_is_that_of_the_transcription(optimizer, selection, name):
     model, twin = TinyNet().double(), TinyNet().double()
-    method = methods.random_mask(0.5, norm=norm)
+    make, norm = MASKED[name]
+    method = make()
     sam, base = sam_on(model, optimizer, params=selection, method=method), OPTIMIZERS[optimizer](twin)
     names = [name for name, _ in sam.selected]
-    paper = papers.Masked(norm == 'full', lambda: dict(zip(names, method.mask.mask)))
     for step in range(4):
+        sam.begin(step // 2, step)
+        mask = dict(zip(names, method.mask.mask))
+        paper = papers.Masked(norm == 'full', lambda mask=mask: mask)
         seen = one_step('minimize', sam, model, step).weights_seen
         torch.manual_seed(step)
         paper.step(twin, base, BatchLoss(twin, batch(step)), SELECTIONS[selection], 'sam', 0.5)
@@ -49,6 +60,18 @@ def test_update_with_a_random_mask_is_that_of_the_transcription(optimizer, selec
         assert float(sam.stats.eps_norm) == pytest.approx(0.5, rel=1e-12)
     else:
         assert 0 < float(sam.stats.eps_norm) < 0.5
+
+
+def test_mask_of_the_normalization_layers_is_sam_on_to_rounding():
+    model, twin = TinyNet().double(), TinyNet().double()
+    method = methods.random_mask(0.5)
+    sam, sam_on_norms = sam_on(model, params='all', method=method), sam_on(twin, params='onlynorm')
+    for step in range(4):
+        sam.begin(0, step)
+        method.mask.take(torch.cat([torch.full((p.numel(),), name in ONLYNORM) for name, p in sam.selected]))
+        one_step('minimize', sam, model, step)
+        one_step('minimize', sam_on_norms, twin, step)
+        torch.testing.assert_close(weights(model), weights(twin), rtol=1e-11, atol=1e-13)
 
 
 def test_full_norm_leaves_the_share_of_the_gradient_under_the_mask():

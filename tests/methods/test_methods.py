@@ -20,6 +20,7 @@ from support.models import (
     sam_on,
     weights,
 )
+from support.states import differences
 
 from timm_sam import SAM, methods
 
@@ -51,7 +52,9 @@ def follow(ours, paper, optimizer, selection, variant, way='minimize', steps=5):
         assert_close(sam.stats.loss, loss)
         assert_close(weights(model), weights(twin))
         assert_close(buffers(model), buffers(twin))
-        assert_close(sam.optimizer.state_dict()['state'], base.state_dict()['state'])
+        mine, theirs = sam.optimizer.state_dict(), base.state_dict()
+        assert_close(mine['state'], theirs['state'])
+        assert mine['param_groups'] == theirs['param_groups'] and mine.keys() == theirs.keys()
     return sam, loss_fn
 
 
@@ -80,15 +83,24 @@ def test_every_way_to_step_is_the_same_update(name, way):
 
 LIMITS = {
     'usam 1': lambda: methods.usam(lam=1), 'friendly 0': lambda: methods.friendly(sigma=0),
-    'looksam k 1': lambda: methods.looksam(k=1, alpha=0.7),
+    'looksam k 1': lambda: methods.looksam(k=1, alpha=0.7), 'looksam 0': lambda: methods.looksam(k=2, alpha=0),
     'random_mask 0 masked': lambda: methods.random_mask(sparsity=0),
     'random_mask 0 full': lambda: methods.random_mask(sparsity=0, norm='full'),
     'ssam_dynamic 0 full': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4),
     'ssam_dynamic 0 masked': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4, norm='masked'),
     'ssam_dynamic drop 1': lambda: methods.ssam_dynamic(sparsity=0, total_epochs=4, drop=1),
+    'ssam_fisher 0 full': lambda: methods.ssam_fisher(sparsity=0, samples=2),
+    'ssam_fisher 0 masked': lambda: methods.ssam_fisher(sparsity=0, samples=2, norm='masked'),
     'gsam': lambda: methods.gsam(alpha=0, rho_min=0.5),
-    'esam': lambda: methods.esam(beta=1, gamma=1),
+    'esam': lambda: methods.esam(beta=1, gamma=1), 'late': lambda: methods.late(start=1, ramp=False),
 }
+LIMIT_OF = {'looksam 0': dict(every=2), 'late': dict(start=1)}  # otherwise SAM in every update
+
+
+def samples_of(model):
+    """Losses of one sample, as a loop offers them."""
+    x, y = batch(0, 1, model.head.weight.dtype)
+    return lambda n: [lambda: F.cross_entropy(model(x), y)] * n
 
 
 @pytest.mark.parametrize('selection', SELECTIONS)
@@ -97,21 +109,15 @@ LIMITS = {
 def test_limit_is_sam_bit_for_bit(name, optimizer, selection):
     model, twin = TinyNet(), TinyNet()
     sam, plain = (sam_on(m, optimizer, params=selection, **more) for m, more in (
-        (model, dict(method=LIMITS[name]())), (twin, {})))
+        (model, dict(method=LIMITS[name]())), (twin, LIMIT_OF.get(name, {}))))
     for step in range(4):
-        sam.begin(step // 2, step)
+        sam.begin(step // 2, step, samples_of(model))
+        plain.begin(step // 2, step)
         one_step('minimize', sam, model, step)
         one_step('minimize', plain, twin, step)
         assert_identical(weights(model), weights(twin))
-
-
-def test_looksam_without_alpha_is_sam_every_k_updates_bit_for_bit():
-    model, twin = TinyNet(), TinyNet()
-    sam, plain = sam_on(model, method=methods.looksam(k=2, alpha=0)), sam_on(twin, every=2, share_forward=False)
-    for step in range(4):
-        one_step('minimize', sam, model, step)
-        one_step('minimize', plain, twin, step)
-        assert_identical(weights(model), weights(twin))
+        assert_identical(buffers(model), buffers(twin))
+    assert differences(sam.optimizer.state_dict(), plain.optimizer.state_dict()) == []
 
 
 # Defining properties
@@ -126,6 +132,17 @@ def test_eps_of_usam_halves_with_the_loss_and_that_of_sam_does_not():
             norms[name, factor] = float(sam.stats.eps_norm)
     assert norms['usam', 0.5] == pytest.approx(norms['usam', 1.0] / 2, rel=1e-12)
     assert norms['sam', 0.5] == pytest.approx(norms['sam', 1.0], rel=1e-12)
+
+
+def test_eps_of_usam_is_linear_in_lam():
+    norms = {}
+    for lam in (0, 0.25, 1):
+        model = TinyNet().double()
+        sam = sam_on(model, method=methods.usam(lam=lam))
+        one_step('minimize', sam, model)
+        norms[lam] = float(sam.stats.eps_norm)
+    assert norms[1] == pytest.approx(0.5, rel=1e-12) and norms[0] != pytest.approx(0.5, rel=1e-2)
+    assert norms[0.25] == pytest.approx(0.75 * norms[0] + 0.25 * norms[1], rel=1e-12)
 
 
 def test_usam_on_a_quadratic_is_the_step_that_algebra_gives():
@@ -148,6 +165,19 @@ def test_stable_step_is_as_long_as_that_of_the_gradient_at_w():
     BatchLoss(twin, batch(0))().backward()
     ours, plain = (papers.lengths(p.grad for p in m.parameters()) for m in (model, twin))
     assert ours == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_stable_without_a_radius_is_plain_training_to_rounding(optimizer):
+    model, twin = TinyNet().double(), TinyNet().double()
+    sam, alone = sam_on(model, optimizer, rho=0.0, method=methods.stable()), OPTIMIZERS[optimizer](twin)
+    for step in range(4):
+        one_step('minimize', sam, model, step)
+        torch.manual_seed(step)
+        alone.zero_grad()
+        BatchLoss(twin, batch(step))().backward()
+        alone.step()
+        assert_close(weights(model), weights(twin))
 
 
 def test_what_looksam_keeps_is_a_unit_vector_orthogonal_to_g_and_what_it_adds_has_the_length_asked_for():
@@ -287,13 +317,21 @@ def test_first_update_with_overflow_leaves_friendly_as_new():
     assert_identical(weights(model), weights(twin))
 
 
-@pytest.mark.parametrize('name', METHODS)
+SCALED = {name: ours for name, (ours, _) in METHODS.items()} | {
+    'random_mask': lambda: methods.random_mask(0.5), 'ssam_dynamic': lambda: methods.ssam_dynamic(0.5, total_epochs=4),
+    'ssam_fisher': lambda: methods.ssam_fisher(0.5, samples=2), 'late': lambda: methods.late(start=1, lr_min=0.0),
+}
+
+
+@pytest.mark.parametrize('name', SCALED)
 def test_loss_scale_does_not_matter(name):
-    ours = METHODS[name][0]
+    ours = SCALED[name]
     model, twin = TinyNet().double(), TinyNet().double()
     scaled, plain = sam_on(model, method=ours()), sam_on(twin, method=ours())
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 12)
     for step in range(4):
+        for sam, one in ((scaled, model), (plain, twin)):
+            sam.begin(step // 2, step, samples_of(one))
         torch.manual_seed(step)
         scaled.zero_grad()
         scaled.backward(BatchLoss(model, batch(step)), scaler=scaler)
@@ -359,7 +397,7 @@ def test_flops_are_those_of_the_passes(name, params):
 
     def round_of_updates():
         for update in range(updates):
-            sam.begin(0, update, lambda n: [lambda: F.cross_entropy(model(loss.x[:1]), loss.y[:1])] * n)
+            sam.begin(0, update, samples_of(model))
             sam.minimize(loss)
 
     round_of_updates()  # a mask is estimated, and MSAM has a momentum afterwards

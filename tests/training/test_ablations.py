@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.loop import CPU
-from support.models import TinyNet, assert_identical, batch, one_step, sam_on, weights
+from support.models import TinyNet, assert_identical, batch, flops, one_step, sam_on, weights
 from support.states import differences
 from timm import layers
 from timm.layers import BatchNormAct2d, FilterResponseNormAct2d
@@ -14,6 +14,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from torch import nn
 
+import timm_sam
+import timm_sam.models
 from timm_sam import train
 from timm_sam.cli.device import Process
 from timm_sam.cli.errors import OptionError
@@ -145,6 +147,23 @@ def test_only_norm_layers_of_each_split_are_trained():
 def test_model_without_norm_layers_is_one_line(options):
     with pytest.raises(OptionError, match=f'^{options}: .*choose another --model, or leave it out$'):
         placed(f'--model vgg11 {options}', nn.Linear(2, 2))
+
+
+def test_update_of_norm_layers_alone_costs_two_units_and_with_sam_four():
+    with torch.device('meta'):
+        model = timm.create_model('cifar_resnet18')
+        x, y = torch.empty(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+
+    def loss():
+        return F.cross_entropy(model(x), y)
+
+    unit = flops(lambda: loss().backward()) / 3
+    placed('--norm-params only', model, Process(torch.device('meta')))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert flops(lambda: loss().backward()) == pytest.approx(2 * unit, rel=0.01)
+    sam = timm_sam.SAM(torch.optim.SGD(trained, lr=0.1), model, params='all', rho=0.1, share_forward=False)
+    # another function for the pass at w: whether one sees the same input twice cannot be told without numbers
+    assert flops(lambda: sam.minimize(loss, ascent_fn=lambda: loss())) == pytest.approx(4 * unit, rel=0.01)
 
 
 # ---- dropout

@@ -99,6 +99,17 @@ def test_run_with_any_method_goes_on_bit_for_bit_with_its_state(run_train, name,
     assert differences(*({'methods': state} for state in saved)) == []
 
 
+@pytest.mark.parametrize('methods', [
+    'usam friendly stable ssam_fisher --sam-ssam-fisher-sparsity 0.5 --sam-ssam-fisher-samples 4',
+    'looksam ssam_dynamic --sam-looksam-k 2 --sam-looksam-alpha 0.3 --sam-ssam-dynamic-sparsity 0.5',
+    'msam late --sam-late-start 1'])
+def test_methods_train_with_chunks_accumulation_autocast_and_an_average_at_once(run_train, methods):
+    done = run_train(f'{SAM_ON} --sam-method {methods} --sam-m 4 --grad-accum-steps 2 --amp --amp-dtype bfloat16 '
+                     '--model-ema --clip-grad 1 --epochs 2')
+    assert done.code == 0, done.err[-2000:]
+    assert all(finite(row) for row in done.summary()[1:])
+
+
 def test_msam_begins_where_another_method_says(run_train, updates):
     done = run_train(f'{SAM_ON} --sam-method msam late --sam-late-start 2 --no-sam-late-ramp --epochs 3 '
                      '--warmup-epochs 1')
