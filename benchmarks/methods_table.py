@@ -168,6 +168,25 @@ def report_text(found: Sequence[Point], command: str) -> str:
         f"Written by `{command}`."]) + "\n"
 
 
+def alike(found: Sequence[Point]) -> list[list[Point]]:
+    """Groups of points of about the same cost; in each they rise."""
+    groups: list[list[Point]] = []
+    for point in sorted(found, key=lambda point: point.cost):
+        if not groups or point.cost - groups[-1][0].cost > 0.1:
+            groups.append([])
+        groups[-1].append(point)
+    return [sorted(group, key=lambda point: point.mean) for group in groups]
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights, moved so that none is nearer to the next than the gap; their mean stays what it was."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    shift = (sum(moved) - sum(heights)) / len(heights)
+    return [height - shift for height in moved]
+
+
 def draw(found: Sequence[Point], path: str) -> None:
     """Accuracy over counted cost; the seeds' standard deviation as error bars."""
     import matplotlib
@@ -179,19 +198,25 @@ def draw(found: Sequence[Point], path: str) -> None:
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9, 6), layout="constrained")
         axes = figure.subplots()
-        for number, point in enumerate(sorted(found, key=lambda point: (point.cost, point.mean))):
-            color, marker, _ = SELECTION_STYLE.get(point.selection, (PLAIN, "*", "-"))
-            # points of one cost stand side by side
-            x = point.cost + 0.012 * (number % 5 - 2)
-            axes.errorbar(x, point.mean, yerr=point.std, color=color, marker=marker, capsize=3,
-                          fillstyle=SELECTION_FILL.get(point.selection, "full"), linestyle="none")
-            axes.annotate(label(point.method), (x, point.mean), xytext=(4, 4), textcoords="offset points", fontsize=8,
-                          color=color)
+        span = max(point.mean for point in found) - min(point.mean for point in found) or 1.0
+        for group in alike(found):
+            # points of one cost stand side by side, and their names beside all of them, one below the other
+            beside = max(point.cost for point in group) + 0.045
+            heights = apart([point.mean for point in group], span / 24)
+            for number, (point, height) in enumerate(zip(group, heights)):
+                color, marker, _ = SELECTION_STYLE.get(point.selection, (PLAIN, "*", "-"))
+                x = point.cost + 0.012 * (number % 5 - 2)
+                axes.errorbar(x, point.mean, yerr=point.std, color=color, marker=marker, capsize=3,
+                              fillstyle=SELECTION_FILL.get(point.selection, "full"), linestyle="none")
+                axes.annotate(label(point.method), (x, point.mean), xytext=(beside, height), va="center", fontsize=8,
+                              color=color,
+                              arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, shrinkA=0, shrinkB=3))
+        axes.margins(x=0.12)
         for selection in SELECTIONS:
             color, marker, _ = SELECTION_STYLE[selection]
             axes.plot([], [], color=color, marker=marker, linestyle="none", label=selection,
                       fillstyle=SELECTION_FILL[selection])
-        axes.legend(title="perturbs")
+        figure.legend(title="perturbs", loc="outside lower center", ncols=len(SELECTIONS), frameon=False)
         axes.set_xlabel("FLOPs of an update over a plain one (moved a little apart)")
         axes.set_ylabel("validation accuracy in %, mean and standard deviation over seeds")
         figure.savefig(path, dpi=130)

@@ -95,6 +95,18 @@ def test_radius_is_that_with_the_highest_mean_among_those_with_most_seeds(monkey
     assert lines[2] == '| sam | all | 2.00 | 0.1 | 72.00 ± 1.41 | 2 | 1 |'
 
 
+def test_names_of_points_keep_apart_in_order_and_in_the_middle():
+    heights = [1.0, 1.1, 1.15, 5.0]
+    moved = methods_table.apart(heights, 0.5)
+    assert all(b - a >= 0.5 - 1e-9 for a, b in zip(moved, moved[1:]))
+    assert sum(moved) == pytest.approx(sum(heights))
+    assert methods_table.apart([1.0, 2.0], 0.5) == [1.0, 2.0]
+    points = [methods_table.Point(str(cost), 'all', cost, 0.1, False, (mean,), 0)
+              for cost, mean in ((2.0, 70.0), (1.0, 60.0), (1.95, 80.0), (2.05, 60.0))]
+    groups = methods_table.alike(points)
+    assert [[point.mean for point in group] for group in groups] == [[60.0], [60.0, 70.0, 80.0]]
+
+
 @pytest.mark.parametrize('argv', [['--jobs', '0'], ['--methods', 'asam'], ['--seeds', 'x']])
 def test_impossible_options_are_refused(tmp_path, capsys, argv):
     try:

@@ -1,6 +1,7 @@
 """Figures of analyses, drawn with matplotlib (extra ``report``)."""
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (2, 1)), (0, (5, 1, 1, 1)))  # outlines have no markers
 Point = tuple[float, Sequence[float], Sequence[int]]  # x, a value per checkpoint, how much of each is not finite
 
 
@@ -118,8 +120,8 @@ def draw_norms(found: Sequence[Tensors], signed: str, sizes: str) -> None:
                     continue
                 bins = edges(samples)
                 for i, (label, heights) in enumerate(shares(samples, bins).items()):
-                    panel.stairs(heights, bins, color=_COLORS[i % len(_COLORS)],
-                                 label=shown(label))
+                    panel.stairs(heights, bins, color=_COLORS[i % len(_COLORS)], linewidth=1.2,
+                                 linestyle=_DASHES[i % len(_DASHES)], label=shown(label))
                 if log:
                     panel.set_yscale("log")
                 panel.legend(fontsize=8)

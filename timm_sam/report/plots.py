@@ -20,6 +20,10 @@ from .tables import NAMES, Cell, Row, Table
 SELECTION_STYLE: dict[str, tuple[str, str, Literal["-", "--", ":"]]] = {
     "all": ("#0072B2", "o", "-"), "onlynorm": ("#D55E00", "s", "--"), "nonorm": ("#009E73", "^", ":")}
 SELECTION_FILL: dict[str, Literal["full", "none", "left"]] = {"all": "full", "onlynorm": "none", "nonorm": "left"}
+# column of summary.csv, name, look
+LOSSES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("train_loss", "at w", dict(linestyle="-", fillstyle="full")),
+    ("train_sam_loss", "at w + eps", dict(linestyle="--", fillstyle="none")))
 PLAIN = "#555555"
 ROW_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
 
@@ -53,7 +57,7 @@ def panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     """A figure with one panel per name, side by side and in up to three columns, with common axes."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(max(5.2, 3.5 * columns), 2.8 * lines + 1.1), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 3.5 * columns), 2.8 * lines + 1.1), layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel().tolist()
     for ax in axes[len(names):]:
         ax.remove()
@@ -63,9 +67,13 @@ def panels(names: Sequence[str], title: str) -> tuple[Figure, list[Any]]:
     return figure, axes[:len(names)]
 
 
-def columns_of(figure: Figure, handles: Sequence[Any]) -> int:
-    """How many entries of a legend stand side by side without being cut off."""
-    return min(len(handles), max(1, int(figure.get_figwidth() / 1.6)))
+def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
+    """A legend under all panels: as many entries side by side as are not cut off, and room for all lines of them."""
+    widest = max(len(handle.get_label()) for handle in handles)
+    columns = min(len(handles), max(1, int(figure.get_figwidth() / (0.75 + 0.085 * widest))))
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.21 * (lines - 1))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2)
 
 
 def _accuracy_label(table: Table, epoch: str) -> str:
@@ -121,7 +129,7 @@ def _over_rho(table: Table, epoch: str) -> Figure | None:
     if below:
         handles.append(Line2D([], [], color=PLAIN, marker="$\\downarrow$", markersize=9, linestyle="",
                               label="below the axis"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of(figure, handles), frameon=False)
+    legend_below(figure, handles)
     return figure
 
 
@@ -199,9 +207,11 @@ def _losses(table: Table, epoch: str) -> Figure | None:
     figure, axes = panels(names, f"{table.title}, at the chosen radii")
     for ax, row in zip(axes, rows or [Row(-1, None)]):
         ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         if plain is not None:
-            ax.plot(*_curve(plain.runs, "train_loss"), color=PLAIN, linestyle="-", linewidth=1.2)
+            epochs, losses = _curve(plain.runs, "train_loss")
+            ax.plot(epochs, losses, color=PLAIN, linestyle="-", linewidth=1.2, marker="*", markersize=5,
+                    markevery=max(1, len(epochs) // 5))
         for selection in table.selections:
             cell = table.chosen(row, selection)
             if cell is not None:
@@ -211,22 +221,20 @@ def _losses(table: Table, epoch: str) -> Figure | None:
     there = [s for s in table.selections if any(table.chosen(row, s) for row in rows)]
     handles = [Line2D([], [], color=SELECTION_STYLE[s][0], marker=SELECTION_STYLE[s][1], label=s) for s in there]
     if plain is not None:
-        handles.append(Line2D([], [], color=PLAIN, label=label(f"plain ({table.optimizer})")))
+        handles.append(Line2D([], [], color=PLAIN, marker="*", label=label(f"plain ({table.optimizer})")))
     if there:
-        handles += [Line2D([], [], color="black", linestyle="-", label="at w"),
-                    Line2D([], [], color="black", linestyle="--", label="at w + eps")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of(figure, handles), frameon=False,
-                  columnspacing=1.2)
+        handles += [Line2D([], [], color="black", marker="o", markersize=4.5, label=name, **look)
+                    for _, name, look in LOSSES]
+    legend_below(figure, handles)
     return figure
 
 
 def _plot_losses(ax: Any, cell: Cell) -> None:
     color, marker, _ = SELECTION_STYLE[str(cell.selection)]
-    for column, dashes in (("train_loss", "-"), ("train_sam_loss", "--")):
+    for column, _, look in LOSSES:
         epochs, losses = _curve(cell.runs, column)
         every = max(1, len(epochs) // 5)
-        ax.plot(epochs, losses, color=color, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4.5,
-                markevery=every)
+        ax.plot(epochs, losses, color=color, linewidth=1.4, marker=marker, markersize=4.5, markevery=every, **look)
 
 
 def _curve(runs: Sequence[Run], column: str) -> tuple[list[float], list[float]]:

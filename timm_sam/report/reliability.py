@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from ..cli.figures import MARKERS, SETTINGS, label
 from .evaluations import Joined, Key
-from .plots import PLAIN, ROW_COLORS, SELECTION_FILL, SELECTION_STYLE, columns_of, leftmost, panels
+from .plots import PLAIN, ROW_COLORS, SELECTION_FILL, SELECTION_STYLE, leftmost, legend_below, panels
 from .tables import Cell, Table
 
 _MOST_PANELS = 9
@@ -56,7 +56,7 @@ def _figure(table: Table, joined: Joined, cells: Sequence[Cell], keys: Sequence[
         ax.set_ylabel("share that is right")
     handles = [Line2D([], [], label=_name(table, cell), **_style(cell, rows)) for cell in cells if cell in drawn]
     handles.append(Line2D([], [], color="#aaaaaa", linewidth=1, label="calibrated"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of(figure, handles), frameon=False)
+    legend_below(figure, handles)
     return figure
 
 
