@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table methods-table normalization test test-fast test-slow test-newest lint typecheck clean
+.PHONY: train validate digits-table methods-table fashion-table normalization test test-fast test-slow test-newest lint \
+	typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -26,6 +27,11 @@ validate: $(INSTALLED) data/digits
 # The paper's table in small: 258 runs. It can be stopped and started again; then the report.
 digits-table: $(INSTALLED)
 	$(BIN)/python benchmarks/digits_table.py --out output/digits_table
+
+# Rows of the paper's Tables 1 and 3 on Fashion-MNIST (Debian: dataset-fashion-mnist), radii chosen on held-out images.
+fashion-table: $(INSTALLED)
+	$(BIN)/python -m timm_sam.paper run table1 table3 --preset small --set fashion --out output/fashion_table \
+		--devices 2
 
 # Every method in small: accuracy over counted cost. 219 runs, the same way.
 methods-table: $(INSTALLED)

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 # fixtures of tests that train, evaluate, start processes, or report on many runs
 LARGE = {'image_folder', 'labelled', 'mixed', 'teacher', 'fitted', 'checkpoints', 'scenario', 'four_images', 'small',
-         'grid'}
+         'grid', 'finished'}
 CASES = 1
 
 

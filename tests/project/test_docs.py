@@ -11,6 +11,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from timm_sam import train, validate
 from timm_sam.analyze import options as analyses
+from timm_sam.paper.__main__ import COMMANDS as PAPER
+from timm_sam.paper.__main__ import build_parser as paper_parser
 from timm_sam.report.__main__ import build_parser as report_parser
 from timm_sam.sweep.__main__ import build_parser as sweep_parser
 from timm_sam.sweep.grid import cells
@@ -21,6 +23,7 @@ PARSERS = {name: build() for names, build in (
     (('train.py', 'timm_sam.train'), train.build_parser),
     (('validate.py', 'timm_sam.validate'), validate.build_parser),
     (('timm_sam.report',), report_parser),
+    *(((f'timm_sam.paper {name}',), partial(paper_parser, name)) for name in PAPER),
     *(((f'timm_sam.analyze {name}',), partial(analyses.build_parser, name)) for name in analyses.COMMANDS),
 ) for name in names}
 
@@ -96,7 +99,7 @@ def test_commands_parse(page, command):
         name, arguments = (words[2], words[3:]) if words[1] == '-m' else (words[1], words[2:])
     module = ROOT / name.replace('.', '/')
     assert (ROOT / name).exists() or module.with_suffix('.py').exists() or (module / '__main__.py').exists()
-    if name == 'timm_sam.analyze':  # whose flags are those of the analysis that is named next
+    if name in ('timm_sam.analyze', 'timm_sam.paper'):  # whose flags are those of what is named next
         name, arguments = ' '.join([name, *arguments[:1]]), arguments[1:]
     if name == 'timm_sam.sweep':  # which takes train.py's, too
         given, arguments = sweep_parser().parse_known_args(arguments)

@@ -30,7 +30,8 @@ ALLOWED = {
     'digits': {'cli'},
     'jobs': {'cli', 'runs', 'training', 'report', 'train', 'validate', 'analyze'},
     'sweep': {'cli', 'training', 'report', 'jobs'},
-    'paper': {'plugin', 'cli', 'runs', 'training', 'report', 'jobs'},
+    'fashion': {'cli'},
+    'paper': {'plugin', 'cli', 'runs', 'training', 'report', 'jobs', 'digits', 'fashion'},
     'train': {'plugin', 'methods', 'models', 'cli', 'runs', 'training'},
     'validate': {'plugin', 'methods', 'models', 'cli', 'runs', 'evaluation'},
 }

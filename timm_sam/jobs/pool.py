@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -91,6 +93,8 @@ class Pool:
         # one process imports everything, and those that work are forks of it
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([work.__module__])
+        with _environment({"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):  # that it finds what we have found
+            forkserver.ensure_running()
         self.workers = [self._start(environment) for environment in environments]
         self.times: dict[Hashable, list[float]] = collections.defaultdict(list)
 
@@ -193,3 +197,18 @@ class Pool:
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Ours with some variables set, while a process is started."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

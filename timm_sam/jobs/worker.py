@@ -59,7 +59,10 @@ def run_job(job: Job) -> str | None:
         None, or why it failed.
     """
     handlers = logging.getLogger().handlers[:]
-    os.makedirs(job.folder, exist_ok=True)
+    try:
+        os.makedirs(job.folder, exist_ok=True)
+    except OSError as e:
+        return f"{job.folder} cannot be made ({e.strerror})"
     name = f"{job.command}.py" if job.command != ANALYZE else job.command
     # what an earlier start said is kept where it is gone on with
     with open(job.log, "a" if job.keep else "w", encoding="utf-8") as log, \

@@ -1,0 +1,1 @@
+"""Fashion-MNIST as an image folder."""

@@ -1,0 +1,148 @@
+"""Runs as one CSV file, small enough for a repository: what they were asked for, and what came out, without weights.
+
+One line per option or line of a file: ``run,file,key,value``. Options that all runs have in common stand once, under
+the run ``*``.
+"""
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+
+from ..cli.errors import OptionError, one_line
+from ..cli.parser import read_yaml
+from ..cli.text import csv_text, write_text
+from ..report.runs import find_runs
+from ..runs import files, timing
+from ..runs.sameness import NOT_COMPARED, data_name
+
+HEADER = ("run", "file", "key", "value")
+_ALL = "*"
+_LINES = (files.SUMMARY, timing.FILE)
+
+
+def pack(root: str, path: str) -> int:
+    """Writes all runs below a folder into one file.
+
+    Args:
+        root: The folder.
+        path: The CSV file.
+
+    Returns:
+        How many runs there are.
+
+    Raises:
+        OptionError: There are none, one cannot be read, or the file cannot be written.
+    """
+    folders = sorted(find_runs([root]))
+    options = {folder: _options(folder) for folder in folders}
+    first = next(iter(options.values()))
+    common = {key: value for key, value in first.items()
+              if all(key in other and other[key] == value for other in options.values())}
+    rows: list[Sequence[object]] = [(_ALL, files.ARGS, key, _text(value)) for key, value in common.items()]
+    for folder, args in options.items():
+        run = os.path.relpath(folder, root)
+        rows += [(run, files.ARGS, key, _text(value)) for key, value in args.items() if key not in common]
+        for name in sorted(_names(folder)):
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                if name in _LINES:
+                    rows += [(run, name, number, line.rstrip("\n")) for number, line in enumerate(f)]
+                else:  # of an evaluation
+                    rows.append((run, name, "", _text(_portable(json.load(f)))))
+    write_text(path, csv_text(HEADER, rows), "--to")
+    return len(folders)
+
+
+def unpack(path: str, root: str) -> int:
+    """Writes the folders of the runs in a file of :func:`pack`.
+
+    Args:
+        path: The CSV file.
+        root: A folder that is not there yet.
+
+    Returns:
+        How many runs there are.
+
+    Raises:
+        OptionError: The file is none of these, or the folder is in use or cannot be written.
+    """
+    if os.path.lexists(root):
+        raise OptionError(f"{root} is in use: remove it, or name another folder")
+    rows = _read(path)
+    common = {row["key"]: row["value"] for row in rows if row["run"] == _ALL}
+    runs: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for row in rows:
+        if row["run"] != _ALL:
+            runs.setdefault(row["run"], {}).setdefault(row["file"], []).append(row)
+    try:
+        for run, parts in runs.items():
+            folder = os.path.join(root, run)
+            os.makedirs(folder)
+            own = {row["key"]: row["value"] for row in parts.pop(files.ARGS, [])}
+            args = {key: json.loads(value) for key, value in {**common, **own}.items()}
+            _write(folder, files.ARGS, [yaml.safe_dump(args, default_flow_style=False).rstrip("\n")])
+            for name, lines in parts.items():
+                _write(folder, name, [row["value"] for row in lines])
+    except OSError as e:
+        raise OptionError(f"{root} cannot be written ({e.strerror}): name another folder") from e
+    except ValueError as e:
+        raise OptionError(f"{path}: {one_line(e)}; give a file that pack has written") from e
+    return len(runs)
+
+
+def _names(folder: str) -> list[str]:
+    """The files that are kept: tables of the training, and results of evaluations, which may lie in folders."""
+    found = [os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder)
+             for name in names if name.endswith(".json")]
+    return [*found, *(name for name in _LINES if os.path.isfile(os.path.join(folder, name)))]
+
+
+def _portable(value: Any) -> Any:
+    """Results without the folders of the machine: of a path its last two parts."""
+    if isinstance(value, dict):
+        return {key: _portable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_portable(part) for part in value]
+    return os.path.join(*value.split(os.sep)[-2:]) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _options(folder: str) -> dict[str, Any]:
+    """What the run was asked for, without what is of the machine."""
+    try:
+        found = read_yaml(os.path.join(folder, files.ARGS))
+    except (OSError, ValueError) as e:
+        raise OptionError(f"{folder}: {files.ARGS} cannot be read: {one_line(e)}; remove the folder") from e
+    kept = {key: value for key, value in found.items() if key not in NOT_COMPARED or key == "seed"}
+    return {**kept, "data_dir": data_name(found.get("data_dir"))}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _read(path: str) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 28)
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, ValueError, csv.Error) as e:
+        raise OptionError(f"{path} cannot be read: {one_line(e)}; give a file that pack has written") from e
+    names = {(row.get("run") or "", row.get("file") or "") for row in rows}
+    if not rows or tuple(rows[0]) != HEADER or not all(map(_is_inside, (part for pair in names for part in pair))):
+        raise OptionError(f"{path} is no file that pack has written: give one")
+    return [{**row, "value": row["value"].removeprefix("'") if row["value"].startswith("'-") else row["value"]}
+            for row in rows]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads nowhere else."""
+    return bool(name) and not os.path.isabs(name) and ".." not in name.split("/")
+
+
+def _write(folder: str, name: str, lines: Iterable[str]) -> None:
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{line}\n" for line in lines)
