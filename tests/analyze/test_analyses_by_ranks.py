@@ -52,9 +52,10 @@ def all_of(model):
 
 @pytest.fixture(scope='module')
 def second(fitted, tmp_path_factory):
-    """Another checkpoint, of which a layer has few features."""
-    state = {name: value.clone() for name, value in fitted.model.state_dict().items()}
-    state['layer3.0.bn3.weight'] *= 30
+    """Another checkpoint, whose weights differ."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: value + 0.2 * torch.randn(value.shape, generator=generator) if name.endswith(('weight', 'bias'))
+             else value for name, value in fitted.model.state_dict().items()}
     path = tmp_path_factory.mktemp('second') / 'second.pth.tar'
     torch.save({'state_dict': state}, path)
     return str(path)
@@ -141,6 +142,7 @@ def test_ranks_are_those_of_the_features(alone, fitted):
                     assert found['details'][i]['d'] == phi.shape[1] and found['unit'] == f'd = {phi.shape[1]}'
     assert rows['rank layer3 0.99']['values'] != rows['rank_released layer3 0.99']['values']
     assert 'rank layer3 0.99 (d = 768)' in alone.done['rank'].out
+    assert rows['rank layer3 0.99']['values'][0] != rows['rank layer3 0.99']['values'][1]
     assert '60 images, 1 forward passes' in alone.done['rank'].err
 
 
@@ -192,3 +194,20 @@ def test_interrupted_line_goes_on(alone, fitted, second, tmp_path, monkeypatch):
     assert calls == [2, 4]
     for kind in ('json', 'csv', 'md'):
         assert (tmp_path / f'line/line.{kind}').read_text() == (alone.folder / f'line/line.{kind}').read_text()
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_outputs_that_are_not_finite_are_marked_and_end_with_code_1(fitted, second, tmp_path, name):
+    state = torch.load(second, weights_only=True)['state_dict']
+    for part in ('weight', 'bias'):
+        state[f'layer3.0.bn3.{part}'].fill_(3e38)
+    torch.save({'state_dict': state}, tmp_path / 'huge.pth.tar')
+    line = command(name, fitted).replace(fitted.checkpoint, f'{fitted.checkpoint} huge.pth.tar')
+    done = in_process(analyze.main, shlex.split(f'{line} --labels fine huge'), tmp_path)
+    assert done.code == 1 and 'huge.pth.tar' in done.err.splitlines()[-1] and 'give other checkpoints' in done.err
+    text = (tmp_path / name / f'{name}.json').read_text()
+    assert 'NaN' not in text and 'Infinity' not in text
+    for row in json.loads(text)['results']:
+        assert row['values'][0] is not None and row['n'] == 1 and row['mean'] == row['values'][0]
+        assert row['non_finite'][0] == 0 < row['non_finite'][1]
+    assert (tmp_path / name / f'{name}.png').exists()

@@ -111,6 +111,20 @@ def test_commands_parse(page, command):
         assert (ROOT / args.config).exists()
 
 
+def passed_on(flag):
+    """Whether torchrun leaves a flag of a script to it: it takes what begins several of its own flags for a mistake."""
+    try:
+        return torchrun_parser().parse_args(['-m', 'x', flag, '1']).training_script_args == [flag, '1']
+    except SystemExit:
+        return False
+
+
+@pytest.mark.parametrize('name', [name for name in PARSERS if name.startswith('timm_sam.')])
+def test_every_flag_has_a_name_that_torchrun_passes_on(name):
+    for action in PARSERS[name]._actions:
+        assert not action.option_strings or any(map(passed_on, action.option_strings)), action.option_strings
+
+
 @pytest.mark.parametrize('page', [page for page in PAGES if '```python' in PAGES[page]])
 def test_python_examples_run(page):
     model = TinyNet()

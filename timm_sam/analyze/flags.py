@@ -21,7 +21,8 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
     """Images of analyses that take one batch after another."""
     add = parser.add_argument_group("Batches").add_argument
     add("--num-images", type=int, metavar="N", help=f"images, class-balanced; none: {IMAGES}, or all full batches")
-    add("--m", type=int, default=128, metavar="M", help="images per batch, each of which is measured by itself")
+    add("--m", "--sam-m", type=int, default=128, metavar="M",
+        help="images per batch, each of which is measured by itself; torchrun takes --m for its own: use --sam-m there")
 
 
 def batches(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
