@@ -26,7 +26,7 @@ from .cli.errors import OptionError, report
 from .cli.escape import setup_logging
 from .cli.image_folders import NothingReadable
 from .cli.models import check_naflex
-from .cli.parser import OptionParser, dump_args
+from .cli.parser import OptionParser, dump_args, program
 from .cli.processes import end_failed_rank, leave_process_group
 from .cli.text import say
 from .runs import files, timing
@@ -35,6 +35,7 @@ from .training.compiling import compile_task
 from .training.data import create_data
 from .training.diverged import EXIT_DIVERGED, Diverged, Watch
 from .training.engine import SAM_COUNTS, SAM_MEASURES, Run, checkpoint_extras, train_one_epoch
+from .training.loggers import Loggers, row_of
 from .training.losses import create_loss
 from .training.model_checks import check_filter, check_single_samples, check_views
 from .training.options import build_train_parser, parse_args
@@ -47,17 +48,12 @@ from .training.saver import Saver
 from .training.schedule import create_schedule, last_epoch, resume_schedule
 from .training.validation import evaluate
 
-try:
-    import wandb
-except ImportError:
-    wandb = None
-
 _logger = logging.getLogger(__name__)
 
 
 def build_parser() -> OptionParser:
     """The parser of this script: timm's flags, ``-c`` and the group ``SAM``."""
-    return build_train_parser("train.py")
+    return build_train_parser(program("timm_sam.train", "train.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,12 +166,12 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
     if resume:
         checkpoint.resume_methods(saved, update, primary)
 
-    output_dir, saver = None, None
+    output_dir, saver, loggers = None, None, None
     if primary:
         output_dir, saver = output.create(
             default_name(args, data_config), resume, start_epoch, lambda folder: Saver(
                 resolved.namespace(args), task, optimizer, scaler, folder, eval_metric == "loss"), dump_args(args))
-        start_wandb(args, resolved, os.path.basename(output_dir))
+        loggers = Loggers(args, resolved, output_dir, start_epoch)
         stepped = "epoch" if scheduler is None or scheduler.t_in_epochs else "update"
         _logger.info(
             f"Training for {num_epochs} epochs of {updates_per_epoch} updates, from epoch {start_epoch}"
@@ -189,7 +185,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             autocast=autocast, model_dtype=model_dtype, scheduler=scheduler, preemption=preemption,
             progress=Progress(process, updates_per_epoch, first_update, total_updates),
             watch=Watch(args, process, factory.trained(task), scaler), tracked=tracked, output_dir=output_dir,
-            saver=saver)
+            saver=saver, loggers=loggers)
         if resume:
             random_states = place["started_from"] if place else saved.get("random_state")
             states.restore(process, random_states, tracked, data.loaders)
@@ -202,6 +198,8 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             raise OptionError(f"{e}; {kept}") from e
         finally:
             workers.dismiss(data.loaders)
+            if loggers is not None:
+                loggers.close()
 
 
 def prepare_process(args: argparse.Namespace) -> Process:
@@ -223,17 +221,6 @@ def default_name(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
     """Name of the output folder without ``--experiment``: time, model, image size."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{now}-{safe_model_name(args.model)}-{data_config['input_size'][-1]}"
-
-
-def start_wandb(args: argparse.Namespace, resolved: Resolved, name: str) -> None:
-    """Starts or resumes the wandb run, if it is asked for."""
-    if not args.log_wandb:
-        return
-    if wandb is None:
-        _logger.warning("--log-wandb: wandb is not installed, nothing is logged there; pip install wandb")
-        return
-    wandb.init(project=args.wandb_project, name=name, config=vars(resolved.namespace(args)), tags=args.wandb_tags,
-               resume="must" if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
 
 
 def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: int, num_epochs: int,
@@ -285,10 +272,13 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                     process, states.local_states(process.device, run.tracked, run.data.loaders)))
             if run.saver is not None:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
+                lr = sum(rates) / len(rates)
                 with writing(run.output_dir or ""):
                     utils.update_summary(
                         epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
-                        lr=sum(rates) / len(rates), log_wandb=args.log_wandb and wandb is not None)
+                        lr=lr)
+                if run.loggers is not None:
+                    run.loggers.log(row_of(epoch, train_metrics, eval_metrics, lr))
                 best_metric, best_epoch = run.saver.save(epoch, metric, extras)
                 if milestone:
                     run.saver.save_milestone(epoch + 1)

@@ -20,7 +20,7 @@ from timm.models import is_model, list_models
 
 from .cli.errors import OptionError
 from .cli.escape import setup_logging
-from .cli.parser import OptionParser
+from .cli.parser import OptionParser, program
 from .cli.tasks import EVALUATORS
 from .cli.text import csv_text, say, write_text
 from .evaluation import results, tables
@@ -38,7 +38,7 @@ _NOT_IMAGENET = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 
 def build_parser() -> OptionParser:
     """The parser of this script: timm's flags and the groups ``Suites`` and ``Attack``."""
-    return build_validate_parser("validate.py")
+    return build_validate_parser(program("timm_sam.validate", "validate.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """The command line: timm's flags unchanged, the SAM group, and YAML files of defaults."""
 import json
+import re
 import shlex
 
 import pytest
@@ -77,10 +78,17 @@ SAM = [
     {'flags': ['--sam-ssam-fisher-samples'], 'dest': 'sam_ssam_fisher_samples', 'action': 'StoreAction',
      'default': None},
     {'flags': ['--sam-ssam-fisher-norm'], 'dest': 'sam_ssam_fisher_norm', 'action': 'StoreAction', 'default': None},
+]
+RUN = [
+    {'flags': ['--log-tensorboard'], 'dest': 'log_tensorboard', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
+     'default': False},
+    {'flags': ['--log-trackio'], 'dest': 'log_trackio', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
+     'default': False},
+    {'flags': ['--trackio-project'], 'dest': 'trackio_project', 'action': 'StoreAction', 'default': 'timm_sam'},
     {'flags': ['--allow-nonfinite'], 'dest': 'allow_nonfinite', 'action': 'StoreTrueAction', 'nargs': 0, 'const': True,
      'default': False},
 ]
-BEYOND = HOLDOUT + ABLATIONS + SAM
+BEYOND = [*SAM, *HOLDOUT, *ABLATIONS, *RUN]  # in the order of the help
 
 
 def actions(keep):
@@ -88,12 +96,11 @@ def actions(keep):
 
 
 def test_flags_are_those_of_timm_in_every_field():
-    ours = actions(lambda dest: not dest.startswith('sam_') and dest not in (
-        'help', 'config', 'holdout', 'holdout_seed', 'norm_params', 'norm_drop', 'wd_params', 'allow_nonfinite'))
+    ours = actions(lambda dest: dest not in ('help', 'config', *(flag['dest'] for flag in BEYOND)))
     assert as_lines(record(a) for a in ours) == as_lines(TIMM['train.py'])
 
 
-def test_flags_beyond_timm_are_help_config_holdout_ablations_sam_and_what_a_diverged_run_does():
+def test_flags_beyond_timm_are_help_config_sam_the_holdout_ablations_loggers_and_what_a_diverged_run_does():
     ours = actions(lambda dest: dest not in TIMM_DESTS)
     assert [a.dest for a in ours] == ['help', 'config', *(flag['dest'] for flag in BEYOND)]
     assert as_lines(record(a, with_type=False) for a in ours[2:]) == as_lines(BEYOND)
@@ -122,6 +129,8 @@ def test_help_lists_every_flag_even_beside_a_config_that_is_missing(capsys):
     names = [name for a in train.build_parser()._actions for name in a.option_strings]
     words = shown.out.replace(',', ' ').split()
     assert [name for name in names if name not in words] == []
+    groups = re.findall(r'^(\S.*):$', shown.out, re.M)
+    assert {*groups[:2]} == {'positional arguments', 'options'} and groups[2] == 'SAM'
 
 
 # Without a configuration

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs an analysis; returns the exit code: 0, 2 for a mistake in the options or the data, 1 for losses that are NaN
     or infinite."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    first = OptionParser(prog=options.PROG, description="What trained weights are like. --help after a name says more.")
+    first = OptionParser(
+        prog=options.prog(), description="What trained weights are like. --help after a name says more.")
     first.add_argument("command", choices=options.COMMANDS, help="; ".join(
         f"{name}: {command.help}" for name, command in options.COMMANDS.items()))
     command = first.parse_args(arguments[:1]).command
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             before.restore()
 
-    return run(f"{options.PROG} {command}", args, resolved, analyze,
+    return run(f"{options.prog()} {command}", args, resolved, analyze,
                lambda device, words: f"the memory of {device} is too small ({words}); "
                                       f"{options.COMMANDS[command].remedy}",
                lambda found: f"NaN or infinite losses: {found}; give other checkpoints")

@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 from ..cli import rules
 from ..cli.errors import OptionError
-from ..cli.parser import OptionParser
+from ..cli.parser import OptionParser, program
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel
 from ..evaluation import checks, flags
 from ..evaluation.options import Resolved, build_validate_parser, parse_given, resolve
 from . import flags as own_flags
 
-PROG = "python -m timm_sam.analyze"
+
+def prog() -> str:
+    """The command's name, before that of the analysis."""
+    return program("timm_sam.analyze")
 
 
 class Command(NamedTuple):
@@ -58,7 +61,7 @@ _NOT_HERE = ("amp", "torchscript", "torchcompile", "aot_autograd", "naflex_loade
 
 def build_parser(command: str) -> OptionParser:
     """The parser of one of ``COMMANDS``."""
-    parser = OptionParser(prog=f"{PROG} {command}", description=f"Trained weights: {COMMANDS[command].help}.")
+    parser = OptionParser(prog=f"{prog()} {command}", description=f"Trained weights: {COMMANDS[command].help}.")
     # norms needs no images, but a run's args.yaml has values for all of these
     for add in (flags.add_dataset, flags.add_model, flags.add_input, flags.add_execution, _add_output):
         add(parser)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from timm import utils
 
+from . import recipes
 from .errors import OptionError, one_line, report, shown
 
 
@@ -46,6 +47,25 @@ class OptionParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def program(module: str, otherwise: str = "") -> str:
+    """What the command of a module was started as, which its help and its errors name.
+
+    Args:
+        module: Such as ``timm_sam.train``.
+        otherwise: The script that starts it too; without one, the module is named.
+
+    Returns:
+        The script's name, ``python -m MODULE``, or the name that an installed package gives the command.
+    """
+    started = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    installed = module.replace("_", "-").replace(".", "-")
+    if started == installed:
+        return installed
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    by_name = spec is not None and spec.name in (module, f"{module}.__main__")
+    return f"python -m {module}" if by_name or not otherwise else otherwise
+
+
 class ParseKwargs(utils.ParseKwargs):
     """``KEY=VALUE ...`` as a dictionary, with timm's reading of the values."""
 
@@ -59,7 +79,7 @@ class ParseKwargs(utils.ParseKwargs):
 
 def config_defaults(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
                     gone: Mapping[str, str] | None = None) -> list[str]:
-    """Makes what the YAML file of ``-c`` says the defaults of ``parser``.
+    """Makes what the YAML file or recipe of ``-c`` says the defaults of ``parser``.
 
     Args:
         parser: Of the command.
@@ -88,10 +108,10 @@ def load_yaml(path: str, parser: argparse.ArgumentParser,
               gone: Mapping[str, str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Reads a YAML file of defaults: ``{dest: value}``, values converted as on the command line.
 
-    The key ``base`` names another such file, relative to this one, whose values this one overrides.
+    The key ``base`` names another such file, relative to this one, or a recipe, whose values this one overrides.
 
     Args:
-        path: Of the file.
+        path: Of the file, or the name of a recipe (:func:`timm_sam.cli.recipes.find`).
         parser: Of the command.
         gone: Keys that older scripts wrote, and what to say of each: they are left out.
 
@@ -105,7 +125,7 @@ def load_yaml(path: str, parser: argparse.ArgumentParser,
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     values: dict[str, Any] = {}
     left_out: dict[str, str] = {}
-    for file, config in reversed(_read_yaml(path, [])):
+    for file, config in reversed(_read_yaml(_found(path, f"--config {path}"), [])):
         for key, value in config.items():
             if gone is not None and key in gone:
                 left_out[key] = f"{key}: {shown(value)} ({gone[key]})"
@@ -141,6 +161,14 @@ def read_yaml(path: str) -> Any:
 _MOST_BASES = 50
 
 
+def _found(name: str, origin: str, beside: str = "") -> str:
+    """As :func:`timm_sam.cli.recipes.find`, with whoever named the file before its error."""
+    try:
+        return recipes.find(name, beside)
+    except OptionError as e:
+        raise OptionError(f"{origin}: {e}") from None
+
+
 def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     """The mapping in a file, followed by those of its bases."""
     if len(above) > _MOST_BASES:
@@ -162,7 +190,7 @@ def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     base = config.pop("base")
     if not isinstance(base, str) or not base or not _is_writable_text(base):
         raise OptionError(f"--config {path}: base: {shown(base)} is not the path of a YAML file")
-    base = os.path.join(os.path.dirname(path), base)
+    base = _found(base, f"--config {path}: base: {base}", os.path.dirname(path))
     return [(path, config), *_read_yaml(base, [*above, os.path.realpath(path)])]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..cli.errors import OptionError, report
-from ..cli.parser import OptionParser
+from ..cli.parser import OptionParser, program
 from .shifts import CORRUPTIONS, SEVERITIES, SHIFTS
 
 SIZE = 32  # of the images in pixels, unless asked otherwise
@@ -123,7 +123,7 @@ def _save(image: Any, *path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OptionParser(prog="python -m timm_sam.digits", description="Writes scikit-learn's digits as PNG folders.")
+    parser = OptionParser(prog=program("timm_sam.digits"), description="Writes scikit-learn's digits as PNG folders.")
     parser.add_argument("folder", metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, default=SIZE, metavar="N", help="height and width of the images in pixels")
     parser.add_argument("--tune", action="store_true",

@@ -10,7 +10,7 @@ from ..cli import page
 from ..cli.document import Document, Figure, as_markdown
 from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
-from ..cli.parser import OptionParser
+from ..cli.parser import OptionParser, program
 from ..cli.text import replace_file, why_not_writable
 from . import evaluation_tables, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
@@ -27,7 +27,7 @@ RELIABILITY = "reliability"  # a picture of evaluations
 
 
 def build_parser() -> OptionParser:
-    parser = OptionParser(prog="python -m timm_sam.report",
+    parser = OptionParser(prog=program("timm_sam.report"),
                           description="Puts runs into the paper's tables and figures.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
     names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES)

@@ -4,19 +4,18 @@ import sys
 from collections.abc import Sequence
 
 from ..cli.errors import OptionError, report
-from ..cli.parser import OptionParser, positive_int
+from ..cli.parser import OptionParser, positive_int, program
 from ..jobs.job import Job
 from ..jobs.table import run_table
 from ..report.__main__ import main as write_report
 from .grid import Cell, cells, check
 
-PROG = "python -m timm_sam.sweep"
-
 
 def build_parser() -> OptionParser:
     parser = OptionParser(
-        prog=PROG, description="Trains all combinations of some flags of train.py and writes the report. What is not "
-                               "among the flags below goes to train.py, -c RECIPE as well.")
+        prog=program("timm_sam.sweep"),
+        description="Trains all combinations of some flags of train.py and writes the report. What is not "
+                    "among the flags below goes to train.py, -c RECIPE as well.")
     add = parser.add_argument
     add("--grid", nargs="+", required=True, metavar="KEY=VALUE,...",
         help="flags of train.py and their values: sam_rho=0.05,0.1 sam_params=all,onlynorm; of switches true and false")
@@ -35,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     try:
         found = cells(args.grid, args.plain)
-        check(found, flags, PROG)
+        check(found, flags, parser.prog)
     except OptionError as e:
-        report(PROG, e)
+        report(parser.prog, e)
         return 2
     return run_table(
-        PROG, lambda: jobs(found, flags, args.seeds, args.out), args.out, args.devices,
+        parser.prog, lambda: jobs(found, flags, args.seeds, args.out), args.out, args.devices,
         lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")]))
 
 

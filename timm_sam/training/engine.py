@@ -27,6 +27,7 @@ from .batches import Weigher, chunks, samples_of
 from .data import Data
 from .diverged import Watch
 from .factory import trained
+from .loggers import Loggers
 from .losses import of_each_sample
 from .meters import Meters
 from .output import writing
@@ -65,7 +66,7 @@ class Run:
         progress: Writes the log.
         watch: Ends a run that has diverged.
         tracked: The training loader whose workers' states are known, or None.
-        output_dir, saver: Where results go; None on all ranks but the first.
+        output_dir, saver, loggers: Where results go; None on all ranks but the first.
     """
 
     args: argparse.Namespace
@@ -86,6 +87,7 @@ class Run:
     tracked: TrackedLoader | None = None
     output_dir: str | None = None
     saver: Saver | None = None
+    loggers: Loggers | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module | None]:

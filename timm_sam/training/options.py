@@ -11,6 +11,7 @@ from .checks import check_numbers, check_surroundings, check_values
 from .completed import complete
 from .diverged import add_run_flags
 from .flags import add_train_flags
+from .loggers import add_logger_flags
 from .losses import loss_type, without_effect
 from .sam_options import add_sam_flags, check_sam
 
@@ -33,13 +34,17 @@ GONE = {
 
 
 def build_train_parser(prog: str = "train.py") -> OptionParser:
-    """The parser of train.py: timm's flags with timm's defaults, ``-c`` and the group ``SAM``."""
-    parser = OptionParser(prog=prog, description="Trains an image classifier of timm, with SAM or SAM-ON if asked to.")
-    parser.add_argument("-c", "--config", metavar="FILE", default="",
-                        help="YAML file of defaults; its keys are the names of the flags, with underscores")
+    """The parser of train.py: ``-c``, the group ``SAM``, and timm's flags with timm's defaults."""
+    parser = OptionParser(
+        prog=prog, usage="%(prog)s [-c RECIPE] --data-dir DIR [--sam-variant NAME --sam-rho RHO] [FLAG ...]",
+        description="Trains an image classifier of timm, with SAM or SAM-ON if asked to.")
+    parser.add_argument("-c", "--config", metavar="RECIPE", default="",
+                        help="YAML file of defaults, whose keys are the names of the flags with underscores; or one "
+                             "that comes with the package by its name, such as imagenet/resnet50/layerwise_l2_onlynorm")
+    add_sam_flags(parser)
     add_train_flags(parser)
     add_ablation_flags(parser)
-    add_sam_flags(parser)
+    add_logger_flags(parser)
     add_run_flags(parser)
     return parser
 

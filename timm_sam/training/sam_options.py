@@ -140,8 +140,8 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
         return
     if args.sam_rho is None:
         raise OptionError(
-            f"--sam-variant {args.sam_variant} needs --sam-rho: add --sam-rho RHO, a number >= 0 (see hparams/ for "
-            f"the values of the paper)")
+            f"--sam-variant {args.sam_variant} needs --sam-rho: add --sam-rho RHO, a number >= 0 (the recipes "
+            f"for -c have the values of the paper)")
     if args.sam_eta is not None and VARIANTS[args.sam_variant].eta is None:
         raise OptionError(f"--sam-eta {args.sam_eta}: --sam-variant {args.sam_variant} has no eta; leave it out")
     if args.sam_end_epoch is not None and args.sam_end_epoch <= args.sam_start_epoch:
