@@ -9,11 +9,12 @@ from timm_sam import train, validate
 from timm_sam.analyze import __main__ as analyze
 from timm_sam.cli.parser import program
 from timm_sam.digits import __main__ as digits
+from timm_sam.paper import __main__ as paper
 from timm_sam.report import __main__ as report
 from timm_sam.sweep import __main__ as sweep
 
 COMMANDS = {'train': train, 'validate': validate, 'analyze': analyze, 'report': report, 'sweep': sweep,
-            'digits': digits}
+            'digits': digits, 'paper': paper}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from timm_sam import train, validate
 from timm_sam.analyze import options as analyses
+from timm_sam.cli import recipes
 from timm_sam.paper.__main__ import COMMANDS as PAPER
 from timm_sam.paper.__main__ import build_parser as paper_parser
 from timm_sam.report.__main__ import build_parser as report_parser
@@ -101,14 +102,14 @@ def test_commands_parse(page, command):
     assert (ROOT / name).exists() or module.with_suffix('.py').exists() or (module / '__main__.py').exists()
     if name in ('timm_sam.analyze', 'timm_sam.paper'):  # whose flags are those of what is named next
         name, arguments = ' '.join([name, *arguments[:1]]), arguments[1:]
-    if name == 'timm_sam.sweep':  # which takes train.py's, too
+    if name == 'timm_sam.sweep' and arguments:  # which takes train.py's, too
         given, arguments = sweep_parser().parse_known_args(arguments)
         name, arguments = 'train.py', [*arguments, *cells(given.grid, given.plain)[-1].flags]
     if name not in PARSERS or not arguments:
         return
     args = PARSERS[name].parse_args(arguments)
     if getattr(args, 'config', ''):
-        assert (ROOT / args.config).exists()
+        assert recipes.find(args.config, str(ROOT))
 
 
 def passed_on(flag):

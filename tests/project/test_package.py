@@ -22,7 +22,7 @@ from support.states import summary
 SETUPTOOLS = 77  # from which on it knows how the licence is written
 RECIPE = 'digits/resnet10t_sam_on'
 NOT_COPIED = {'.git', 'data', 'output', 'build', 'dist'}
-COMMANDS = ('analyze', 'digits', 'report', 'sweep', 'train', 'validate')
+COMMANDS = ('analyze', 'digits', 'paper', 'report', 'sweep', 'train', 'validate')
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.skipif(
     int(version('setuptools').split('.')[0]) < SETUPTOOLS, reason=f'needs setuptools >= {SETUPTOOLS}: pip install it')]
@@ -111,8 +111,9 @@ def test_wheel_has_each_module_and_each_recipe_once_and_nothing_beside(wheel):
     files = [name for name in names if '.dist-info/' not in name]
     modules = {f'timm_sam/{name}' for name in files_below(ROOT / 'timm_sam', '.py')}
     recipes = {f'timm_sam/hparams/{name}' for name in files_below(HPARAMS, '.yaml')}
-    beside = {f'timm_sam/cli/page.{ending}' for ending in ('css', 'html', 'js')} | {'timm_sam/py.typed'}
-    assert {*files} == modules | recipes | beside and len(recipes) > 300
+    beside = {f'timm_sam/{path.relative_to(ROOT / "timm_sam")}' for path in (ROOT / 'timm_sam').rglob('*.*')
+              if path.suffix not in ('.py', '.pyc')}
+    assert {*files} == modules | recipes | beside and len(recipes) > 300 and 'timm_sam/py.typed' in beside
     assert metadata['Author'] == 'timm_sam contributors' and metadata['License'] == 'Apache-2.0'
     assert metadata['Requires-Python'] == '>=3.10' and 'SAM-ON' in metadata['Keywords'].split(',')
     assert 'Programming Language :: Python :: 3.13' in metadata.get_all('Classifier')

@@ -19,7 +19,7 @@ from timm_sam import select_parameters
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
 
 TRAININGS = {
-    'plain': '',
+    'plain': '--log-wandb',
     'sam': SAM_ON,
     'bn_reduce': f'{SAM_ON} --dist-bn reduce --no-ddp-bb',
     'bn_broadcast': f'{SAM_ON} --dist-bn broadcast --no-ddp-bb',
@@ -48,6 +48,18 @@ FROZEN = {
     'only_norm': f'--norm-params only {SAM_ON} --epochs 2',
 }
 WITH_SAM = [name for name, options in TRAININGS.items() if '--sam' in options]
+WANDB = '''"""A logger that notes whatever it gets, by the rank that it gets it from."""
+import os
+
+
+def init(**options):
+    log(options['name'])
+
+
+def log(row):
+    with open(f'wandb-rank{os.environ["RANK"]}.txt', 'a') as f:
+        print(row, file=f)
+'''
 STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -55,6 +67,7 @@ STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 def trainings(base, teacher, tmp_path_factory):
     """The folder in which two ranks have run train.py with the options of TRAININGS."""
     folder = tmp_path_factory.mktemp('trainings')
+    (folder / 'wandb.py').write_text(WANDB)
     runs = TRAININGS | FROZEN
     done = run_in_turn('support.trainings', {
         name: f'{base} {options.format(teacher=teacher)} --experiment {name}' for name, options in runs.items()},
@@ -167,6 +180,12 @@ def test_ranks_perturb_for_themselves_and_end_with_the_same_weights(trainings):
     rows = summary(trainings / 'out' / 'dropout')
     assert [row['epoch'] for row in rows] == ['0', '1'] and all(map(finite, rows))
     assert float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
+
+
+def test_only_the_first_rank_talks_to_a_logger(trainings):
+    noted, = trainings.glob('wandb-rank*.txt')
+    name, row = noted.read_text().splitlines()
+    assert (noted.name, name) == ('wandb-rank0.txt', 'plain') and "'epoch': 0, 'train_loss': " in row
 
 
 def test_average_of_the_weights_is_kept_on_two_ranks(trainings):

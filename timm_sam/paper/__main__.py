@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..cli import recipes
 from ..cli.errors import OptionError, report
-from ..cli.parser import OptionParser, non_negative, positive_int
+from ..cli.parser import OptionParser, non_negative, positive_int, program
 from ..cli.text import say, write_text
 from ..jobs.table import run_table
 from . import archive, drawing, small
@@ -16,7 +17,6 @@ from .plan import Plan, check
 from .results import collect
 from .show import overview, table_csv, table_text
 
-PROG = "python -m timm_sam.paper"
 COMMANDS = {
     "list": "which runs each table and figure needs, which are there, and what they would cost",
     "run": "trains what is missing, evaluates it, and shows it; further flags go to train.py",
@@ -24,12 +24,16 @@ COMMANDS = {
     "pack": "writes all runs of a folder into one CSV file",
     "unpack": "writes the folders of such a file again",
 }
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def prog() -> str:
+    """The command's name, before that of what it is to do."""
+    return program("timm_sam.paper")
 
 
 def build_parser(command: str) -> OptionParser:
     """The parser of one of ``COMMANDS``."""
-    parser = OptionParser(prog=f"{PROG} {command}", description=f"The SAM-ON paper: {COMMANDS[command]}.")
+    parser = OptionParser(prog=f"{prog()} {command}", description=f"The SAM-ON paper: {COMMANDS[command]}.")
     add = parser.add_argument
     if command == "pack":
         add("folder", metavar="DIR", help="folder of runs")
@@ -44,7 +48,7 @@ def build_parser(command: str) -> OptionParser:
     add("--out", default=os.path.join("output", "paper"), metavar="DIR",
         help="folder of the runs; tables share them")
     add("--seeds", type=positive_int, default=3, metavar="N", help="seeds 0 to N - 1")
-    add("--hparams", default=os.path.join(_ROOT, "hparams"), metavar="DIR", help="folder of the recipes")
+    add("--hparams", default=recipes.folder(), metavar="DIR", help="folder of the recipes")
     if command == "list":
         add("--tflops", type=non_negative, default=50.0, metavar="X",
             help="10^12 FLOP per second that hours are reckoned with")
@@ -66,7 +70,7 @@ def build_parser(command: str) -> OptionParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    first = OptionParser(prog=PROG, description="The SAM-ON paper. --help after a name says more.")
+    first = OptionParser(prog=prog(), description="The SAM-ON paper. --help after a name says more.")
     first.add_argument("command", choices=COMMANDS, help="; ".join(
         f"{name}: {text}" for name, text in COMMANDS.items()))
     command = first.parse_args(arguments[:1]).command
@@ -107,18 +111,18 @@ def _run(args: argparse.Namespace, flags: Sequence[str]) -> int:
     if not args.data_dir:
         raise OptionError("--data-dir is missing: give the folder of the data set")
     plan = Plan(args.out, args.hparams, args.data_dir, args.seeds, tuple(flags), args.eval_root)
-    prog = f"{PROG} run"
-    check(plan, exhibits, args.only, prog)
+    name = f"{prog()} run"
+    check(plan, exhibits, args.only, name)
     for exhibit in exhibits:
         if not exhibit.configs:
             raise OptionError(f"{exhibit.name}: there is nothing to run ({exhibit.title})")
     norms = [exhibit for exhibit in exhibits if exhibit.kind == NORMS]
     shown = dataclasses.replace(plan, flags=())
     code = run_table(
-        prog, lambda: list(dict.fromkeys(job for exhibit in exhibits for job in plan.jobs(exhibit, args.only))),
+        name, lambda: list(dict.fromkeys(job for exhibit in exhibits for job in plan.jobs(exhibit, args.only))),
         args.out, args.devices, lambda: 0 if norms else _print(shown, exhibits))
     if norms and code < 2:
-        code = max(code, run_table(prog, lambda: [drawing.norms_job(plan, exhibit) for exhibit in norms], args.out,
+        code = max(code, run_table(name, lambda: [drawing.norms_job(plan, exhibit) for exhibit in norms], args.out,
                                    args.devices, lambda: _print(shown, exhibits)))
     return code
 
@@ -135,7 +139,7 @@ def _run_small(args: argparse.Namespace, flags: Sequence[str]) -> int:
         raise OptionError(f"--hparams {args.hparams} is not a folder: give the recipes' folder of the repository")
     models = tuple(small.MODELS[name] for name in dict.fromkeys(args.exhibits))
     return small.run(small.Small(args.set or "digits", models, args.out, args.hparams, args.seeds, tuple(flags)),
-                     args.devices, f"{PROG} run")
+                     args.devices, f"{prog()} run")
 
 
 def _show(args: argparse.Namespace, flags: Sequence[str]) -> int:
