@@ -1,28 +1,17 @@
 """Fashion-MNIST as folders: of files of its format, made up here."""
 import gzip
 
-import numpy as np
 import pytest
 from PIL import Image
+from support.fashion import write_files
 from support.running import in_process
 
 from timm_sam.fashion.__main__ import CLASSES, main
 
-COUNTS = {'train': 60, 't10k': 20}
-
 
 @pytest.fixture
 def source(tmp_path):
-    folder = tmp_path / 'source'
-    folder.mkdir()
-    for name, count in COUNTS.items():
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None], (count, 28, 28))
-        for kind, magic, sizes, values in (('images-idx3', 2051, (count, 28, 28), images),
-                                           ('labels-idx1', 2049, (count,), labels)):
-            with gzip.open(folder / f'{name}-{kind}-ubyte.gz', 'wb') as f:
-                f.write(np.array([magic, *sizes], '>i4').tobytes() + values.tobytes())
-    return folder
+    return write_files(tmp_path / 'source', 60, 20)
 
 
 def test_training_part_is_balanced_and_all_test_images_are_there(source, tmp_path):

@@ -3,9 +3,11 @@ import shlex
 
 import pytest
 import yaml
+from support.fashion import write_files
 from support.places import ROOT
 from support.running import in_process
 
+from timm_sam.fashion import __main__ as fashion
 from timm_sam.paper import small
 from timm_sam.paper.__main__ import main
 from timm_sam.report.runs import FINISHED
@@ -71,14 +73,18 @@ def test_mistake_is_one_line(tmp_path, line, said):
 
 
 @pytest.mark.slow
-def test_both_rounds_from_their_line_to_the_report(tmp_path, monkeypatch):
+@pytest.mark.parametrize('images', ['digits', 'fashion'])
+def test_both_rounds_from_their_line_to_the_report(tmp_path, monkeypatch, images):
     pytest.importorskip('sklearn.datasets')
     monkeypatch.setattr(small, 'DATA', {'vit_tiny': (50, 0.2)})
     monkeypatch.setattr(small, 'RADII', {'vit_tiny': {
         (variant, selection): radii for variant, radii in (('sam', (0.1, -1.0)), ('fisher', (0.1,)))
         for selection in small.SELECTIONS}})
-    line = shlex.split('run table3 --preset small --out out --seeds 2 --devices 2 --epochs 1 --warmup-epochs 0 '
-                       '--val-interval 1')
+    monkeypatch.setattr(small, 'FASHION_SIZE', 50)
+    if images == 'fashion':
+        fashion.export(str(tmp_path / 'out' / 'fashion-50'), 50, str(write_files(tmp_path / 'source', 60, 20)))
+    line = shlex.split(f'run table3 --preset small --set {images} --out out --seeds 2 --devices 2 --epochs 1 '
+                       '--warmup-epochs 0 --val-interval 1 --batch-size 16')
     done = in_process(main, line, tmp_path)
     assert done.code == 1, done.err  # two radii that train.py refuses
     assert '6 runs, 0 of them finished before' in done.out and '20 runs, 0 of them finished before' in done.out

@@ -1,13 +1,13 @@
 """What a pool runs: one call of a command, with a folder of its own; and whether that was done before."""
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import yaml
 
 from ..cli.errors import OptionError
 from ..cli.parser import dump_args
-from ..report.runs import FINISHED, Run, read_run
+from ..report.runs import FINISHED, read_run
 from ..runs.sameness import NOT_COMPARED, data_name, normal
 from ..training.options import build_train_parser, read_args
 
@@ -56,12 +56,8 @@ def outcome(job: Job) -> tuple[str | None, str]:
     return None, f"{run.accuracy():.1f} %" if run.status == FINISHED else f"{run.status}, {run.reason}"
 
 
-def is_done(job: Job, read: Callable[[str], Run] = read_run) -> bool:
+def is_done(job: Job) -> bool:
     """Whether a job's folder holds all of its results already.
-
-    Args:
-        job: Which.
-        read: Reads a run's folder.
 
     Raises:
         OptionError: A finished run there has other options than this job.
@@ -70,7 +66,7 @@ def is_done(job: Job, read: Callable[[str], Run] = read_run) -> bool:
         return os.path.isfile(job.result)
     if not os.path.isdir(job.folder):
         return False
-    run = read(job.folder)
+    run = read_run(job.folder)
     if not run.complete:
         return False
     wanted = yaml.safe_load(dump_args(read_args(build_train_parser(), job.argv)))

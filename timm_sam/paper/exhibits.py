@@ -1,6 +1,5 @@
 """What a table or a figure of the paper is made of."""
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 PLAIN = "plain"
@@ -128,11 +127,6 @@ class Exhibit:
                                   if entry.config is not None and entry.evaluation is not None))
 
     @property
-    def data(self) -> list[Data]:
-        """The data sets that its runs train on."""
-        return list(dict.fromkeys(config.data for config in self.configs))
-
-    @property
-    def variants(self) -> list[Hashable]:
+    def variants(self) -> list[str]:
         """What ``--only`` takes."""
         return list(dict.fromkeys(config.variant for config in self.configs))

@@ -110,7 +110,7 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
     if not os.path.isdir(plan.hparams):
         raise OptionError(f"--hparams {plan.hparams} is not a folder: give the recipes' folder of the repository")
     for exhibit in exhibits:
-        known = [str(variant) for variant in exhibit.variants]
+        known = exhibit.variants
         for variant in only:
             if variant not in known:
                 raise OptionError(f"--only {variant}: {exhibit.name} has {', '.join(known) or 'nothing to run'}")
