@@ -16,6 +16,7 @@ from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (2, 1)), (0, (5, 1, 1, 1)))  # outlines have no markers
+_ACROSS = 4  # panels side by side
 Point = tuple[float, Sequence[float], Sequence[int]]  # x, a value per checkpoint, how much of each is not finite
 
 
@@ -80,8 +81,12 @@ def _draw_panels(panels: Mapping[str, Sequence[Point]], labels: Sequence[str], p
                  log: bool = False) -> None:
     """A line per label in each panel, with the deviation of its seeds."""
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        across = min(len(panels), _ACROSS)
+        down = -(-len(panels) // across)
+        figure = Figure(figsize=(4 * across, 3.5 * down), layout="constrained")
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
+        for panel in axes[len(panels):]:
+            panel.remove()
         for panel, (title, points) in zip(axes, panels.items()):
             for i, label in enumerate(dict.fromkeys(labels)):
                 seeds = [(x, [value for value, of, lost in zip(values, labels, broken) if of == label and not lost])
