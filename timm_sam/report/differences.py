@@ -12,7 +12,7 @@ from .statistics import Interval, paired_bootstrap, welch
 from .tables import Cell, Table
 
 PLAIN = "plain"
-SAME, BETTER, WORSE, UNKNOWN = "not distinguishable", "better", "worse", "one seed, no outputs"
+SAME, BETTER, WORSE, UNKNOWN = "not distinguishable", "better", "worse", "no interval"
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def difference_blocks(table: Table, baseline: str, found: Sequence[Difference], 
                       _ends(d.over_images, digits, behind), _ends(d.over_seeds, digits, behind), d.verdict])
     return [f"Minus {baseline}, with 95 % intervals over images (paired bootstrap, these models on other images) and "
             f"over seeds (Welch, other seeds on these images); better or worse only if no interval that is known "
-            f"holds 0. Of twenty comparisons of equals one is expected to come out as different.",
+            f"holds 0; no interval: no outputs, and single seeds or seeds that all came out alike. Of twenty "
+            f"comparisons of equals one is expected to come out as different.",
             document.Table(["variant", "ρ", "in", "difference", "over images", "over seeds", "verdict"], lines)]
 
 
