@@ -7,8 +7,8 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table methods-table fashion-table normalization test test-fast test-slow test-newest lint \
-	typecheck clean
+.PHONY: train validate digits-table methods-table fashion-table normalization translation-table test test-fast test-slow \
+	test-newest lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -36,6 +36,12 @@ fashion-table: $(INSTALLED)
 # Every method in small: accuracy over counted cost. 219 runs, the same way.
 methods-table: $(INSTALLED)
 	$(BIN)/python benchmarks/methods_table.py --out output/methods_table
+
+# Vanilla, SAM and SAM-ON on a translator, 3 seeds each: not the paper's data. The Bibles are packages of Debian.
+translation-table: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[translation]'
+	[ -d data/bible_es_en ] || $(BIN)/python examples/translation/bible_es_en.py data/bible_es_en
+	$(BIN)/python examples/translation/table.py data/bible_es_en --out output/translation_table
 
 # What normalization does in SAM: a quadratic, a curve of minima, matrix sensing. `networks` is 78 runs, see its page.
 normalization: $(INSTALLED)

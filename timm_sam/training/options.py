@@ -13,10 +13,9 @@ from .diverged import add_run_flags
 from .flags import add_train_flags
 from .loggers import add_logger_flags
 from .losses import loss_type, without_effect
-from .sam_options import add_sam_flags, check_sam
+from .sam_options import add_sam_flags, check_sam, parse_noting_sam
 
 _logger = logging.getLogger(__name__)
-_UNSET = object()
 
 # What args.yaml of older versions of timm holds, and what became of it.
 _OF_THE_MACHINE = "the launcher and the machine decide it"
@@ -72,13 +71,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         SystemExit: With code 2, for what the parser itself refuses.
     """
     left_out = config_defaults(parser, argv, GONE)
-    # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
-    sam_dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sam_dests, _UNSET)))
-    given = [dest for dest in sam_dests if getattr(args, dest) is not _UNSET]
-    for dest in sam_dests:
-        if dest not in given:
-            setattr(args, dest, parser.get_default(dest))
+    args, given = parse_noting_sam(parser, argv)
     check_numbers(args)
     warnings = [*left_out, *complete(args)]
     check_values(args)

@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,22 @@ def _parameters(method: str, constructor: Callable[..., Method]) -> dict[str, _P
 _PARAMETERS = {name: _parameters(name, constructor) for name, constructor in METHODS.items()}
 
 
-def add_sam_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the group ``SAM``. Without ``--sam-variant`` training is timm's own."""
-    add = parser.add_argument_group("SAM").add_argument
+_UNSET = object()
+
+
+def add_sam_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Adds the group ``SAM``. Without ``--sam-variant`` training is timm's own.
+
+    Args:
+        parser: Of a command.
+        without: Flags that the command does not have.
+    """
+    group = parser.add_argument_group("SAM")
+
+    def add(name: str, **kwargs: Any) -> None:
+        if name not in without:
+            group.add_argument(name, **kwargs)
+
     add("--sam-variant", choices=tuple(VARIANTS), default=None,
         help="perturbation of Table 9 of the SAM-ON paper; none: plain training")
     add("--sam-rho", type=non_negative, default=None, metavar="RHO",
@@ -112,6 +125,26 @@ def add_sam_flags(parser: argparse.ArgumentParser) -> None:
             add(parameter.flag, **kind, default=None,
                 help=f"{parameter.help.rstrip('.')} (--sam-method {name}; none: "
                      f"{'it must be given' if parameter.required else parameter.default})")
+
+
+def parse_noting_sam(parser: argparse.ArgumentParser,
+                     argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line.
+
+    Returns:
+        All options, and the names of the SAM options that stand on the command line, whatever their value.
+
+    Raises:
+        SystemExit: With code 2, for what the parser refuses.
+    """
+    # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
+    dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(dests, _UNSET)))
+    given = [dest for dest in dests if getattr(args, dest) is not _UNSET]
+    for dest in dests:
+        if dest not in given:
+            setattr(args, dest, parser.get_default(dest))
+    return args, given
 
 
 def _defaults() -> dict[str, Any]:
