@@ -126,6 +126,7 @@ def test_costs_are_counted(tmp_path):
     ('run table1 --data-dir data --hparams nowhere', '--hparams nowhere is not a folder'),
     ('run table1 --data-dir data --devices 0', '--devices'),
     ('list --tflops 0', '--tflops 0'),
+    ('list table1 --hparams nowhere', '--hparams nowhere is not a folder'),
     ('show table1 table2 --csv x.csv', '--csv x.csv takes one table'),
     ('show table1 --lr 1', 'unrecognized arguments: --lr'),
     ('pack data --to x.csv', 'data holds no run'),
@@ -205,6 +206,18 @@ def test_table_is_drawn_again_from_one_file(finished, tmp_path):
     assert again.out == shown.out
     refused = in_process(main, shlex.split('unpack runs.csv again/runs'), tmp_path)
     assert refused.code == 2 and 'again/runs is in use' in refused.err
+
+
+def test_figures_are_drawn_of_the_same_runs(finished):
+    folder, _, line = finished
+    done = in_process(main, shlex.split(line.replace('run table6', 'run figure5')), folder)
+    assert done.code == 1 and '3 runs, 2 of them finished before' in done.out, done.err
+    assert '1 runs, 0 of them finished before' in done.out and 'norm weight' in done.out
+    assert {'norms-a.png', 'norms-b.png', 'norms.csv'} <= {path.name for path in (folder / 'out' / 'figure5').iterdir()}
+    shown = in_process(main, shlex.split('show figure5 figure1 --seeds 1 --out out'), folder)
+    assert shown.code == 0 and 'norm weight' in shown.out, shown.err
+    assert '1 run: 1 finished.' in shown.out  # of Figure 1 only plain training is there
+    assert (folder / 'out' / 'figure1' / 'table1-loss.png').exists()
 
 
 def test_list_says_what_is_there(finished):

@@ -13,7 +13,7 @@ from ..jobs.table import run_table
 from . import archive, drawing, small
 from .catalogue import EXHIBITS
 from .exhibits import NORMS, Exhibit
-from .plan import Plan, check
+from .plan import Plan, check, check_recipes
 from .results import collect
 from .show import overview, table_csv, table_text
 
@@ -98,6 +98,7 @@ def _chosen(names: Sequence[str]) -> list[Exhibit]:
 def _list(args: argparse.Namespace, flags: Sequence[str]) -> int:
     if args.tflops == 0:
         raise OptionError("--tflops 0 would take for ever: use a number > 0")
+    check_recipes(args.hparams)
     say(overview(Plan(args.out, args.hparams, seeds=args.seeds), _chosen(args.exhibits), args.tflops * 1e12))
     return 0
 
@@ -135,8 +136,7 @@ def _run_small(args: argparse.Namespace, flags: Sequence[str]) -> int:
     for flag, value in (("--data-dir", args.data_dir), ("--only", args.only), ("--eval-root", args.eval_root)):
         if value:
             raise OptionError(f"{flag}: --preset small has none; leave it out")
-    if not os.path.isdir(args.hparams):
-        raise OptionError(f"--hparams {args.hparams} is not a folder: give the recipes' folder of the repository")
+    check_recipes(args.hparams)
     models = tuple(small.MODELS[name] for name in dict.fromkeys(args.exhibits))
     return small.run(small.Small(args.set or "digits", models, args.out, args.hparams, args.seeds, tuple(flags)),
                      args.devices, f"{prog()} run")

@@ -107,8 +107,7 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
             those of another data set; a run needs a flag.
         SystemExit: With code 2, after one line that names the run, for what train.py would refuse.
     """
-    if not os.path.isdir(plan.hparams):
-        raise OptionError(f"--hparams {plan.hparams} is not a folder: give the recipes' folder of the repository")
+    check_recipes(plan.hparams)
     for exhibit in exhibits:
         known = exhibit.variants
         for variant in only:
@@ -133,6 +132,16 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
             _check_data(args)
         except OptionError as e:
             parser.error(str(e))
+
+
+def check_recipes(folder: str) -> None:
+    """The recipes are there; an installed package has none.
+
+    Raises:
+        OptionError: They are not.
+    """
+    if not os.path.isdir(folder):
+        raise OptionError(f"--hparams {folder} is not a folder: give the recipes' folder of the repository")
 
 
 def _check_data(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from ..report.runs import FINISHED, read_run
 from ..runs.sameness import NOT_COMPARED, normal
 from ..training.options import build_train_parser, read_args
 from . import numbers
-from .exhibits import Entry, Exhibit
+from .exhibits import NORMS, Entry, Exhibit
 from .numbers import Number
 from .plan import Plan
 
@@ -84,7 +84,9 @@ def collect(plan: Plan, exhibit: Exhibit) -> Found:
         for job in _jobs(plan, entry):
             if job.folder not in seen:
                 seen[job.folder] = _accuracy(job, found)
-            value, reason = seen[job.folder] if entry.evaluation is None else _measured(plan, entry, job)
+            # distributions are drawn of all runs together, and no number of one
+            own = entry.evaluation is None or exhibit.kind == NORMS
+            value, reason = seen[job.folder] if own else _measured(plan, entry, job)
             if value is None:
                 why.append(reason)
             else:
