@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# CI adds `examples`, whose tests are skipped without their packages
+EXTRAS ?= digits,report,test
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: train validate digits-table methods-table fashion-table normalization translation-table test test-fast test-slow \
-	test-newest lint typecheck clean
+	test-newest test-python lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits
@@ -55,6 +57,15 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow and not full" --ignore-glob="*/test_hparams*.py"
 
+# What depends on Python itself, with another one in a venv of its own: make test-python PYTHON=python3.13
+VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTHON_TESTS ?= tests/plugin/test_sam.py tests/plugin/test_sam_numerics.py tests/plugin/test_facade.py \
+	tests/plugin/test_selection.py tests/cli tests/training/test_options.py tests/training/test_loggers.py \
+	tests/training/test_train.py
+test-python:
+	$(MAKE) VENV=.venv-$(VERSION) .venv-$(VERSION)/installed
+	.venv-$(VERSION)/bin/python $(PYTEST) $(PYTHON_TESTS)
+
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
@@ -76,15 +87,15 @@ lint: $(INSTALLED)
 typecheck: $(INSTALLED)
 	$(BIN)/mypy
 
-$(INSTALLED): setup.cfg constraints.txt pyproject.toml
+$(INSTALLED): setup.cfg setup.py constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "timm_sam needs Python >= 3.10: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[digits,report,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 data/digits: | $(INSTALLED)
 	$(BIN)/python -m timm_sam.digits $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) data/digits
+	rm -rf $(VENV) $(VENV)-* data/digits
