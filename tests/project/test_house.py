@@ -135,7 +135,7 @@ def test_import_of_the_package_loads_the_plugin_and_nothing_else(tmp_path):
     assert ours == {module for module in GRAPH if wing(module) in PLUGIN}
     foreign = {module.split('.')[0] for module in loaded} - {'timm_sam'} - sys.stdlib_module_names
     assert foreign <= {'torch'}, foreign
-    # importing it has to take under 1.5 times as long as torch and timm alone: it loads next to nothing that they do not
+    # it is to take under 1.5 times as long to import as torch and timm alone: it loads next to nothing beside them
     assert len(loaded) - len(ours) < before / 10
 
 
