@@ -71,6 +71,16 @@ def check_model(model: nn.Module, group: Group) -> None:
                          "which the pass at w must not do; build it without static_graph")
 
 
+def check_variant(stages: Stages, names: str, variant: str) -> None:
+    """Looks at methods beside the variant.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if stages.normalization is not None and VARIANTS[variant].p != 2:
+        raise ValueError(f"method: {names} with variant={variant!r}, whose eps has no norm in it; use another variant")
+
+
 def check_methods(stages: Stages, names: str, variant: str, optimizer: torch.optim.Optimizer,
                   second_order: bool) -> None:
     """Looks at methods beside the variant and the base optimizer.
@@ -78,8 +88,7 @@ def check_methods(stages: Stages, names: str, variant: str, optimizer: torch.opt
     Raises:
         ValueError: They do not go together.
     """
-    if stages.normalization is not None and VARIANTS[variant].p != 2:
-        raise ValueError(f"method: {names} with variant={variant!r}, whose eps has no norm in it; use another variant")
+    check_variant(stages, names, variant)
     if second_order and (stages.full_ascent or stages.rows is not None):
         raise ValueError(f"method: {names} changes the gradient that {type(optimizer).__name__} differentiates again; "
                          f"use another base optimizer")

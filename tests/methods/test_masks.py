@@ -247,6 +247,10 @@ def test_tail_may_begin_at_a_share_of_all_updates():
     assert norms[:3] == [None] * 3 and norms[3:] == pytest.approx([0, 0.5, 0.5], rel=1e-5)
 
 
+def test_tail_has_the_last_update_at_least():
+    assert tail(0.999, ramp=False, total_updates=6) == [None] * 5 + [pytest.approx(0.5, rel=1e-5)]
+
+
 def test_tail_without_a_ramp_has_the_whole_radius_at_once():
     norms = tail(2, ramp=False)
     assert norms[:4] == [None] * 4 and norms[4:] == pytest.approx([0.5, 0.5], rel=1e-5)

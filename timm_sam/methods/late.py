@@ -60,6 +60,6 @@ def late(start: float, ramp: bool = True, lr_min: float | None = None, total_upd
     elif total_updates is None:
         raise ValueError(f"late: start={start!r} is a share of total_updates: give that, or an epoch")
     else:
-        timing = Timing(update=math.ceil(start * total_updates))
+        timing = Timing(update=min(math.ceil(start * total_updates), total_updates - 1))  # the last one at least
     return Method(name=f"late(start={start:g}, ramp={ramp})", timing=timing,
                   radius=Ramp(lr_min) if ramp and lr_min is not None else None)

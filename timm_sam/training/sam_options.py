@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_variant
 from ..cli.device import Process
 from ..cli.errors import OptionError
 from ..cli.parser import epoch, fraction, non_negative, positive_int
@@ -34,6 +35,7 @@ _logger = logging.getLogger(__name__)
 
 # what a method's constructor may ask for that is no flag: train.py knows it
 _OF_THE_RUN = ("lr_max", "lr_min", "total_updates", "total_epochs")
+_UPDATES = 10 ** 6  # of an epoch, as long as nobody knows the data
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,9 @@ def check_sam(args: argparse.Namespace, given: Sequence[str] = ()) -> None:
         for dest, default in _defaults().items():
             value = getattr(args, dest)
             if dest in given or value != default:
+                shown = " ".join(value) if isinstance(value, list) else value
                 raise OptionError(
-                    f"{flag(dest)} {value} has no effect without --sam-variant: add --sam-variant sam, or leave "
+                    f"{flag(dest)} {shown} has no effect without --sam-variant: add --sam-variant sam, or leave "
                     f"{flag(dest)} out")
         return
     if args.sam_rho is None:
@@ -201,11 +204,18 @@ def _check_methods(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise OptionError(f"--sam-method {' '.join(names)} names a method twice: leave one out")
     methods = _in_flags(lambda: merged_methods(args))
+    epochs = planned_epochs(args)
     for name, method in zip(names, methods):
-        if method.timing.epoch and method.timing.epoch >= (epochs := planned_epochs(args)):
-            raise OptionError(f"--sam-method {name}: it begins with epoch {method.timing.epoch}, which is not before "
-                              f"the end of training, which has {epochs} epochs; lower it, or raise --epochs")
+        timing = method.timing
+        begins = timing.epoch or timing.update / _UPDATES or (_first_epoch(args, methods) if timing.after_warmup else 0)
+        if begins >= epochs:
+            raise OptionError(f"--sam-method {name}: it begins with epoch {begins:g}, which is not before the end of "
+                              f"training, which has {epochs} epochs; let it begin earlier, or raise --epochs")
+        if args.sam_end_epoch is not None and begins >= args.sam_end_epoch:
+            raise OptionError(f"--sam-end-epoch {args.sam_end_epoch} is not after the beginning of --sam-method {name}"
+                              f", epoch {begins:g}: raise it, or leave it out")
     stages = merged(methods)
+    _in_flags(lambda: check_variant(stages, " and ".join(method.name for method in methods), args.sam_variant))
     if stages.radius is not None:
         radius = stages.radius
         _in_flags(lambda: radius.bind(args.sam_rho, []))  # the learning rates of these methods are given
@@ -217,6 +227,14 @@ def _check_methods(args: argparse.Namespace) -> None:
     if args.sam_sync and stages.ahead is not None:
         raise OptionError(f"--sam-sync has no effect with --sam-method {' '.join(names)}, whose perturbation is the "
                           f"same on all ranks; leave it out")
+
+
+def _first_epoch(args: argparse.Namespace, methods: Sequence[Method]) -> int:
+    """--sam-start-epoch, or without one the end of the warm-up, if a method asks for that and none decides itself."""
+    chosen = args.sam_start_epoch or any(method.timing.epoch or method.timing.update for method in methods)
+    if not chosen and any(method.timing.after_warmup for method in methods):
+        return args.warmup_epochs
+    return args.sam_start_epoch
 
 
 def _check_samples(args: argparse.Namespace, stages: Stages) -> None:
@@ -253,7 +271,8 @@ def _methods(args: argparse.Namespace, of_the_run: dict[str, Any]) -> list[Metho
 
 def merged_methods(args: argparse.Namespace) -> list[Method]:
     """The methods as they can be built before the run is known, once it is seen that they go together."""
-    methods = _methods(args, dict(lr_max=1.0, lr_min=0.0, total_updates=1, total_epochs=1))
+    epochs = planned_epochs(args)
+    methods = _methods(args, dict(lr_max=1.0, lr_min=0.0, total_updates=_UPDATES * epochs, total_epochs=epochs))
     merged(methods)
     when(methods, args.sam_every, args.sam_start_epoch)
     return methods
@@ -289,12 +308,9 @@ def create_update(args: argparse.Namespace, process: Process, optimizer: torch.o
         return Plain(optimizer, module)
     of_the_run = dict(lr_max=lr, lr_min=args.min_lr, total_updates=total_updates, total_epochs=total_epochs)
     methods = _in_flags(lambda: _methods(args, of_the_run))
-    start = args.sam_start_epoch
-    chosen = any(method.timing.epoch or method.timing.update for method in methods)
-    if not start and not chosen and any(method.timing.after_warmup for method in methods):
-        start = args.warmup_epochs
-        if start and process.primary:
-            _logger.info(f"SAM begins after the warm-up, with epoch {start}; --sam-start-epoch sets another")
+    start = _first_epoch(args, methods)
+    if start != args.sam_start_epoch and process.primary:
+        _logger.info(f"SAM begins after the warm-up, with epoch {start}; --sam-start-epoch sets another")
     sam = _in_flags(lambda: SAM(
         optimizer, module, variant=args.sam_variant, params=args.sam_params, rho=args.sam_rho, eta=args.sam_eta,
         filter=args.sam_filter, bn_stats=args.sam_bn_stats, share_forward=not args.sam_no_shared_forward,
