@@ -16,6 +16,7 @@ from timm_sam import select_parameters
 
 pytestmark = pytest.mark.full
 TOLERANCE = 1e-12  # of float64
+WEIGHTS = 1e-9  # AdamW divides gradients that are zero up to rounding, as those of the biases of keys
 SELECTIONS = ['onlynorm', 'all']
 NAMES = {name for name, _ in TinyNet().named_parameters()}
 
@@ -42,7 +43,7 @@ def assert_weights(ranks, expected):
     for rank, other in zip(ranks, expected, strict=True):
         assert rank['weights'].keys() == other['weights'].keys()
         for name, w in rank['weights'].items():
-            torch.testing.assert_close(w, other['weights'][name], rtol=0, atol=TOLERANCE, msg=name)
+            torch.testing.assert_close(w, other['weights'][name], rtol=0, atol=WEIGHTS, msg=name)
     for name, w in ranks[0]['weights'].items():
         assert torch.equal(w, ranks[1]['weights'][name]), name
 

@@ -44,10 +44,9 @@ def after_a_forward(rank, params):
     """SAM is built when the root has its parameters gathered."""
     model = network()
     shard(model)
+    optimizer = OPTIMIZERS['sgd'](model)
     forward_alone(model, 0)
-    for name, b in model.named_buffers():
-        b.copy_(network().get_buffer(name))
-    sam = SAM(OPTIMIZERS['sgd'](model), model, rho=0.5, params=params, sync=WAY[params])
+    sam = SAM(optimizer, model, rho=0.5, params=params, sync=WAY[params])
     for step in range(3):
         x, y = data('tiny', step, rank)
         torch.manual_seed(1000 + 10 * step + rank)

@@ -27,7 +27,7 @@ def train(rank, wrap, net='tiny', optimizer='sgd', updates=UPDATES, way='minimiz
     """Updates; `between(model, step)` is called before each. `seen` is what a norm layer has in the last forwards."""
     model, wrapped, sam = built(wrap, net, optimizer, dtype, **options)
     seen, norms = [], []
-    layer = model.gn if hasattr(model, 'gn') else model.blocks[-1].norm1
+    layer = model.gn if hasattr(model, 'gn') else model.norm if net == 'vit compiled' else model.blocks[-1].norm1
     layer.register_forward_pre_hook(lambda m, args: seen.append(m.weight.detach().clone()))
     for step in range(updates):
         if between is not None:
@@ -143,7 +143,7 @@ def scenarios():
     def of_both(name, function, arguments=(), options=None, wrap='fsdp'):
         for how in (wrap, 'ddp'):
             kind = 'ddp' if how == 'ddp' else 'fsdp'
-            yield f'{kind} {name}', function, (how, *arguments), options or {}
+            yield f'{kind} {name}', function, (how, *arguments), options() if callable(options) else options or {}
 
     for params in WAY:
         yield f'ddp reference {params}', train, ('ddp',), dict(params=params, updates=3)
@@ -178,11 +178,11 @@ def scenarios():
     yield 'ddp sync', train, ('ddp',), dict(sync=True, updates=3)
     yield from of_both('every', train, (), dict(every=2))
     yield from of_both('half', half)
-    for name, (method, arguments) in METHODS.items():
-        yield from of_both(f'method {name} onlynorm', train, (), dict(method=method(**arguments)))
+    for name, (method, arguments) in METHODS.items():  # each with a method of its own, which may keep something
+        yield from of_both(f'method {name} onlynorm', train, (), lambda m=method, a=arguments: dict(method=m(**a)))
     for name in SHARDS_TAKE:
-        method, arguments = METHODS[name]
-        yield from of_both(f'method {name} all', train, (), dict(method=method(**arguments), params='all'))
+        yield from of_both(f'method {name} all', train, (), lambda m=METHODS[name][0], a=METHODS[name][1]: dict(
+            method=m(**a), params='all'))
     yield 'unsynced', pitfalls.unsynced, (), {}
     yield 'norms outside', pitfalls.norms_outside, (), {}
     yield 'state', pitfalls.made_state, (), {}
