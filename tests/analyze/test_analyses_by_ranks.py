@@ -17,6 +17,7 @@ from support.processes import RANKS, run_in_turn
 from support.running import in_process
 from support.validating import BASE, labelled, preprocessed
 
+import timm_sam.analyze.hessian
 import timm_sam.analyze.line_rows
 import timm_sam.analyze.rank_rows
 from timm_sam.analyze import __main__ as analyze
@@ -27,6 +28,7 @@ SMALL = BASE.replace(' -b 5', '')
 COMMANDS = {
     'sharpness': '--m 6 --num-images 24 --measure worst-linf=0.003 average-l2-raw=0.01 --steps 3 --draws 2',
     'rank': '-b 7 --variance 0.99 0.9',
+    'hessian': '-b 7 --num-images 24 --probes 3 --tolerance 0.2',
     'line': '--m 6 --num-images 24 --variant sam elementwise_linf --rho 0.2 0.01 --params onlynorm all',
 }
 
@@ -160,6 +162,33 @@ def test_interrupted_rank_goes_on_with_the_layers_that_are_missing(alone, fitted
     assert asked == [['pre_logits'], ['pre_logits']]
     for kind in ('json', 'csv', 'md'):
         assert (tmp_path / f'rank/rank.{kind}').read_text() == (alone.folder / f'rank/rank.{kind}').read_text()
+
+
+# ---- hessian
+
+def test_curvature_is_that_of_the_mean_loss(alone, fitted):
+    top, trace, error = alone.content['hessian']['results']
+    assert (top['measure'], trace['measure']) == ('top eigenvalue', 'trace') and top['images'] == 24
+    assert all(value > 0 for value in top['values']) and top['values'][0] != top['values'][1]
+    for value, found, detail in zip(trace['values'], error['values'], trace['details']):
+        assert value == pytest.approx(np.mean(detail['probes'])) and len(detail['probes']) == 3
+        assert found == detail['standard_error'] == pytest.approx(np.std(detail['probes'], ddof=1) / 3 ** 0.5)
+
+
+def test_interrupted_hessian_goes_on_with_the_probes_that_are_missing(alone, fitted, second, tmp_path, monkeypatch):
+    shutil.copytree(alone.folder / 'hessian', tmp_path / 'hessian')
+    journal = tmp_path / 'hessian/hessian.journal.0.jsonl'
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 2 * (1 + 3)
+    journal.write_text(''.join(lines[:2] + lines[4:7]))
+    asked, probe = [], timm_sam.analyze.hessian.probe
+    monkeypatch.setattr(timm_sam.analyze.hessian, 'probe', lambda *a: asked.append(a[-1]) or probe(*a))
+    done = in_process(analyze.main, shlex.split(f'{command("hessian", fitted, second)} --skip-existing'), tmp_path)
+    assert done.code == 0, done.err
+    assert asked == [1, 2, 2]
+    for kind in ('json', 'csv', 'md'):
+        assert (tmp_path / f'hessian/hessian.{kind}').read_text() == (
+            alone.folder / f'hessian/hessian.{kind}').read_text()
 
 
 # ---- line

@@ -16,6 +16,7 @@ from ..evaluation.subject import Subject
 from ..evaluation.tables import Measure
 from ..random_state import RandomState
 from . import options
+from .hessian_rows import Hessian
 from .inputs import prepare
 from .line_rows import Lines
 from .norms import collect, norms_csv, norms_json, norms_markdown, summaries, tensors_csv
@@ -90,6 +91,11 @@ def _line(session: Session) -> None:
         measures, protocol["labels"], path))
 
 
+def _hessian(session: Session) -> None:
+    _table(session, "hessian", Hessian, lambda plots, measures, protocol, path: plots.draw_hessian(
+        measures, protocol["labels"], path))
+
+
 def _norms(session: Session) -> None:
     """The table on stdout, and all files in ``--out``."""
     args = session.args
@@ -127,7 +133,7 @@ def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> None:
 
 
 _RUN: dict[str, Callable[[Session], None]] = {
-    "sharpness": _sharpness, "rank": _rank, "norms": _norms, "line": _line}
+    "sharpness": _sharpness, "rank": _rank, "norms": _norms, "line": _line, "hessian": _hessian}
 
 if __name__ == "__main__":
     sys.exit(main())

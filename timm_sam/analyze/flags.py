@@ -128,6 +128,26 @@ def _memory(text: str) -> int:
     return int(size)
 
 
+def add_hessian(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Hessian").add_argument
+    add("--num-images", type=int, metavar="N",
+        help=f"images, class-balanced, of whose mean loss the curvature is; kept in memory; none: {IMAGES}, or all")
+    add("--probes", type=int, default=30, metavar="N", help="random vectors for the trace")
+    add("--iterations", type=int, default=100, metavar="N", help="most steps for the top eigenvalue")
+    add("--tolerance", type=float, default=0.01, metavar="T",
+        help="relative change and residual at which the top eigenvalue is taken for known")
+    add("--logit-norm", action="store_true", help="logits with length 1, as sharpness has them, instead of as they are")
+    add("--params", choices=SELECTIONS, default="all", help="which parameters move, as --sam-params in training")
+    add("--filter", metavar="REGEX", help="of those, only the parameters in whose names this is found")
+
+
+def hessian(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
+    """Values of :func:`add_hessian`."""
+    yield not args.data_dir, "--data-dir is missing: give the folder of the training images"
+    yield from ranges.in_range(args, {"num_images": ranges.COUNT, "iterations": ranges.COUNT, "probes": ranges.Range(2),
+                                     "tolerance": ranges.BETWEEN})
+
+
 def add_line(parser: argparse.ArgumentParser) -> None:
     add_batches(parser)
     add = parser.add_argument_group("Line").add_argument

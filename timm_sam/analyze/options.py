@@ -51,6 +51,9 @@ COMMANDS = {
                      lambda parser: None, _norms, lambda args: None, "use --device cpu"),
     "line": Command("how the loss changes along SAM's own direction",
                     own_flags.add_line, own_flags.line, own_flags.settle_line),
+    "hessian": Command("the largest eigenvalue and the trace of the loss' second derivative",
+                       own_flags.add_hessian, own_flags.hessian, lambda args: None,
+                       "use a smaller --batch-size"),
 }
 
 # flags of evaluation's groups that would change what is analysed, or not allow it

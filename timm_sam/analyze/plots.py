@@ -11,6 +11,7 @@ from ..cli.figures import MARKERS, SETTINGS
 from ..cli.figures import label as shown
 from ..cli.text import sample_std
 from ..evaluation.tables import Measure
+from .hessian_rows import ERROR
 from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
 
@@ -75,6 +76,33 @@ def draw_lines(measures: Sequence[Measure], labels: Sequence[str], path: str) ->
         panels.setdefault(measure.name.rpartition(" ")[0], []).append(
             (measure.details[0]["t"], measure.values, measure.broken))
     _draw_panels(panels, labels, path, "t", "loss at w + t eps")
+
+
+def draw_hessian(measures: Sequence[Measure], labels: Sequence[str], path: str) -> None:
+    """Curvature: a panel per measure, a point per checkpoint above its label, and the mean of each label.
+
+    Args:
+        measures: The rows.
+        labels: Of the checkpoints.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    named, measures = list(dict.fromkeys(labels)), [measure for measure in measures if measure.name != ERROR]
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(4 * len(measures), 3.5), layout="constrained")
+        for panel, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+            for i, label in enumerate(named):
+                values = [value for value, of, lost in zip(measure.values, labels, measure.broken)
+                          if of == label and not lost]
+                color = _COLORS[i % len(_COLORS)]
+                panel.plot([i] * len(values), values, color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none")
+                if len(values) > 1:
+                    panel.hlines(statistics.fmean(values), i - 0.2, i + 0.2, color=color)
+            panel.set(title=measure.name, ylabel=measure.name, xlim=(-0.5, len(named) - 0.5))
+            panel.set_xticks(range(len(named)), [shown(label) for label in named], rotation=30, ha="right")
+        figure.savefig(path, dpi=130)
 
 
 def _draw_panels(panels: Mapping[str, Sequence[Point]], labels: Sequence[str], path: str, xlabel: str, ylabel: str,

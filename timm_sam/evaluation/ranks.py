@@ -86,6 +86,14 @@ class Ranks:
         self.run(lambda: kept.append(work()))
         return kept[0]
 
+    def total(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum of what all ranks have, tensors of one shape; the same on every rank, on its device."""
+        if self._group is None:
+            return mine
+        summed = mine.cpu()
+        dist.all_reduce(summed, group=self._group)
+        return summed.to(mine.device)
+
     def close(self) -> None:
         """Lets go of the group, so that it can be destroyed."""
         self._group = None
