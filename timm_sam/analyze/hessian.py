@@ -148,5 +148,7 @@ def trace(multiply: Multiply, vector: Tensor) -> float:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of at least two values, and its standard error."""
+    """The mean of at least two values, and its standard error; NaN if one of them is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

@@ -75,8 +75,8 @@ class Hessian:
             for place, item in enumerate(left):
                 matrix.ahead = later + sum(cost[other] for other in left[place:])
                 value = self._top(matrix, name) if item == TOP else {
-                    "value": hessian.trace(matrix, hessian.probe(matrix.size, args.seed, int(item)).to(
-                        matrix.device, matrix.dtype))}
+                    "value": _rounded(hessian.trace(matrix, hessian.probe(matrix.size, args.seed, int(item)).to(
+                        matrix.device, matrix.dtype)))}
                 self._note(keys[item], value)
         top = self.journal.done[keys[TOP]]
         traces = [self.journal.done[keys[i]]["value"] for i in range(args.probes)]
@@ -94,7 +94,7 @@ class Hessian:
                 f"--iterations {args.iterations}: the top eigenvalue of {name}, {found.value:.4g}, is not known to "
                 f"{100 * args.tolerance:g} % (residual {found.residual:.2g}, last change {found.change:.2g}); use "
                 f"more, or a larger --tolerance")
-        return dict(value=found.value, residual=found.residual, steps=found.steps)
+        return dict(value=_rounded(found.value), residual=_rounded(found.residual), steps=found.steps)
 
     def _note(self, key: str, value: dict[str, Any]) -> None:
         if self.session.primary:
@@ -107,6 +107,11 @@ class Hessian:
         self.session.note_non_finite(f"{row} of {name}", broken, self.n)
         return Measure("hessian", self.suite.name, row, self.n, list(self.suite.flags), [value], [broken], "", _DIGITS,
                        [details])
+
+
+def _rounded(value: float) -> float:
+    """To nine digits: the last ones of a sum depend on how its numbers lie in memory."""
+    return float(f"{value:.9g}")
 
 
 class _Matrix:
