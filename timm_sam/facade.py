@@ -15,7 +15,11 @@ def on_itself(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
     The optimizers of Lightning and Fabric are instances of a class that has the facade's class among its bases: what
     its methods set would be set on the wrapper. Such wrappers have what they wrap as their ``optimizer``.
+
+    Where ``torch.compile`` is called on a whole step of a loop, the method runs as it is, and the model inside compiled
+    if it is: graphs do not hold what changes between the passes.
     """
+    @torch.compiler.disable
     @functools.wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         inner = self.optimizer

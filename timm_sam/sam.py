@@ -132,10 +132,9 @@ class SAM(Facade):
         self._passes = Passes(optimizer, model, self._store, bn_stats, self._group, checked_types(norm_types))
         self._descent = Descent(self._stages, self._passes, self._group, sync)
         self._losses = Losses(self._stages.rows, self._method_names(), self._passes, model)
-        whole_pass = self._stages.full_ascent or self._stages.rows is not None
         self._sharing = Sharing(
             model, self._params, ruled_out(
-                share_forward=share_forward, bn_stats=bn_stats, full_ascent=whole_pass,
+                share_forward=share_forward, bn_stats=bn_stats, full_ascent=self._stages.whole_pass,
                 one_pass=self._stages.ahead is not None, sharded=self._group.sharded),
             self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
         check_methods(self._stages, self._method_names(), variant, optimizer, self._passes.second_order)
@@ -210,6 +209,7 @@ class SAM(Facade):
 
     # The step, in the three forms that loops need.
 
+    @on_itself
     def minimize(self, loss_fn: LossFn, *, ascent_fn: LossFn | None = None) -> Tensor:
         """One update: zeroes gradients, both passes, base step.
 

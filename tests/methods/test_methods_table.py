@@ -68,7 +68,7 @@ def test_grid_of_a_few_runs_goes_on_and_is_reported(small, tmp_path, capfd):
     code, shown = table()
     assert code == 0 and '5 runs, 5 of them finished before' in shown.out and picture.exists()
     code, shown = table('--jobs', '0')
-    assert code == 2 and '--jobs 0 trains nothing' in shown.err
+    assert code == 2 and '--jobs 0 runs nothing' in shown.err
 
 
 class Ran:

@@ -215,6 +215,11 @@ class Stages:
         return self.combine is not None or self.correct is not None
 
     @property
+    def whole_pass(self) -> bool:
+        """Whether the pass at w computes more than gradients of the selected parameters by the mean loss."""
+        return self.full_ascent or self.rows is not None
+
+    @property
     def observers(self) -> list[Direction | Mask]:
         """What looks at the mean of g after this update."""
         mask = None if self.mask is None or not self.mask.observes else self.mask
