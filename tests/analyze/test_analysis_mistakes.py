@@ -11,7 +11,7 @@ from timm_sam.analyze import __main__ as analyze
 from timm_sam.analyze.options import COMMANDS
 
 WITH_IMAGES = [name for name in COMMANDS if name != 'norms']
-BY_BATCH = ['sharpness', 'line']
+BY_BATCH = ['sharpness', 'line', 'card']
 
 
 def run(cwd, name, fitted, more, data=None):

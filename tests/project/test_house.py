@@ -31,7 +31,7 @@ ALLOWED = {
     'jobs': {'cli', 'runs', 'training', 'report', 'train', 'validate', 'analyze'},
     'sweep': {'cli', 'training', 'report', 'jobs'},
     'fashion': {'cli'},
-    'paper': {'plugin', 'cli', 'runs', 'training', 'report', 'jobs', 'digits', 'fashion'},
+    'paper': {'plugin', 'cli', 'runs', 'training', 'evaluation', 'report', 'jobs', 'digits', 'fashion'},
     'train': {'plugin', 'methods', 'models', 'cli', 'runs', 'training'},
     'validate': {'plugin', 'methods', 'models', 'cli', 'runs', 'evaluation'},
 }

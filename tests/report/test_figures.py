@@ -7,8 +7,9 @@ pytest.importorskip('matplotlib')
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from timm_sam.evaluation.evaluated import read_evaluations
 from timm_sam.report import plots, reliability
-from timm_sam.report.evaluations import join, read_evaluations
+from timm_sam.report.evaluations import join
 
 
 @pytest.fixture

@@ -11,11 +11,14 @@ from ..cli.parser import OptionParser
 from ..cli.text import say, write_text
 from ..evaluation import results, tables
 from ..evaluation.command import run
+from ..evaluation.evaluated import read_evaluations
 from ..evaluation.session import Session
 from ..evaluation.subject import Subject
 from ..evaluation.tables import Measure
 from ..random_state import RandomState
 from . import options
+from .card import Card
+from .card_pages import Pages
 from .hessian_rows import Hessian
 from .inputs import prepare
 from .line_rows import Lines
@@ -53,27 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table(session: Session, name: str, build: Callable[[Opened, Subject], Analysis],
-           draw: Callable[[Any, list[Measure], dict[str, Any], str], None]) -> None:
-    """The table on stdout, and all files in ``--out``.
+           draw: Callable[[Any, list[Measure], dict[str, Any], str], None],
+           ) -> tuple[list[Measure], list[str], dict[str, Any]] | None:
+    """The table on stdout, and its files in ``--out``.
 
     Args:
         session: The options, and what is open.
         name: Of the analysis, and of its files.
         build: Makes the analysis, see :func:`analyze`.
         draw: Draws the figure: the module ``plots``, the rows, the protocol, the file.
+
+    Returns:
+        The rows, the checkpoints' names and the protocol, on the first rank.
     """
     args = session.args
     beside = os.path.join(args.out, name)
     files, picture = results.result_files(beside, None), f"{beside}.png"
     measures, names, protocol = analyze(session, name, build, files, [picture])
     if not session.primary:
-        return
+        return None
     try:
         say(tables.as_text(measures, names))
     finally:  # where nobody listens, the files are still wanted
         results.write(files, measures, names, protocol, f"--out {args.out}")
     _draw(args.out, [picture], lambda plots: draw(plots, measures, protocol, picture))
     _logger.info(f"Wrote {', '.join(files.values())}")
+    return measures, names, protocol
 
 
 def _sharpness(session: Session) -> None:
@@ -92,8 +100,20 @@ def _line(session: Session) -> None:
 
 
 def _hessian(session: Session) -> None:
-    _table(session, "hessian", Hessian, lambda plots, measures, protocol, path: plots.draw_hessian(
+    _table(session, "hessian", Hessian, lambda plots, measures, protocol, path: plots.draw_points(
         measures, protocol["labels"], path))
+
+
+def _card(session: Session) -> None:
+    out = session.args.out
+    evaluations = session.ranks.each(lambda: read_evaluations(session.args.evaluations))
+    table = _table(session, "card", Card, lambda plots, measures, protocol, path: plots.draw_points(
+        measures, protocol["labels"], path))
+    if table is None:
+        return
+    pages = Pages(out, *table, evaluations)
+    pages.draw(lambda picture, draw: _draw(out, [picture], draw))
+    _logger.info(f"Wrote {', '.join(pages.write())}")
 
 
 def _norms(session: Session) -> None:
@@ -117,23 +137,25 @@ def _norms(session: Session) -> None:
     _logger.info(f"Wrote {', '.join((page, text, tensors, content))}")
 
 
-def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> None:
-    """Pictures, where matplotlib is there."""
+def _draw(out: str, paths: Sequence[str], draw: Callable[[Any], None]) -> bool:
+    """Pictures, where matplotlib is there; whether it is."""
     try:
         from . import plots
     except ImportError as e:
         _logger.info(f"No figure: {e.name} is missing; pip install 'timm_sam[report]'")
-        return
+        return False
     try:
         draw(plots)
     except OSError as e:
         raise OptionError(
             f"--out {out}: no figure can be written ({e.strerror}); make room, or name another folder") from None
     _logger.info(f"Wrote {', '.join(paths)}")
+    return True
 
 
 _RUN: dict[str, Callable[[Session], None]] = {
-    "sharpness": _sharpness, "rank": _rank, "norms": _norms, "line": _line, "hessian": _hessian}
+    "sharpness": _sharpness, "rank": _rank, "norms": _norms, "line": _line, "hessian": _hessian,
+    "card": _card}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,5 @@
 """The rows of the table of curvature: which images, what it costs, and what the numbers depend on."""
+import argparse
 import math
 from typing import Any
 
@@ -107,6 +108,11 @@ class Hessian:
         self.session.note_non_finite(f"{row} of {name}", broken, self.n)
         return Measure("hessian", self.suite.name, row, self.n, list(self.suite.flags), [value], [broken], "", _DIGITS,
                        [details])
+
+
+def per_image(args: argparse.Namespace) -> int:
+    """What all measures take together at most, in forward passes of each image."""
+    return hessian.PRODUCT * (int(args.iterations) + int(args.probes))
 
 
 def _rounded(value: float) -> float:

@@ -70,8 +70,7 @@ class Lines:
             loss = batch_loss(subject.model, names, images, labels, False, self.suite.space.reduce)
             return measure_line(self.work.progress.counting(loss), weights, names, pending, chosen)
 
-        found = self.work.measured(subject, number, self.protocol, self.lines,
-                                   lambda lines: GRADIENT + len(TIMES) * len(lines), of_batch)
+        found = self.work.measured(subject, number, self.protocol, self.lines, per_image, of_batch)
         return [measure for line in self.lines for measure in self._measures(subject, line, found[line])]
 
     def _measures(self, subject: Subject, line: Line, batches: Sequence[Mapping[str, Any]]) -> list[Measure]:
@@ -92,6 +91,11 @@ class Lines:
                 [broken], "", _DIGITS, [dict(variant=line.variant, params=line.params, rho=line.rho, eta=line.eta, t=t,
                                              batches=losses)]))
         return measures
+
+
+def per_image(lines: Sequence[Line]) -> int:
+    """What some directions take together, in forward passes of each image."""
+    return GRADIENT + len(TIMES) * len(lines)
 
 
 def _row(line: Line, t: float) -> str:

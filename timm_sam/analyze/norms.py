@@ -61,6 +61,13 @@ def kinds(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def tensors_of(model: nn.Module, label: str, checkpoint: str) -> Tensors:
+    """The parameters of a model."""
+    values = dict(model.named_parameters())
+    return Tensors(label, checkpoint, [(key, kind, values[key].detach().double().cpu().flatten().numpy())
+                                       for key, kind in kinds(model).items()])
+
+
 def collect(session: Session) -> tuple[list[Tensors], dict[str, Any]]:
     """The parameters of every checkpoint, and whose they are.
 
@@ -73,10 +80,7 @@ def collect(session: Session) -> tuple[list[Tensors], dict[str, Any]]:
     for checkpoint, name, label in zip(checkpoints, names, labels):
         subject = session.subject(checkpoint)
         session.ranks.each(lambda subject=subject: check_finite(subject))  # type: ignore[misc]
-        values = dict(subject.model.named_parameters())
-        found.append(Tensors(label, name, [
-            (key, kind, values[key].detach().double().cpu().flatten().numpy())
-            for key, kind in kinds(subject.model).items()]))
+        found.append(tensors_of(subject.model, label, name))
         described.append(provenance.checkpoint(subject))
     return found, dict(checkpoints=described, labels=labels, use_ema=session.args.use_ema)
 

@@ -54,6 +54,8 @@ COMMANDS = {
     "hessian": Command("the largest eigenvalue and the trace of the loss' second derivative",
                        own_flags.add_hessian, own_flags.hessian, lambda args: None,
                        "use a smaller --batch-size"),
+    "card": Command("all of these on one page per checkpoint, for no more than an epoch of training",
+                    own_flags.add_card, own_flags.card, own_flags.settle_card),
 }
 
 # flags of evaluation's groups that would change what is analysed, or not allow it

@@ -11,6 +11,7 @@ from ..cli.figures import MARKERS, SETTINGS
 from ..cli.figures import label as shown
 from ..cli.text import sample_std
 from ..evaluation.tables import Measure
+from .card import NORMS
 from .hessian_rows import ERROR
 from .norms import KINDS, NORM_BIAS, NORM_WEIGHT, Tensors, edges, pooled, shares
 from .sharpness import Measured
@@ -78,21 +79,22 @@ def draw_lines(measures: Sequence[Measure], labels: Sequence[str], path: str) ->
     _draw_panels(panels, labels, path, "t", "loss at w + t eps")
 
 
-def draw_hessian(measures: Sequence[Measure], labels: Sequence[str], path: str) -> None:
-    """Curvature: a panel per measure, a point per checkpoint above its label, and the mean of each label.
+def draw_points(measures: Sequence[Measure], labels: Sequence[str], path: str) -> None:
+    """A panel per measure, a point per checkpoint above its label, and the mean of each label.
 
     Args:
-        measures: The rows.
+        measures: The rows, of which curvature's error and what a card has of norms are left out.
         labels: Of the checkpoints.
         path: PNG file to write.
 
     Raises:
         OSError: The file cannot be written.
     """
-    named, measures = list(dict.fromkeys(labels)), [measure for measure in measures if measure.name != ERROR]
+    named = list(dict.fromkeys(labels))
+    measures = [measure for measure in measures if measure.name != ERROR and measure.group != NORMS]
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4 * len(measures), 3.5), layout="constrained")
-        for panel, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+        figure, panels = _grid(len(measures))
+        for panel, measure in zip(panels, measures):
             for i, label in enumerate(named):
                 values = [value for value, of, lost in zip(measure.values, labels, measure.broken)
                           if of == label and not lost]
@@ -100,21 +102,57 @@ def draw_hessian(measures: Sequence[Measure], labels: Sequence[str], path: str) 
                 panel.plot([i] * len(values), values, color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none")
                 if len(values) > 1:
                     panel.hlines(statistics.fmean(values), i - 0.2, i + 0.2, color=color)
-            panel.set(title=measure.name, ylabel=measure.name, xlim=(-0.5, len(named) - 0.5))
+            panel.set(title=shown(measure.name), xlim=(-0.5, len(named) - 0.5))
             panel.set_xticks(range(len(named)), [shown(label) for label in named], rotation=30, ha="right")
         figure.savefig(path, dpi=130)
+
+
+def draw_card(measures: Sequence[Measure], number: int, path: str) -> None:
+    """One checkpoint: losses along SAM's directions, ranks over the share of the variance, weights of norm layers.
+
+    Args:
+        measures: The rows of all checkpoints.
+        number: Of this one.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    rows = [(measure.name, measure.details[number]) for measure in measures
+            if measure.details and not measure.broken[number]]
+    of_norms = [detail for _, detail in rows if "edges" in detail]
+    with matplotlib.rc_context(SETTINGS):
+        figure, (line, rank, *more) = _grid(2 + len(of_norms))
+        line.set(title="loss", xlabel="t", ylabel="loss at w + t eps")
+        rank.set(title="feature rank", xlabel="share of the variance", ylabel="rank", yscale="log")
+        for panel, key in ((line, "losses"), (rank, "curve")):
+            for i, (name, curve) in enumerate((name, detail[key]) for name, detail in rows if key in detail):
+                panel.plot(*zip(*curve), color=_COLORS[(i + 1) % len(_COLORS)], marker=MARKERS[i % len(MARKERS)],
+                           markersize=3, label=shown(name))
+            if panel.has_data():
+                panel.legend(fontsize=7)
+        for panel, detail in zip(more, of_norms):
+            panel.stairs(detail["shares"], detail["edges"], color=_COLORS[1])
+            panel.set(title=detail["kind"], xlabel="value", ylabel="share of parameters")
+        figure.savefig(path, dpi=130)
+
+
+def _grid(count: int) -> tuple[Figure, list[Any]]:
+    """A figure of so many panels, a few side by side."""
+    across = min(count, _ACROSS)
+    down = -(-count // across)
+    figure = Figure(figsize=(4 * across, 3.5 * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in axes[count:]:
+        panel.remove()
+    return figure, axes[:count]
 
 
 def _draw_panels(panels: Mapping[str, Sequence[Point]], labels: Sequence[str], path: str, xlabel: str, ylabel: str,
                  log: bool = False) -> None:
     """A line per label in each panel, with the deviation of its seeds."""
     with matplotlib.rc_context(SETTINGS):
-        across = min(len(panels), _ACROSS)
-        down = -(-len(panels) // across)
-        figure = Figure(figsize=(4 * across, 3.5 * down), layout="constrained")
-        axes = list(figure.subplots(down, across, squeeze=False).flat)
-        for panel in axes[len(panels):]:
-            panel.remove()
+        figure, axes = _grid(len(panels))
         for panel, (title, points) in zip(axes, panels.items()):
             for i, label in enumerate(dict.fromkeys(labels)):
                 seeds = [(x, [value for value, of, lost in zip(values, labels, broken) if of == label and not lost])

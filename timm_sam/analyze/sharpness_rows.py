@@ -1,6 +1,8 @@
 """The rows of the table of sharpness: which images, what it costs, and what the numbers depend on."""
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class Sharpness:
         self.work = Work("Sharpness", session, suite, batches, opened.journal, opened.count)
         share = share_of(list(moving.values()), subject.model)
         self.said = (f"{opened.count} checkpoints, of which {share} move; {len(batches)} batches of {args.m} images, "
-                     f"over each of them {self._passes(args.measure)} passes")
+                     f"over each of them {_passes(args, args.measure)} passes")
         self.protocol = dict(
             analysis="sharpness", search=args.protocol, logits="as they are" if args.no_logit_norm else "length 1",
             loss="cross entropy", mode="eval", images=args.m * len(batches), m=args.m,
@@ -68,23 +70,8 @@ class Sharpness:
             return batch_sharpness(self.work.progress.counting(loss), weights, pending, place, steps=args.steps,
                                    draws=args.draws, seed=args.seed, protocol=args.protocol)
 
-        found = self.work.measured(subject, number, self.protocol, args.measure, self._cost, of_batch)
+        found = self.work.measured(subject, number, self.protocol, args.measure, partial(per_image, args), of_batch)
         return [self._measure(subject, measure, found[measure]) for measure in args.measure]
-
-    def _counts(self, measures: Sequence[Measured]) -> tuple[int, int]:
-        """Forward and backward passes over a batch, and forward passes alone."""
-        args = self.session.args
-        steps = {"worst": args.steps, "step": 1, "average": 0}
-        return (1 + sum(steps[measure.kind] for measure in measures),
-                args.draws * sum(measure.kind == "average" for measure in measures))
-
-    def _cost(self, measures: Sequence[Measured]) -> float:
-        gradients, forwards = self._counts(measures)
-        return GRADIENT * gradients + forwards
-
-    def _passes(self, measures: Sequence[Measured]) -> str:
-        gradients, forwards = self._counts(measures)
-        return f"{gradients} forward and backward" + (f", {forwards} forward" if forwards else "")
 
     def _measure(self, subject: Subject, measure: Measured, batches: Sequence[Mapping[str, Any]]) -> Measure:
         """A row of the table, for one checkpoint; what makes it less than it seems stands in its flags."""
@@ -107,3 +94,21 @@ class Sharpness:
                             f"that there is, where models cannot be told apart; use a smaller radius")
         return Measure("sharpness", suite.name, str(measure), args.m * len(batches), flags, [found["mean"]], [broken],
                        "", _DIGITS, [found])
+
+
+def per_image(args: argparse.Namespace, measures: Sequence[Measured]) -> int:
+    """What some measures take together, in forward passes of each image."""
+    gradients, forwards = _counts(args, measures)
+    return GRADIENT * gradients + forwards
+
+
+def _counts(args: argparse.Namespace, measures: Sequence[Measured]) -> tuple[int, int]:
+    """Forward and backward passes over a batch, and forward passes alone."""
+    steps = {"worst": args.steps, "step": 1, "average": 0}
+    return (1 + sum(steps[measure.kind] for measure in measures),
+            args.draws * sum(measure.kind == "average" for measure in measures))
+
+
+def _passes(args: argparse.Namespace, measures: Sequence[Measured]) -> str:
+    gradients, forwards = _counts(args, measures)
+    return f"{gradients} forward and backward" + (f", {forwards} forward" if forwards else "")

@@ -133,19 +133,19 @@ def as_csv(measures: Sequence[Measure], names: Sequence[str]) -> str:
 def as_json(measures: Sequence[Measure], names: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """The table and all that its numbers depend on."""
     results = [dict(group=m.group, dataset=m.dataset, measure=m.name, unit=m.unit, images=m.images,
-                    values=_finite(m.values),
+                    values=finite(m.values),
                     non_finite=m.broken, n=len(m.counted), mean=m.mean, std=m.std, flags=list(m.flags),
-                    **({"details": _finite(m.details)} if m.details else {}))
+                    **({"details": finite(m.details)} if m.details else {}))
                for m in measures]
     return json.dumps(dict(checkpoints=list(names), results=results, protocol=protocol), indent=2, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Values for a JSON file, which knows neither NaN nor infinity: those are null."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

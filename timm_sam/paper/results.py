@@ -10,8 +10,8 @@ import yaml
 from ..cli.errors import OptionError, one_line
 from ..cli.parser import dump_args
 from ..cli.text import sample_std
+from ..evaluation.evaluated import Evaluated, read_evaluations
 from ..jobs.job import Job
-from ..report.evaluations import Evaluated, read_evaluations
 from ..report.runs import FINISHED, read_run
 from ..runs.sameness import NOT_COMPARED, normal
 from ..training.options import build_train_parser, read_args

@@ -12,9 +12,10 @@ from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
 from ..cli.parser import OptionParser, program
 from ..cli.text import replace_file, why_not_writable
+from ..evaluation.evaluated import read_evaluations
 from . import evaluation_tables, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
-from .evaluations import Joined, join, read_evaluations
+from .evaluations import Joined, join
 from .links import Links
 from .runs import Run, find_runs, read_run
 from .tables import Table, build_tables

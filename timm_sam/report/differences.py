@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cli.errors import OptionError
+from ..evaluation.evaluated import Key
 from ..evaluation.outputs import Saved, read
-from .evaluations import Joined, Key
+from .evaluations import Joined
 from .statistics import Interval, paired_bootstrap, welch
 from .tables import Cell, Table
 

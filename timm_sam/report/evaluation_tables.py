@@ -7,8 +7,9 @@ from ..cli import document
 from ..cli.document import Block, Entry, Figure, Link, Points, Section
 from ..cli.image_folders import SYNONYMS
 from ..cli.text import csv_text, spread
+from ..evaluation.evaluated import Key
 from .differences import PLAIN, SAME, Difference, baseline_of, headlines
-from .evaluations import Joined, Key, Spread
+from .evaluations import Joined, Spread
 from .links import Links
 from .statistics import Interval
 from .tables import Cell, Table

@@ -5,8 +5,9 @@ from typing import Any
 from ..cli import document
 from ..cli.document import Entry, Link, Section
 from ..cli.errors import shown
+from ..evaluation.evaluated import Key
 from ..runs.sameness import NOT_COMPARED, data_name, normal
-from .evaluations import Joined, Key
+from .evaluations import Joined
 from .runs import FINISHED, Run
 from .tables import NAMES, Cell, Table, written
 

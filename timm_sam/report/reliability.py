@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..cli.figures import MARKERS, SETTINGS, label
-from .evaluations import Joined, Key
+from ..evaluation.evaluated import Key
+from .evaluations import Joined
 from .plots import PLAIN, ROW_COLORS, SELECTION_FILL, SELECTION_STYLE, leftmost, legend_below, panels
 from .tables import Cell, Table
 
