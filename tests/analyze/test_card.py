@@ -20,8 +20,8 @@ SMALL = ('--m 6 --num-images 12 --rank-images 18 --measure worst-linf=0.003 aver
 
 
 def run(cwd, fitted, more):
-    line = (f'card {BASE.replace(" -b 5", "")} --num-classes 6 --data-dir {fitted.data} --checkpoint {fitted.checkpoint} '
-            f'--out out {more}')
+    line = (f'card {BASE.replace(" -b 5", "")} --num-classes 6 --data-dir {fitted.data} '
+            f'--checkpoint {fitted.checkpoint} --out out {more}')
     return in_process(analyze.main, shlex.split(line), cwd)
 
 
@@ -32,7 +32,7 @@ def defaults():
 
 
 class Passes:
-    """Images that pass through a model while a card is measured, in forward passes: 3 with a gradient, 7 in products."""
+    """Images that pass through a model while a card is measured, in forward passes: 3 of a gradient, 7 of a product."""
 
     def __init__(self):
         self.count = 0
@@ -77,7 +77,7 @@ def test_price_that_is_said_is_the_price(made):
     top = made.content['details']['top eigenvalue']
     assert said == made.content['protocol']['analysis']['forwards'] == 12 * (3 * 3 + 2 + 3 + 21 + 7 * 22) + 18
     assert made.passes.count == said - 12 * 7 * (20 - top['steps'])
-    assert f'{said / 180:.2f} of an epoch over the 60 images of train' in made.done.err
+    assert f'as many as {said / 180:.2f} epochs of training on the 60 images of train, which take 180' in made.done.err
     assert made.done.err.index('at most') < made.done.err.index('Left: ')
 
 
@@ -98,7 +98,7 @@ def test_page_has_what_the_table_has(made):
 
 
 def test_norm_layers_are_those_of_the_weights(made, fitted):
-    gamma = torch.cat([p for name, p in fitted.model.named_parameters()  # of this model, these and no others
+    gamma = torch.cat([p.detach() for name, p in fitted.model.named_parameters()  # no others here
                        if name.endswith('weight') and p.ndim == 1]).double()
     found = made.content['measures']
     assert found['norm weight mean'] == pytest.approx(float(gamma.mean()))

@@ -79,9 +79,9 @@ class Card:
         self.forwards = images * each + spent
         self.said = (
             f"{opened.count} checkpoints; for each at most {self.forwards:,} forward passes of one image ({each} of "
-            f"each of {images:,} images, {self.rank.passes} of each of {self.rank.n:,} for the rank), which is "
-            f"{self.forwards / (GRADIENT * there):.2f} of an epoch over the {there:,} images of {suite.name} "
-            f"({GRADIENT} passes each)")
+            f"each of {images:,} images, {self.rank.passes} of each of {self.rank.n:,} for the rank), as many as "
+            f"{self.forwards / (GRADIENT * there):.2f} epochs of training on the {there:,} images of {suite.name}, "
+            f"which take {GRADIENT * there:,} each")
         self.protocol: dict[str, Any] = dict(
             analysis="card", forwards=self.forwards, epoch=GRADIENT * there, **{
                 part.protocol["analysis"]: part.protocol

@@ -108,13 +108,11 @@ class Pages:
         about = [f"{checkpoint['model']}, {checkpoint['parameters']:,} parameters",
                  f"checkpoint: {checkpoint['path'] or checkpoint['weights']}", f"SHA-256: {checkpoint['sha256']}",
                  f"price: at most {parts['forwards']:,} forward passes of one image, "
-                 f"{parts['forwards'] / parts['epoch']:.2f} of an epoch of training"]
+                 f"as many as {parts['forwards'] / parts['epoch']:.2f} epochs of training"]
         figure = [Figure(os.path.basename(self._path(number, "png")), "Loss along SAM's direction, feature rank over "
                          "the share of the variance, parameters of normalization layers")
                   ] if number in self._drawn else []
-        settings = [f"{name}: " + ", ".join(
-            f"{key} {value}" for key, value in part.items() if key != "analysis" and not key.endswith("sha256"))
-            for name, part in parts.items() if isinstance(part, dict)]
+        settings = [f"{name}: {_settings(part)}" for name, part in parts.items() if isinstance(part, dict)]
         return Document(f"Flatness of {self.names[number]}", [Points(about)], [
             Section("Flatness", [self._table([m for m in self.measures if m.group != NORMS], number), *figure]),
             Section("Normalization layers", self._norms(number)),
@@ -141,6 +139,13 @@ class Pages:
         return [Table(["", "data set", "measure", "value"], [
             [key.group, key.dataset, key.measure if key.unit in ("%", "") else f"{key.measure} ({key.unit})",
              Entry(f"{value.value:.2f}", number=value.value)] for key, value in found.items()], left=3)]
+
+
+def _settings(protocol: Mapping[str, Any]) -> str:
+    """What a reader asks for first; the JSON has all."""
+    return "; ".join(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+                     for key, value in protocol.items()
+                     if key not in ("analysis", "moving") and not key.endswith("sha256") and value is not None)
 
 
 def _shown(measure: Measure, number: int) -> Entry:

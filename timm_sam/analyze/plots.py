@@ -18,6 +18,7 @@ from .sharpness import Measured
 
 _COLORS = ("#777777", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (2, 1)), (0, (5, 1, 1, 1)))  # outlines have no markers
+_LONGEST = 24  # letters of a name beside an axis
 _ACROSS = 4  # panels side by side
 Point = tuple[float, Sequence[float], Sequence[int]]  # x, a value per checkpoint, how much of each is not finite
 
@@ -102,8 +103,9 @@ def draw_points(measures: Sequence[Measure], labels: Sequence[str], path: str) -
                 panel.plot([i] * len(values), values, color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none")
                 if len(values) > 1:
                     panel.hlines(statistics.fmean(values), i - 0.2, i + 0.2, color=color)
-            panel.set(title=shown(measure.name), xlim=(-0.5, len(named) - 0.5))
-            panel.set_xticks(range(len(named)), [shown(label) for label in named], rotation=30, ha="right")
+            panel.set_title(shown(measure.name), fontsize=9)
+            panel.set_xlim(-0.5, len(named) - 0.5)
+            panel.set_xticks(range(len(named)), [_short(label) for label in named], rotation=30, ha="right")
         figure.savefig(path, dpi=130)
 
 
@@ -135,6 +137,12 @@ def draw_card(measures: Sequence[Measure], number: int, path: str) -> None:
             panel.stairs(detail["shares"], detail["edges"], color=_COLORS[1])
             panel.set(title=detail["kind"], xlabel="value", ylabel="share of parameters")
         figure.savefig(path, dpi=130)
+
+
+def _short(label: str) -> str:
+    """A name beside an axis: of a path that is long the end, which tells most."""
+    text = shown(label)
+    return text if len(text) <= _LONGEST else f"\u2026{text[1 - _LONGEST:]}"
 
 
 def _grid(count: int) -> tuple[Figure, list[Any]]:
