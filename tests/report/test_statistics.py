@@ -4,7 +4,15 @@ import math
 import numpy as np
 import pytest
 
-from timm_sam.report.statistics import Interval, paired_bootstrap, t_quantile, welch, welch_of_moments
+from timm_sam.report.statistics import (
+    Interval,
+    kendall_tau,
+    paired_bootstrap,
+    t_quantile,
+    tau_interval,
+    welch,
+    welch_of_moments,
+)
 
 pytestmark = pytest.mark.full
 
@@ -92,3 +100,34 @@ def test_bootstrap_is_that_of_drawing_images_one_by_one():
     assert paired_bootstrap(ours, ours) == Interval(0, 0, 0)
     with pytest.raises(ValueError, match='one number per image'):
         paired_bootstrap(ours, theirs[:-1])
+
+
+def test_tau_is_that_of_scipy_ties_included():
+    stats = pytest.importorskip('scipy.stats')
+    generator = np.random.default_rng(0)
+    for n in (2, 3, 10, 40):
+        x = generator.integers(0, 6, n).astype(float)
+        y = np.round(x + generator.normal(size=n), 0)
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            assert kendall_tau(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+
+
+def test_tau_by_hand_and_where_there_is_none():
+    assert kendall_tau([1, 2, 3], [10, 20, 90]) == 1 and kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
+    assert kendall_tau([1, 1, 1], [1, 2, 3]) is None and tau_interval([1, 1, 1], [1, 2, 3]) is None
+    assert tau_interval([1, 2], [1, 2]) is None
+    assert tau_interval([1, 2, 3, 4], [1, 2, 3, 4]) == (1, 1)
+    with pytest.raises(ValueError, match='lengths 2 and 3'):
+        kendall_tau([1, 2], [1, 2, 3])
+
+
+def test_interval_of_tau_holds_it_as_often_as_it_says():
+    generator, r, held = np.random.default_rng(1), 0.6, 0
+    truth = 2 / math.pi * math.asin(r)  # of normal numbers with correlation r
+    for _ in range(DRAWN):
+        x = generator.normal(size=40)
+        y = r * x + math.sqrt(1 - r * r) * generator.normal(size=40)
+        low, high = tau_interval(x, y, draws=400)
+        held += low <= truth <= high
+    assert held in HELD

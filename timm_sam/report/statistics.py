@@ -3,6 +3,9 @@
 Over images: the paired bootstrap, percentiles of the mean difference over resampled images (Efron & Tibshirani, An
 Introduction to the Bootstrap, 1993): what other images of the same kind would do to these very models. Over seeds:
 Welch's interval for two means of unequal variances (Biometrika 34, 1947): what other seeds would do.
+
+And whether two measures put runs in the same order: Kendall's tau-b (Biometrika 33, 1945), with an interval by the
+bootstrap over runs.
 """
 import math
 import statistics
@@ -103,3 +106,59 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, level: float = LEVEL,
     means = drawn @ values / len(ours)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values @ counts / len(ours)), float(low), float(high))
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Kendall's tau-b of two measures of the same runs: 1 where they put them in the same order, -1 in the reverse.
+
+    Args:
+        first, second: Finite numbers, one per run each.
+
+    Returns:
+        None where one of them says the same of all runs.
+
+    Raises:
+        ValueError: They are not of one length.
+    """
+    together, one, other = _pairs(first, second)
+    counts = np.ones(len(first))
+    found = _tau(together, one, other, counts[None])[0]
+    return None if math.isnan(found) else float(found)
+
+
+def tau_interval(first: Sequence[float], second: Sequence[float], level: float = LEVEL, draws: int = DRAWS,
+                 seed: int = SEED) -> tuple[float, float] | None:
+    """The ends of the percentile bootstrap interval of :func:`kendall_tau`, over resampled runs.
+
+    Args:
+        first, second: As of :func:`kendall_tau`.
+        level: As of :func:`welch`.
+        draws: Resampled sets of runs; those of which a measure says the same throughout are left out.
+        seed: Of the resampling.
+
+    Returns:
+        None where there are less than three runs, or one of the measures says the same of all.
+    """
+    if len(first) < 3 or kendall_tau(first, second) is None:
+        return None
+    n = len(first)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    found = _tau(*_pairs(first, second), counts)
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _pairs(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair of runs, (n, n): whether both measures agree (1, -1, 0), and whether each tells it apart (1, 0)."""
+    if len(first) != len(second):
+        raise ValueError(f"lengths {len(first)} and {len(second)}: one number per run is needed of both")
+    x, y = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    s, t = (np.sign(values[:, None] - values[None, :]) for values in (x, y))
+    return s * t, s * s, t * t
+
+
+def _tau(together: np.ndarray, one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """tau-b of sets that have each run so many times, (sets, n); NaN where a measure says the same throughout."""
+    agree, first, second = (((counts @ matrix) * counts).sum(axis=1) for matrix in (together, one, other))
+    told = first * second
+    return np.where(told > 0, agree / np.sqrt(np.where(told > 0, told, 1.0)), np.nan)
