@@ -65,15 +65,27 @@ def read_evaluations(paths: Sequence[str]) -> list[Evaluated]:
     Raises:
         OptionError: One is no JSON that validate.py writes of suites.
     """
-    return [evaluated for path in dict.fromkeys(paths) for evaluated in _read(path)]
+    return [evaluated for path in dict.fromkeys(paths) for evaluated in _read(
+        "--evaluations", path, "the JSON files of validate.py", "is no JSON file that validate.py writes of suites; "
+        "make one by --results-file NAME.json with --eval")]
 
 
-def _read(path: str) -> list[Evaluated]:
-    wrong = (f"--evaluations {path}: it is no JSON file that validate.py writes of suites; make one by "
-             f"--results-file NAME.json with --eval")
+def read_cards(paths: Sequence[str]) -> list[Evaluated]:
+    """Reads tables of flatness cards, or of other analyses: they are written as those of evaluations are.
+
+    Raises:
+        OptionError: One is no JSON table that an analysis writes.
+    """
+    return [evaluated for path in dict.fromkeys(paths) for evaluated in _read(
+        "--cards", path, "card.json of an analysis", "is no table of an analysis; make one by python -m "
+        "timm_sam.analyze card, and give its card.json")]
+
+
+def _read(flag: str, path: str, wanted: str, instead: str) -> list[Evaluated]:
+    wrong = f"{flag} {path}: it {instead}"
     try:
         if not os.path.isfile(path):
-            raise OptionError(f"--evaluations {path}: there is no such file; give the JSON files of validate.py")
+            raise OptionError(f"{flag} {path}: there is no such file; give {wanted}")
         if os.path.getsize(path) > _MOST_BYTES:
             raise OptionError(wrong)
         with open(path, encoding="utf-8") as f:

@@ -12,10 +12,11 @@ from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
 from ..cli.parser import OptionParser, program
 from ..cli.text import replace_file, why_not_writable
-from ..evaluation.evaluated import read_evaluations
-from . import evaluation_tables, run_tables
+from ..evaluation.evaluated import read_cards, read_evaluations
+from . import evaluation_tables, flatness, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
 from .evaluations import Joined, join
+from .flatness import FLATNESS, Tau, taus
 from .links import Links
 from .runs import Run, find_runs, read_run
 from .tables import Table, build_tables
@@ -31,10 +32,13 @@ def build_parser() -> OptionParser:
     parser = OptionParser(prog=program("timm_sam.report"),
                           description="Puts runs into the paper's tables and figures.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
-    names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES)
+    names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES, flatness.FILE)
     parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {', '.join(names)} and PNG files")
     parser.add_argument("--evaluations", nargs="+", default=[], metavar="RESULTS.json",
                         help="results of validate.py with --eval, joined with the runs by the checkpoints' hashes")
+    parser.add_argument("--cards", nargs="+", default=[], metavar="CARD.json",
+                        help="tables of python -m timm_sam.analyze card (or another analysis), joined likewise: do "
+                             "their measures put runs in the order of their accuracy?")
     parser.add_argument("--baseline", default=PLAIN, metavar="NAME",
                         help="what others are compared with: plain, or VARIANT:SELECTION, such as sam:all")
     parser.add_argument("--epoch", choices=("last", "best"), default="last",
@@ -67,18 +71,24 @@ def make_report(args: argparse.Namespace) -> None:
         OptionError: No runs there, or the folder cannot be written or holds something else under our names.
     """
     folders = find_runs(args.runs)
-    evaluations = read_evaluations(args.evaluations)
+    evaluations, cards = read_evaluations(args.evaluations), read_cards(args.cards)
     tables, runs = build_tables([read_run(folder, args.running_minutes) for folder in folders], args.epoch)
     check_baseline(tables, args.baseline)
     joined = join(runs, evaluations, args.epoch) if evaluations else None
+    flat = join(runs, cards, args.epoch) if cards else None
     odd: list[str] = [] if joined is None else joined.notes
     compared = {i: differences(table, args.baseline, joined, odd) for i, table in enumerate(tables, 1)}
-    draw, note = (None, "") if args.no_plots else _drawing(joined, args.epoch)
-    pictures = {f"table{i}-{kind}.png": (kind, i) for i in range(1, len(tables) + 1)
-                for kind in (*PICTURES, *([RELIABILITY] if joined is not None else []))}
+    orders = {} if flat is None else {
+        i: found for i, table in enumerate(tables, 1) if (found := taus(table, flat, joined, args.epoch))}
+    draw, note = (None, "") if args.no_plots else _drawing(
+        joined, [orders.get(i, []) for i in range(1, len(tables) + 1)], tables, args.epoch)
+    kinds = [*PICTURES, *([RELIABILITY] if joined is not None else []), *([FLATNESS] if orders else [])]
+    pictures = {f"table{i}-{kind}.png": (kind, i) for i in range(1, len(tables) + 1) for kind in kinds}
     texts = dict(zip(run_tables.CSV_FILES, (run_tables.grid_csv(tables), run_tables.runs_csv(runs, args.epoch))))
     if joined is not None:
         texts[evaluation_tables.FILES[0]] = evaluation_tables.evaluations_csv(tables, joined)
+    if orders:
+        texts[flatness.FILE] = flatness.flatness_csv(tables, orders)
     if any(compared.values()):
         texts[evaluation_tables.FILES[1]] = evaluation_tables.differences_csv(args.baseline, compared)
     try:
@@ -94,6 +104,8 @@ def make_report(args: argparse.Namespace) -> None:
                 notes.append(f"{name} is not drawn: {type(e).__name__}: {one_line(e, 150)}")
         links = Links(tables, runs)
         said = _document(tables, runs, args, [(name, *pictures[name]) for name in drawn], joined, compared, links)
+        if flat is not None:
+            said = replace(said, sections=[*said.sections, *flatness.flatness_sections(tables, orders, flat, drawn)])
         shown = as_markdown(said)
         # the page has all runs, so that its numbers can lead to them
         whole = replace(said, sections=[*said.sections, links.section(args.epoch)])
@@ -114,6 +126,8 @@ def _document(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Names
     of_runs: dict[int, list[Figure]] = {}
     of_evaluations: dict[int, list[Figure]] = {}
     for name, kind, i in drawn:
+        if kind == FLATNESS:  # the section of cards has it
+            continue
         if kind == RELIABILITY:
             of_evaluations.setdefault(i, []).append(Figure(name, f"Accuracy over confidence: {tables[i - 1].title}"))
         else:
@@ -125,7 +139,8 @@ def _document(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Names
     return run_tables.report_document(tables, runs, args.epoch, of_runs, more, evaluated, links)
 
 
-def _drawing(joined: Joined | None, epoch: str) -> tuple[Callable[[str, Table, str], bool] | None, str]:
+def _drawing(joined: Joined | None, orders: Sequence[Sequence[Tau]], tables: Sequence[Table],
+             epoch: str) -> tuple[Callable[[str, Table, str], bool] | None, str]:
     """What draws pictures, or None and a note of why nothing does."""
     try:
         from . import plots, reliability
@@ -135,6 +150,8 @@ def _drawing(joined: Joined | None, epoch: str) -> tuple[Callable[[str, Table, s
     def draw(kind: str, table: Table, path: str) -> bool:
         if kind == RELIABILITY:
             return joined is not None and reliability.draw(table, joined, path)
+        if kind == FLATNESS:
+            return plots.draw_flatness(table, orders[tables.index(table)], path)
         return plots.draw(kind, table, epoch, path)
     return draw, ""
 
@@ -163,10 +180,10 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
     # first of all, so that an interrupted report is taken for one
     replace_file(os.path.join(out, MARKDOWN), f"{MARK}\n")
     if ours:
-        for kind in (*PICTURES, RELIABILITY):
+        for kind in (*PICTURES, RELIABILITY, FLATNESS):
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):
                 os.remove(path)
-        for name in {*evaluation_tables.FILES} & {*os.listdir(out)} - {*names}:
+        for name in {*evaluation_tables.FILES, flatness.FILE} & {*os.listdir(out)} - {*names}:
             os.remove(os.path.join(out, name))
 
 

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..cli.figures import MARKERS, SETTINGS, label
+from .flatness import Tau
 from .runs import Run
 from .tables import NAMES, Cell, Row, Table
 
@@ -246,3 +247,42 @@ def _curve(runs: Sequence[Run], column: str) -> tuple[list[float], list[float]]:
                 by_epoch.setdefault(row["epoch"], []).append(row[column])
     epochs = sorted(e for e, values in by_epoch.items() if len(values) == len(runs))
     return epochs, [statistics.fmean(by_epoch[e]) for e in epochs]
+
+
+def draw_flatness(table: Table, found: Sequence[Tau], path: str) -> bool:
+    """Draws Kendall's tau of each measure, with its interval: a panel per target, a line per measure.
+
+    Args:
+        table: Whose runs.
+        found: The taus.
+        path: PNG file to write.
+
+    Returns:
+        Whether there was something to draw.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    known = [tau for tau in found if tau.value is not None]
+    if not known:
+        return False
+    measures = list(dict.fromkeys(tau.measure for tau in known))[::-1]
+    targets = list(dict.fromkeys(tau.target for tau in known))
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = panels(targets, f"Kendall's tau over runs: {table.title}")
+        lines = -(-len(targets) // 3)
+        figure.set_size_inches(figure.get_figwidth() + 2, (0.24 * len(measures) + 1.2) * lines + 0.4)
+        for ax, target in zip(axes, targets):
+            ax.axvline(0, color="#aaaaaa", linewidth=1)
+            for tau in known:
+                if tau.target == target and tau.value is not None:
+                    y = measures.index(tau.measure)
+                    ax.plot([tau.value], [y], marker="o", color="#0072B2")
+                    if tau.interval is not None:
+                        ax.hlines(y, *tau.interval, color="#0072B2")
+            ax.set_xlim(-1.05, 1.05)
+            ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+            ax.set_yticks(range(len(measures)), [label(name) for name in measures], fontsize=8)
+            ax.set_xlabel("tau, 95 % interval")
+        figure.savefig(path, dpi=130)
+    return True

@@ -1,0 +1,76 @@
+"""Does flatness tell? Cards joined with runs by hash; orders that agree, are reversed, or that nobody can know."""
+import csv
+import json
+
+import pytest
+from support.reports import checkpoint, sam, sha256, write_results, write_run
+
+from timm_sam.report import __main__ as command
+
+ACCURACIES = (60.0, 62.0, 64.0, 66.0, 68.0)
+
+
+def write_card(path, checkpoints, **measures):
+    """A table as `analyze card` writes it: name of a measure -> its values."""
+    rows = [dict(group='line' if name == 'loss' else 'sharpness', dataset='train', measure=name, unit='', values=values,
+                 non_finite=[int(value is None) for value in values]) for name, values in measures.items()]
+    protocol = dict(checkpoints=[dict(path=str(c), sha256=sha256(c)) for c in checkpoints],
+                    datasets=[dict(name='train', folder='/data/train')])
+    path.write_text(json.dumps(dict(results=rows, protocol=protocol)))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    options = [{}, sam(0.1), sam(0.2), sam(0.1, params='onlynorm'), sam(0.5, params='onlynorm')]
+    return [checkpoint(write_run(tmp_path / 'runs' / str(i), (1.0, 2.0, accuracy), **option))
+            for i, (accuracy, option) in enumerate(zip(ACCURACIES, options))]
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    def make(*options, code=0):
+        assert command.main([str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), *map(str, options)]) == code
+        shown = capsys.readouterr()
+        return (tmp_path / 'out' / 'report.md').read_text() if code == 0 else shown.err
+    return make
+
+
+@pytest.mark.full
+def test_measures_that_order_runs_as_accuracy_does_or_the_other_way_round(runs, report, tmp_path):
+    card = write_card(tmp_path / 'card.json', runs, loss=[0.5, 0.4, 0.3, 0.2, 0.1], sharp=[5.0, 4, 3, 2, 1],
+                      flat=[1.0, 2, 3, 4, 5], same=[1.0] * 5, mixed=[1.0, 3, 2, 5, 4], lost=[1.0, None, 3, None, None])
+    evaluation = write_results(tmp_path / 'r.json', runs, [0, 1, 2, 3, 4])
+    text = report('--cards', card, '--evaluations', evaluation)
+    assert 'Does flatness tell?' in text and 'over 2 to 5 runs' in text
+    with open(tmp_path / 'out' / 'flatness.csv', newline='') as f:
+        found = {(row['measure'], row['target']): row for row in csv.DictReader(f)}
+    for target in ('validation accuracy', 'ID accuracy', 'OOD accuracy', 'adversarial accuracy'):
+        assert float(found['sharp', target]['tau']) == -1 and float(found['flat', target]['tau']) == 1
+        assert found['sharp', target]['high'] == '-1' and found['sharp', target]['runs'] == '5'
+        assert found['same', target]['tau'] == ''
+        assert float(found['mixed', target]['tau']) == pytest.approx(6 / 10)
+        assert found['lost', target] == {**found['lost', target], 'runs': '2', 'tau': '', 'low': '', 'high': ''}
+    # the validation loss is 1 throughout, so the gap rises as the loss on training images falls
+    assert float(found['flat', 'generalization gap']['tau']) == 1
+    assert '| sharp | **-1.00 [-1.00, -1.00]** |' in text.replace('\\', '')
+    assert (tmp_path / 'out' / 'table1-flatness.png').read_bytes().startswith(b'\x89PNG')
+    assert 'Kendall' in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_cards_of_other_runs_and_runs_without_one_are_named(runs, report, tmp_path):
+    other = tmp_path / 'other.pth'
+    other.write_bytes(b'other')
+    text = report('--no-plots', '--cards', write_card(tmp_path / 'card.json', [*runs[:3], other], sharp=[1.0, 2, 3, 4]))
+    assert 'other.pth in ' in text and 'is of none of these runs' in text and text.count('has no card') == 2
+    text = report('--no-plots', '--cards', write_card(tmp_path / 'card.json', [other], sharp=[1.0]))
+    assert 'no card is of a finished run' in text and 'Does flatness' not in text
+    assert not (tmp_path / 'out' / 'flatness.csv').exists()
+
+
+@pytest.mark.parametrize('content', [None, '', '{}', '[]', '{"results": 1, "protocol": {}}'])
+def test_what_is_no_card_is_one_line(runs, report, tmp_path, content):
+    if content is not None:
+        (tmp_path / 'card.json').write_text(content)
+    said = report('--cards', tmp_path / 'card.json', code=2)
+    assert said.count('\n') == 1 and '--cards ' in said and 'card.json' in said
