@@ -85,7 +85,8 @@ class Links:
 def _differing(runs: Sequence[Run]) -> dict[str, str]:
     """Folder -> what tells the run's arguments from others'."""
     known = {run.path: _compared(run.args) for run in runs if run.args}
-    names = dict.fromkeys(name for args in known.values() for name in args)
+    # SAM's options stand together: a plain run, which has one of them only, may come first
+    names = sorted(dict.fromkeys(name for args in known.values() for name in args), key=lambda n: n.startswith("sam_"))
     differing = [name for name in names
                  if len({_said(args[name], normal) for args in known.values() if name in args}) > 1]
     return {path: ", ".join(f"{name} {_said(args[name], written)}" for name in differing if args.get(name) is not None)
