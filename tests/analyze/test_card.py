@@ -14,6 +14,7 @@ from timm_sam.analyze import __main__ as analyze
 from timm_sam.analyze import hessian, options
 from timm_sam.analyze.card import Card, images_for, per_image
 from timm_sam.analyze.inputs import IMAGES
+from timm_sam.evaluation.evaluated import read_cards
 
 SMALL = ('--m 6 --num-images 12 --rank-images 18 --measure worst-linf=0.003 average-l2=0.1 --steps 2 --draws 2 '
          '--probes 2 --iterations 20 --tolerance 0.3 --rho 0.2')
@@ -95,6 +96,12 @@ def test_page_has_what_the_table_has(made):
     assert all(name in markdown and name in html for name in names if name != 'standard error of the trace')
     assert f']({made.page.stem}.png)' in markdown and 'data:image/png;base64,' in html
     assert made.page.with_suffix('.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_table_is_what_the_report_reads(made):
+    card, = read_cards([str(made.folder / 'out/card.json')])
+    assert card.sha256 == made.content['sha256']
+    assert {key.measure: number.value for key, number in card.numbers.items()} == made.content['measures']
 
 
 def test_norm_layers_are_those_of_the_weights(made, fitted):
