@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table methods-table fashion-table normalization translation-table test test-fast test-slow \
+.PHONY: train validate flatness digits-table methods-table fashion-table normalization translation-table test test-fast test-slow \
 	test-newest test-python lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
@@ -34,6 +34,22 @@ digits-table: $(INSTALLED)
 fashion-table: $(INSTALLED)
 	$(BIN)/python -m timm_sam.paper run table1 table3 --preset small --set fashion --out output/fashion_table \
 		--devices 2
+
+# Does flatness tell? 14 runs on few and noisy digits, their evaluations and flatness cards, and the report on both.
+FLAT := output/flatness
+flatness: $(INSTALLED)
+	[ -d data/digits-noisy ] || $(BIN)/python -m timm_sam.digits data/digits-noisy --train-size 300 --label-noise 0.4
+	$(BIN)/python -m timm_sam.sweep -c hparams/digits/table/resnet10t.yaml --data-dir data/digits-noisy --plain \
+		--grid sam_variant=sam sam_params=all,onlynorm sam_rho=0.1,0.3,0.5 --seeds 2 --devices 2 --out $(FLAT)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 validate.py --checkpoint $(FLAT)/runs/*/*/last.pth.tar --workers 0 \
+		--eval validation=data/digits-noisy/validation blur=data/digits-noisy/shifted/blur \
+		noise=data/digits-noisy/shifted/noise rotation=data/digits-noisy/shifted/rotation \
+		contrast=data/digits-noisy/shifted/contrast --results-file $(FLAT)/evaluation --skip-existing
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m timm_sam.analyze card --checkpoint \
+		$(FLAT)/runs/*/*/last.pth.tar --data-dir data/digits-noisy --workers 0 --num-images 192 --sam-m 64 \
+		--evaluations $(FLAT)/evaluation.json --out $(FLAT)/cards --skip-existing
+	$(BIN)/python -m timm_sam.report $(FLAT)/runs --cards $(FLAT)/cards/card.json \
+		--evaluations $(FLAT)/evaluation.json --out $(FLAT)/report
 
 # Every method in small: accuracy over counted cost. 219 runs, the same way.
 methods-table: $(INSTALLED)
