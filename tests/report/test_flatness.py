@@ -7,7 +7,7 @@ from support.reports import checkpoint, sam, sha256, write_results, write_run
 
 from timm_sam.report import __main__ as command
 
-ACCURACIES = (60.0, 62.0, 64.0, 66.0, 68.0)
+ACCURACIES = tuple(60.0 + 2 * i for i in range(8))
 
 
 def write_card(path, checkpoints, **measures):
@@ -22,7 +22,8 @@ def write_card(path, checkpoints, **measures):
 
 @pytest.fixture
 def runs(tmp_path):
-    options = [{}, sam(0.1), sam(0.2), sam(0.1, params='onlynorm'), sam(0.5, params='onlynorm')]
+    options = [dict(seed=0), dict(seed=1), *(sam(rho, params=params) for params in ('all', 'onlynorm')
+                                             for rho in (0.1, 0.2, 0.5))]
     return [checkpoint(write_run(tmp_path / 'runs' / str(i), (1.0, 2.0, accuracy), **option))
             for i, (accuracy, option) in enumerate(zip(ACCURACIES, options))]
 
@@ -38,18 +39,20 @@ def report(tmp_path, capsys):
 
 @pytest.mark.full
 def test_measures_that_order_runs_as_accuracy_does_or_the_other_way_round(runs, report, tmp_path):
-    card = write_card(tmp_path / 'card.json', runs, loss=[0.5, 0.4, 0.3, 0.2, 0.1], sharp=[5.0, 4, 3, 2, 1],
-                      flat=[1.0, 2, 3, 4, 5], same=[1.0] * 5, mixed=[1.0, 3, 2, 5, 4], lost=[1.0, None, 3, None, None])
-    evaluation = write_results(tmp_path / 'r.json', runs, [0, 1, 2, 3, 4])
+    card = write_card(tmp_path / 'card.json', runs, loss=[8.0, 7, 6, 5, 4, 3, 2, 1], sharp=[8.0, 7, 6, 5, 4, 3, 2, 1],
+                      flat=[1.0, 2, 3, 4, 5, 6, 7, 8], same=[1.0] * 8, mixed=[1.0, 3, 2, 5, 4, 7, 6, 8],
+                      lost=[1.0, None, 3, *[None] * 5], few=[1.0, 2, 3, *[None] * 5])
+    evaluation = write_results(tmp_path / 'r.json', runs, range(8))
     text = report('--cards', card, '--evaluations', evaluation)
-    assert 'Does flatness tell?' in text and 'over 2 to 5 runs' in text
+    assert 'Does flatness tell?' in text and 'over 2 to 8 runs' in text
     with open(tmp_path / 'out' / 'flatness.csv', newline='') as f:
         found = {(row['measure'], row['target']): row for row in csv.DictReader(f)}
     for target in ('validation accuracy', 'ID accuracy', 'OOD accuracy', 'adversarial accuracy'):
         assert float(found['sharp', target]['tau']) == -1 and float(found['flat', target]['tau']) == 1
-        assert found['sharp', target]['high'] == '-1' and found['sharp', target]['runs'] == '5'
+        assert found['sharp', target]['high'] == '-1' and found['sharp', target]['runs'] == '8'
         assert found['same', target]['tau'] == ''
-        assert float(found['mixed', target]['tau']) == pytest.approx(6 / 10)
+        assert float(found['mixed', target]['tau']) == pytest.approx(22 / 28, abs=1e-5)
+        assert found['few', target] == {**found['few', target], 'runs': '3', 'tau': '1', 'low': '', 'high': ''}
         assert found['lost', target] == {**found['lost', target], 'runs': '2', 'tau': '', 'low': '', 'high': ''}
     # the validation loss is 1 throughout, so the gap rises as the loss on training images falls
     assert float(found['flat', 'generalization gap']['tau']) == 1
@@ -62,7 +65,7 @@ def test_cards_of_other_runs_and_runs_without_one_are_named(runs, report, tmp_pa
     other = tmp_path / 'other.pth'
     other.write_bytes(b'other')
     text = report('--no-plots', '--cards', write_card(tmp_path / 'card.json', [*runs[:3], other], sharp=[1.0, 2, 3, 4]))
-    assert 'other.pth in ' in text and 'is of none of these runs' in text and text.count('has no card') == 2
+    assert 'other.pth in ' in text and 'is of none of these runs' in text and text.count('has no card') == 5
     text = report('--no-plots', '--cards', write_card(tmp_path / 'card.json', [other], sharp=[1.0]))
     assert 'no card is of a finished run' in text and 'Does flatness' not in text
     assert not (tmp_path / 'out' / 'flatness.csv').exists()

@@ -17,6 +17,7 @@ import numpy as np
 LEVEL = 0.95
 DRAWS = 10_000  # of the bootstrap
 SEED = 0  # of its draws: the same report each time
+_FEWEST_RUNS = 8
 _GRID = 200_001  # points of the integral of the t distribution: four digits of any quantile, more of those in use
 
 
@@ -137,9 +138,10 @@ def tau_interval(first: Sequence[float], second: Sequence[float], level: float =
         seed: Of the resampling.
 
     Returns:
-        None where there are less than three runs, or one of the measures says the same of all.
+        None where one of the measures says the same of all, or there are less than eight runs: of fewer, resampling
+        shows too little of what other runs would do, and where all agree it would show no doubt at all.
     """
-    if len(first) < 3 or kendall_tau(first, second) is None:
+    if len(first) < _FEWEST_RUNS or kendall_tau(first, second) is None:
         return None
     n = len(first)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
