@@ -209,7 +209,7 @@ class SAM(Facade):
 
     # The step, in the three forms that loops need.
 
-    @on_itself
+    @torch.compiler.disable
     def minimize(self, loss_fn: LossFn, *, ascent_fn: LossFn | None = None) -> Tensor:
         """One update: zeroes gradients, both passes, base step.
 

@@ -22,8 +22,9 @@ ZERO = {
     'aug_repeats', 'aug_splits', 'reprob', 'mixup', 'cutmix', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch',
     'holdout_seed', 'smoothing', 'bce_target_thresh', 'loss_weight_power', 'asl_gamma_pos', 'asl_gamma_neg',
     'asl_clip', 'poly_epsilon', 'poly_gamma', 'poly_alpha', 'db_init_bias', 'db_focal_gamma', 'drop', 'drop_connect',
-    'drop_path', 'drop_block', 'bn_momentum', 'model_ema_decay', 'seed', 'workers', 'tta', 'recovery_interval',
-    'train_size_schedule_spread', 'train_size_random_mix', 'distill_loss_weight', 'task_loss_weight', 'local_rank',
+    'norm_drop', 'drop_path', 'drop_block', 'bn_momentum', 'model_ema_decay', 'seed', 'workers', 'tta',
+    'recovery_interval', 'train_size_schedule_spread', 'train_size_random_mix', 'distill_loss_weight',
+    'task_loss_weight', 'local_rank',
     'crop_border_pixels', 'sam_rho', 'sam_eta', 'sam_start_epoch', 'sam_friendly_sigma', 'sam_friendly_lam',
     'sam_looksam_alpha', 'sam_gsam_alpha', 'sam_gsam_rho_min', 'sam_random_mask_sparsity', 'sam_ssam_dynamic_sparsity',
     'sam_ssam_fisher_sparsity', 'sam_ssam_dynamic_drop'}

@@ -80,8 +80,7 @@ def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Process:
     found = init_distributed_device_so(device, dist_url=rendezvous_url())
     if fuser:
         set_jit_fuser(fuser)
-    if fast_norm:
-        set_fast_norm()
+    set_fast_norm(fast_norm)  # both ways: a process may run one command after another
     return Process(torch.device(found["device"]), found["global_rank"], found["local_rank"], found["world_size"],
                  found["distributed"])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from timm.layers import set_fast_norm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,6 +79,7 @@ class Costs:
 def _count(args: argparse.Namespace, selection: tuple[str, str | None] | None) -> float:
     side = args.img_size or _SIDE
     args = argparse.Namespace(**{**vars(args), "pretrained": False})
+    set_fast_norm(False)  # it asks for autocast, which meta tensors have not
     with torch.device("meta"):
         network = factory.build_model(args, Process(torch.device("cpu"))).train()
         images, target = torch.empty(_BATCH, 3, side, side), torch.zeros(_BATCH, dtype=torch.long)
