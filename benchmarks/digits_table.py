@@ -20,9 +20,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from timm_sam.cli.parser import OptionParser  # noqa: E402
-from timm_sam.digits import __main__ as digits  # noqa: E402
 from timm_sam.jobs.job import Job as PoolJob  # noqa: E402
 from timm_sam.jobs.table import run_table  # noqa: E402
+from timm_sam.paper.small import digits_folder, export_digits  # noqa: E402
 from timm_sam.paper.small_settings import DATA, RADII  # noqa: E402
 from timm_sam.report.__main__ import main as write_report  # noqa: E402
 
@@ -48,8 +48,7 @@ class Job:
     @property
     def data(self) -> str:
         """Name of the folder of images."""
-        size, noise = DATA[self.model]
-        return f"digits-{size}-noise{100 * noise:.0f}"
+        return digits_folder(self.model)
 
     @property
     def kind(self) -> tuple[str, str | None]:
@@ -112,7 +111,7 @@ def export(jobs: Sequence[Job], out: str) -> None:
     for data, model in {job.data: job.model for job in jobs}.items():
         size, noise = DATA[model]
         if not os.path.isdir(os.path.join(out, data)):
-            digits.export(os.path.join(out, data), train_size=size, label_noise=noise)
+            export_digits(os.path.join(out, data), model)
         print(f"{model}: {size} training images, {noise:.0%} of them under a wrong digit, in {data}", flush=True)
 
 

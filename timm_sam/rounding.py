@@ -27,6 +27,7 @@ class Rounding:
     """
 
     def __init__(self) -> None:
+        self._rounds: bool | None = None
         self._count = 0
         self._warned = False
 
@@ -45,7 +46,9 @@ class Rounding:
             l2 norm of the change, 0-dim: that of eps, where nothing is rounded away.
         """
         self._count += 1
-        rounds = is_half(params)
+        if self._rounds is None:
+            self._rounds = is_half(params)
+        rounds = self._rounds
         looks = rounds and not self._warned and self._count > 1 and self._count & (self._count - 1) == 0
         asked = norm_of(eps) if looks or not rounds else None
         add_(params, converted(eps, [p.dtype for p in params]))

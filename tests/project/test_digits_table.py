@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))  # scripts, no part of the package
 import digits_table
 
 from timm_sam import train
+from timm_sam.digits import __main__ as digits
 from timm_sam.jobs.job import Job
 from timm_sam.jobs.pool import locked
 from timm_sam.jobs.worker import run_job
@@ -65,7 +66,7 @@ def small(monkeypatch):
 @pytest.mark.slow
 def test_run_in_a_warm_process_is_that_of_a_fresh_one(small, tmp_path):
     first, second = digits_table.grid(['vit_tiny'], ['sam'], [3])
-    digits_table.digits.export(str(tmp_path / first.data), train_size=40, label_noise=0.2)
+    digits.export(str(tmp_path / first.data), train_size=40, label_noise=0.2)
     with quiet_about_timm():
         for job in (second, first, second):
             folder = tmp_path / 'runs' / job.name

@@ -10,14 +10,12 @@ from ..cli.errors import OptionError
 from ..evaluation import provenance
 from ..evaluation.journal import key_of
 from ..evaluation.precision import full_precision
-from ..evaluation.ranks import batches_of
-from ..evaluation.sets.images import class_balanced_subset
 from ..evaluation.sets.loaders import suite_loader
 from ..evaluation.subject import Subject
 from ..evaluation.tables import Measure
 from ..selection import share_of
 from . import hessian
-from .inputs import IMAGES, batches_sha256, selected
+from .inputs import IMAGES, batches_sha256, loader_batches, placed, selected
 from .objective import batch_loss
 from .progress import Progress
 from .protocol import Opened
@@ -40,8 +38,8 @@ class Hessian:
     def __init__(self, opened: Opened, subject: Subject) -> None:
         session, suite, args = opened.session, opened.suite, opened.session.args
         self.session, self.suite, self.journal, self.count = session, suite, opened.journal, opened.count
-        self.n = min(IMAGES, len(suite.samples)) if args.num_images is None else args.num_images
-        self.batches = batches_of(class_balanced_subset(suite, self.n, args.seed, "--num-images"), args.batch_size)
+        self.batches = loader_batches(args, suite, IMAGES)
+        self.n = sum(map(len, self.batches))
         moving = selected(args, subject, args.params)
         share = share_of(list(moving.values()), subject.model)
         self.progress = Progress(session.primary)
@@ -67,8 +65,8 @@ class Hessian:
         identity = dict(provenance.identity(args, subject, self.suite), analysis=self.protocol)
         keys = {item: key_of(part="Hessian", item=item, **identity) for item in (TOP, *range(args.probes))}
         left = [item for item in keys if keys[item] not in self.journal.done]
-        name = subject.checkpoint or subject.name
-        self.progress.title = f"Hessian: {name} ({number + 1} of {self.count})"
+        name = subject.called
+        self.progress.begin("Hessian", name, number, self.count)
         if left:
             matrix = _Matrix(self, subject)
             cost = {item: args.iterations if item == TOP else 1 for item in keys}  # at most
@@ -98,9 +96,7 @@ class Hessian:
         return dict(value=_rounded(found.value), residual=_rounded(found.residual), steps=found.steps)
 
     def _note(self, key: str, value: dict[str, Any]) -> None:
-        if self.session.primary:
-            self.journal.add(key, value)
-        self.journal.done[key] = value
+        self.journal.note(key, value)
         self.progress.say()
 
     def _measure(self, name: str, row: str, value: float, details: dict[str, Any]) -> Measure:
@@ -154,9 +150,7 @@ class _Matrix:
         progress.expect(self.ahead * len(batches) * hessian.PRODUCT, f"product {self._passed}")
         with full_precision():
             for images, labels in batches:
-                images, labels = images.to(self.device), labels.to(self.device)
-                if args.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
+                images, labels = placed(args, self.subject, images), labels.to(self.device)
                 loss = batch_loss(self.subject.model, self.names, images, labels, args.logit_norm, space.reduce)
                 found = hessian.product(loss, self.weights, points)
                 total += len(images) * hessian.flat(found, self.dtype)

@@ -5,7 +5,8 @@ import logging
 import os
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..cli.errors import OptionError, one_line
 from ..evaluation import results
@@ -43,7 +44,7 @@ def check_finite(subject: Subject) -> None:
     """
     for name, tensor in subject.model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise OptionError(f"--checkpoint {subject.checkpoint or subject.name}: {name} holds NaN or infinite "
+            raise OptionError(f"--checkpoint {subject.called}: {name} holds NaN or infinite "
                               f"numbers, of which nothing can be said; give another checkpoint")
 
 
@@ -87,6 +88,27 @@ def chosen_batches(args: argparse.Namespace, suite: Suite, verbose: bool) -> lis
             _logger.info(f"{n} images of {suite.name}: all full batches of --m {args.m}, at most {IMAGES} images")
     chosen = class_balanced_subset(suite, n, args.seed, "--num-images")
     return batches_of(shuffled(suite, chosen, args.seed), args.m)
+
+
+def loader_batches(args: argparse.Namespace, suite: Suite, most: int) -> list[list[int]]:
+    """``args.num_images`` images, class-balanced, in batches of the loader; as positions in the samples.
+
+    Args:
+        args: All options.
+        suite: The data set.
+        most: How many images without ``args.num_images``, if there are so many.
+
+    Raises:
+        OptionError: There are not so many.
+    """
+    n = min(most, len(suite.samples)) if args.num_images is None else args.num_images
+    return batches_of(class_balanced_subset(suite, n, args.seed, "--num-images"), args.batch_size)
+
+
+def placed(args: argparse.Namespace, subject: Subject, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) where the model is, in the memory format that was asked for."""
+    images = images.to(subject.device)
+    return images.contiguous(memory_format=torch.channels_last) if args.channels_last else images
 
 
 def batches_sha256(batches: Sequence[Sequence[int]]) -> str:

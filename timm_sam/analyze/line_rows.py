@@ -80,7 +80,7 @@ class Lines:
         still = sum(not 0 < batch["grad_norm"] < math.inf for batch in batches)
         if still:
             flags.append(f"{still} of {len(batches)} batches without a direction")
-        where = f"{line} of {subject.checkpoint or subject.name}"
+        where = f"{line} of {subject.called}"
         self.session.note_non_finite(where, m * sum(bool(batch["non_finite"]) for batch in batches), m * len(batches))
         measures = []
         for i, t in enumerate(TIMES):

@@ -25,6 +25,10 @@ class Progress:
         self._done, self._ahead = 0.0, 0.0
         self._started = self._said = time.monotonic()
 
+    def begin(self, what: str, name: str, number: int, count: int) -> None:
+        """Says what is measured, of which checkpoint, the ``number``-th from 0 of so many."""
+        self.title = f"{what}: {name} ({number + 1} of {count})"
+
     def expect(self, ahead: float, place: str) -> None:
         """Says how much is ahead from now on, and where in it we are."""
         self._ahead, self.place = ahead, place

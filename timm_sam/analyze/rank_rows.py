@@ -9,14 +9,12 @@ from torch import Tensor
 from ..cli.errors import OptionError
 from ..evaluation import provenance
 from ..evaluation.journal import key_of
-from ..evaluation.ranks import batches_of
-from ..evaluation.sets.images import class_balanced_subset
 from ..evaluation.sets.loaders import suite_loader
 from ..evaluation.subject import Subject
 from ..evaluation.tables import Measure
 from .features import features_of, has_tokens, layer_names
 from .flags import RANK_IMAGES
-from .inputs import batches_sha256
+from .inputs import batches_sha256, loader_batches, placed
 from .progress import Progress
 from .protocol import Opened
 from .rank import CENTRINGS
@@ -40,9 +38,8 @@ class Rank:
     def __init__(self, opened: Opened, subject: Subject) -> None:
         session, suite, args = opened.session, opened.suite, opened.session.args
         self.session, self.suite, self.journal, self.count = session, suite, opened.journal, opened.count
-        n = min(RANK_IMAGES, len(suite.samples)) if args.num_images is None else args.num_images
-        self.batches = batches_of(class_balanced_subset(suite, n, args.seed, "--num-images"), args.batch_size)
-        self.n = n
+        self.batches = loader_batches(args, suite, RANK_IMAGES)
+        self.n = n = sum(map(len, self.batches))
         with _in_flags(args.layers):
             self.layers = layer_names(subject.model, args.layers)
             image = torch.zeros(1, *subject.data_config["input_size"], device=subject.device)
@@ -76,8 +73,7 @@ class Rank:
         identity = dict(provenance.identity(args, subject, self.suite), analysis=self.protocol)
         keys = {name: key_of(part="rank", layer=name, **identity) for name in self.layers}
         dims = {name: d for name, d in self.dims.items() if keys[name] not in done}
-        name = subject.checkpoint or subject.name
-        self.progress.title = f"Rank: {name} ({number + 1} of {self.count})"
+        self.progress.begin("Rank", subject.called, number, self.count)
         places = ranks.share(range(len(self.batches)))
         later = (self.count - number - 1) * self.passes * len(places)
         passes = len(plan(self.n, dims, args.memory))
@@ -88,13 +84,10 @@ class Rank:
             self.progress.expect((passes - passed) * len(places) + later, f"pass {passed + 1} of {passes}")
             passed += 1
             for images, _ in suite_loader(args, subject, self.suite, self.batches, places):
-                images = images.to(subject.device)
-                yield images.contiguous(memory_format=torch.channels_last) if args.channels_last else images
+                yield placed(args, subject, images)
 
         def note(layer: str, value: dict[str, Any]) -> None:
-            if self.session.primary:
-                self.journal.add(keys[layer], value)
-            done[keys[layer]] = value
+            self.journal.note(keys[layer], value)
             self.progress.say()
 
         # mps has no float64
@@ -107,7 +100,7 @@ class Rank:
 
     def _measures(self, subject: Subject, layer: str, value: dict[str, Any]) -> list[Measure]:
         broken = 0 if value["finite"] else self.n
-        self.session.note_non_finite(f"{layer} of {subject.checkpoint or subject.name}", broken, self.n)
+        self.session.note_non_finite(f"{layer} of {subject.called}", broken, self.n)
         measures = []
         for row, centring in ROWS.items():
             found = dict(zip(self.shares, value[centring]))

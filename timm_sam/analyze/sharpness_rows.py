@@ -86,7 +86,7 @@ class Sharpness:
             flags.append(f"{found['non_finite']} losses not finite")
         if found["saturated"]:
             flags.append(f"{100 * found['saturated']:.0f} % of batches saturated")
-        where = f"{measure} of {subject.checkpoint or subject.name}"
+        where = f"{measure} of {subject.called}"
         broken = sum(not torch.tensor(batch["sharpness"]).isfinite() for batch in batches) * args.m
         session.note_non_finite(where, broken, args.m * len(batches))
         if session.primary and found["saturated"]:

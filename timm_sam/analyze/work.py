@@ -2,7 +2,6 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..evaluation import provenance
@@ -12,6 +11,7 @@ from ..evaluation.session import Session
 from ..evaluation.sets.loaders import suite_loader
 from ..evaluation.sets.suites import Suite
 from ..evaluation.subject import Subject
+from .inputs import placed
 from .progress import Progress
 
 Item = TypeVar("Item", bound=Hashable)
@@ -64,8 +64,7 @@ class Work:
 
         ranks = self.session.ranks
         pending = ranks.share([place for place in places if left(place)])
-        name = subject.checkpoint or subject.name
-        self.progress.title = f"{self.title}: {name} ({number + 1} of {self.count})"
+        self.progress.begin(self.title, subject.called, number, self.count)
         later = cost(items) * len(ranks.share(places)) * (self.count - number - 1)
 
         def share() -> dict[str, Any]:
@@ -75,10 +74,8 @@ class Work:
                 for count, (place, (images, labels)) in enumerate(zip(pending, loaded)):
                     ahead = sum(cost(left(other)) for other in pending[count:])
                     self.progress.expect(ahead + later, f"[{count:>4d}/{len(pending)}]")
-                    images, labels = images.to(subject.device), labels.to(subject.device)
-                    if self.session.args.channels_last:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    for item, value in of_batch(place, images, labels, left(place)).items():
+                    images = placed(self.session.args, subject, images)
+                    for item, value in of_batch(place, images, labels.to(subject.device), left(place)).items():
                         done[keys[place, item]] = value
                         self.journal.add(keys[place, item], value)
                     self.progress.expect(sum(cost(left(other)) for other in pending[count + 1:]) + later,

@@ -7,13 +7,12 @@ images once more, as out-of-distribution test sets. Needs the extra ``digits``.
 """
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from ..cli.errors import OptionError, report
+from ..cli.new_folder import check_new, written_aside
 from ..cli.parser import OptionParser, program
 from .shifts import CORRUPTIONS, SEVERITIES, SHIFTS
 
@@ -57,8 +56,7 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         raise OptionError(f"--label-noise {label_noise} is not a share in [0, 1)")
     if seed < 0:
         raise OptionError(f"--seed {seed} is negative: use 0 or more")
-    if os.path.isdir(folder) and os.listdir(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
-        raise OptionError(f"{folder} is in use: remove it, or name another folder")
+    check_new(folder)
 
     data = load_digits()
     train, validation = train_test_split(
@@ -76,17 +74,7 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
     wrong = generator.choice(np.sort(train), round(label_noise * len(train)), replace=False)
     labels[wrong] = (labels[wrong] + generator.integers(1, 10, len(wrong))) % 10
     splits = {"train": train, "validation": validation}
-    parent = os.path.dirname(os.path.abspath(folder))
-    try:
-        os.makedirs(parent, exist_ok=True)
-    except OSError as e:
-        raise OptionError(f"{folder} cannot be made ({e.strerror}): name another folder") from e
-    # written aside and moved in one piece: an interrupted export leaves nothing that looks like a data set
-    try:
-        temporary = tempfile.mkdtemp(dir=parent, prefix=".digits-")
-    except OSError as e:
-        raise OptionError(f"{folder} cannot be made ({e.strerror}): name another folder") from e
-    try:
+    with written_aside(folder, ".digits-") as temporary:
         for split, indices in splits.items():
             for i in sorted(indices.tolist()):
                 name = os.path.join(str(labels[i]), f"{i:04d}.png")
@@ -103,16 +91,6 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
                         drawn = np.random.default_rng((SPLIT_SEED, 4 + number, severity, i))
                         corrupted = apply_so(image, drawn, severity)
                         _save(corrupted, temporary, "corrupted", kind, str(severity), name)
-        os.chmod(temporary, 0o755)
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        os.replace(temporary, folder)
-    except BaseException as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise OptionError(
-                f"{folder} cannot be written ({e.strerror or e}): make room, or name another folder") from e
-        raise
     return {split: len(indices) for split, indices in splits.items()}
 
 

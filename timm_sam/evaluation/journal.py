@@ -31,6 +31,7 @@ class Journal:
 
     def __init__(self, path: str, rank: int, origin: str = "--results-file",
                  going_on: str = "--skip-existing") -> None:
+        self._rank = rank
         self.path, self.origin, self.going_on = path, origin, going_on
         self.done: dict[str, Any] = {}
         self._file = f"{path}.journal.{rank}.jsonl" if path else ""
@@ -91,6 +92,16 @@ class Journal:
             except OSError as e:
                 raise OptionError(
                     f"{self.origin}: {file} cannot be removed ({e.strerror}); name another file") from None
+
+    def note(self, key: str, value: Mapping[str, Any]) -> None:
+        """Notes what all ranks have found out together; the first of them writes it.
+
+        Raises:
+            OptionError: As :meth:`add`.
+        """
+        if self._rank == 0:
+            self.add(key, value)
+        self.done[key] = value
 
     def add(self, key: str, value: Mapping[str, Any]) -> None:
         """Notes a finished part; it is on disk when this returns.

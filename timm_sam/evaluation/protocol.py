@@ -140,9 +140,7 @@ def _evaluate_suite(session: Session, subject: Subject, suite: Suite, journal: J
         if missing:
             # if one cannot write, all end
             ranks.run(lambda: outputs.write(path, suite, key, kept["outputs"]) if ranks.primary else None)
-        if session.primary:
-            journal.add(key, scores)
-        journal.done[key] = scores
+        journal.note(key, scores)
     measures = _measures(session, subject, suite, journal.done[key])
     if outputs.kind is not None:
         measures[0].details = [outputs.shown(path)]
@@ -153,12 +151,10 @@ def _evaluate_quantized(session: Session, subject: Subject, suite: Suite, bits: 
     """Accuracy with the rounded weights that the model has now, and what it has lost by them."""
     key = _key(session, subject, suite, quantized=bits)
     if key not in journal.done:
-        journal.done[key] = _scores(session, subject, suite, {})[0]
-        if session.primary:
-            journal.add(key, journal.done[key])
+        journal.note(key, _scores(session, subject, suite, {})[0])
     scores, exact = journal.done[key], journal.done[_key(session, subject, suite)]
     images, broken = scores["images"], max(scores["non_finite"], exact["non_finite"])
-    session.note_non_finite(f"{subject.checkpoint or subject.name} on {suite.name} with weights of {bits} bits",
+    session.note_non_finite(f"{subject.called} on {suite.name} with weights of {bits} bits",
                             scores["non_finite"], images)
     counts = scores["right1"], exact["right1"] - scores["right1"]
     return [Measure("quantised", suite.name, name, images, suite.flags, [100 * count / images], [broken])
@@ -189,7 +185,7 @@ def _scores(session: Session, subject: Subject, suite: Suite,
 def _measures(session: Session, subject: Subject, suite: Suite, scores: Mapping[str, Any]) -> list[Measure]:
     images, broken = scores["images"], scores["non_finite"]
     flags = [*suite.flags, *([f"{broken} of {images} outputs not finite"] if broken else [])]
-    session.note_non_finite(f"{subject.checkpoint or subject.name} on {suite.name}", broken, images)
+    session.note_non_finite(f"{subject.called} on {suite.name}", broken, images)
     right = (scores["right1"], scores["right5"], scores["right1_all"])
     measures = [Measure(suite.kind.upper(), suite.name, name, images, flags, [100 * count / images], [broken])
                 for name, count in zip(_accuracies(suite, subject.num_classes), right)]

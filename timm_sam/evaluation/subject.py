@@ -57,6 +57,11 @@ class Subject:
     autocast: Callable[[], AbstractContextManager]
     weights: str = ""
 
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return self.checkpoint or self.name
+
 
 def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torch.device, name: str | None = None,
                   verbose: bool = True, hashes: Hashes | None = None, must_be_averaged: bool = False) -> Subject:

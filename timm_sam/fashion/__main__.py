@@ -6,9 +6,7 @@ of the 60,000 training images) and ``DIR/validation/...`` (all 10,000 test image
 """
 import gzip
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ..cli.errors import OptionError, one_line, report
-from ..cli.parser import OptionParser
+from ..cli.new_folder import check_new, written_aside
+from ..cli.parser import OptionParser, program
 
 SOURCE = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -40,8 +39,7 @@ def export(folder: str, train_size: int | None = None, source: str = SOURCE, see
         OptionError: The files are not there, or no such files; the size is out of range, or no multiple of ten; the
             folder is in use or cannot be written.
     """
-    if os.path.isdir(folder) and os.listdir(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
-        raise OptionError(f"{folder} is in use: remove it, or name another folder")
+    check_new(folder)
     data = {split: (_read(source, f"{name}-images-idx3-ubyte.gz", _IMAGES),
                     _read(source, f"{name}-labels-idx1-ubyte.gz", _LABELS)) for split, name in SPLITS.items()}
     kept = {split: np.arange(len(labels)) for split, (_, labels) in data.items()}
@@ -55,27 +53,13 @@ def export(folder: str, train_size: int | None = None, source: str = SOURCE, see
         generator = np.random.default_rng(seed)
         kept["train"] = np.concatenate([generator.choice(np.flatnonzero(labels == number), each, replace=False)
                                         for number in range(len(CLASSES))])
-    parent = os.path.dirname(os.path.abspath(folder))
-    # written aside and moved in one piece: an interrupted export leaves nothing that looks like a data set
-    temporary = None
-    try:
-        os.makedirs(parent, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=parent, prefix=".fashion-")
+    with written_aside(folder, ".fashion-") as temporary:
         for split, (images, labels) in data.items():
             for name in CLASSES:
                 os.makedirs(os.path.join(temporary, split, name))
             for index in np.sort(kept[split]).tolist():
                 path = os.path.join(temporary, split, CLASSES[labels[index]], f"{index:05d}.png")
                 Image.fromarray(images[index]).save(path)
-        os.chmod(temporary, 0o755)
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        os.replace(temporary, folder)
-    except OSError as e:
-        raise OptionError(f"{folder} cannot be written ({e.strerror or e}): make room, or name another folder") from e
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return {split: len(indices) for split, indices in kept.items()}
 
 
@@ -102,7 +86,7 @@ def _read(source: str, name: str, magic: int) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OptionParser(prog="python -m timm_sam.fashion", description="Writes Fashion-MNIST as PNG folders.")
+    parser = OptionParser(prog=program("timm_sam.fashion"), description="Writes Fashion-MNIST as PNG folders.")
     parser.add_argument("folder", metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--train-size", type=int, default=None, metavar="N",
                         help="keep N training images, as many of each class; none: all 60,000")

@@ -2,13 +2,14 @@
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from ..cli.errors import OptionError
 from ..cli.parser import dump_args
 from ..report.runs import FINISHED, read_run
-from ..runs.sameness import NOT_COMPARED, data_name, normal
+from ..runs.sameness import changed_options, data_name
 from ..training.options import build_train_parser, read_args
 
 TRAIN, VALIDATE, ANALYZE = "train", "validate", "analyze"
@@ -69,14 +70,24 @@ def is_done(job: Job) -> bool:
     run = read_run(job.folder)
     if not run.complete:
         return False
-    wanted = yaml.safe_load(dump_args(read_args(build_train_parser(), job.argv)))
-    for key, value in wanted.items():
-        old = run.args.get(key)
+    wanted = options_of(job)
+    changed = changed_options(run.args, wanted)
+    if changed:
+        key = changed[0]
+        old, value = run.args.get(key), wanted[key]
         if key == "data_dir":  # the same folder is called otherwise from elsewhere
             old, value = data_name(old), data_name(value)
-        if (key not in NOT_COMPARED or key == "seed") and normal(old) != normal(value):
-            raise OptionError(f"{job.folder} was run with {key} {old}, not {value}: remove it, or name another --out")
+        raise OptionError(f"{job.folder} was run with {key} {old}, not {value}: remove it, or name another --out")
     return True
+
+
+def options_of(job: Job) -> dict[str, Any]:
+    """All options of a training, as its ``args.yaml`` will have them.
+
+    Raises:
+        OptionError: train.py would refuse them.
+    """
+    return yaml.safe_load(dump_args(read_args(build_train_parser(), job.argv)))
 
 
 def is_finished(folder: str) -> bool:

@@ -5,16 +5,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import yaml
-
 from ..cli.errors import OptionError, one_line
-from ..cli.parser import dump_args
 from ..cli.text import sample_std
 from ..evaluation.evaluated import Evaluated, read_evaluations
-from ..jobs.job import Job
+from ..jobs.job import Job, options_of
 from ..report.runs import FINISHED, read_run
-from ..runs.sameness import NOT_COMPARED, normal
-from ..training.options import build_train_parser, read_args
+from ..runs.sameness import changed_options
 from . import numbers
 from .exhibits import NORMS, Entry, Exhibit
 from .numbers import Number
@@ -112,11 +108,11 @@ def _accuracy(job: Job, found: Found) -> tuple[float | None, str]:
         return None, f"{run.status}: {run.reason}"
     found.folders.append(job.folder)
     try:
-        wanted = yaml.safe_load(dump_args(read_args(build_train_parser(), job.argv)))
+        wanted = options_of(job)
     except OptionError:  # a recipe that leaves its radius open
         wanted = {}
-    for key, value in wanted.items():
-        if key not in (*NOT_COMPARED, "data_dir") and normal(run.args.get(key)) != normal(value):
+    for key in changed_options(run.args, wanted):
+        if key not in ("data_dir", "seed"):
             found.other.setdefault(key, set()).add(str(run.args.get(key)))
     return run.accuracy(), ""
 

@@ -50,8 +50,7 @@ class Small:
         """The folder of the images of a model."""
         if self.images == "fashion":
             return os.path.join(self.out, f"fashion-{FASHION_SIZE}")
-        size, noise = DATA[model]
-        return os.path.join(self.out, f"digits-{size}-noise{100 * noise:.0f}")
+        return os.path.join(self.out, digits_folder(model))
 
     def export(self) -> None:
         """Writes the images, where they are not there yet."""
@@ -62,8 +61,7 @@ class Small:
             if self.images == "fashion":
                 fashion.export(folder, FASHION_SIZE)
             else:
-                size, noise = DATA[model]
-                digits.export(folder, train_size=size, label_noise=noise)
+                export_digits(folder, model)
 
     def job(self, part: str, model: str, variant: str | None, selection: str, rho: float | None, seed: int) -> Job:
         """A run of one of the two rounds, ``radii`` and ``final``."""
@@ -123,6 +121,22 @@ class Small:
                 f"test={os.path.join(self.data(model), 'validation')}", "--save-outputs", "predictions", "--device",
                 "cpu", "--workers", "0", "--results-file", result, "--overwrite")
         return Job(f"{train.name} evaluation", ("evaluation", model), train.folder, argv, VALIDATE, True, result, train)
+
+
+def digits_folder(model: str) -> str:
+    """What the folder of a model's digits is called."""
+    size, noise = DATA[model]
+    return f"digits-{size}-noise{100 * noise:.0f}"
+
+
+def export_digits(folder: str, model: str) -> None:
+    """Writes them.
+
+    Raises:
+        OptionError: The folder is in use or cannot be written, or scikit-learn is missing.
+    """
+    size, noise = DATA[model]
+    digits.export(folder, train_size=size, label_noise=noise)
 
 
 def best(cells: dict[tuple[str, str], tuple[float, float]]) -> list[str]:

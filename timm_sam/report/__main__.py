@@ -80,8 +80,7 @@ def make_report(args: argparse.Namespace) -> None:
     compared = {i: differences(table, args.baseline, joined, odd) for i, table in enumerate(tables, 1)}
     orders = {} if flat is None else {
         i: found for i, table in enumerate(tables, 1) if (found := taus(table, flat, joined, args.epoch))}
-    draw, note = (None, "") if args.no_plots else _drawing(
-        joined, [orders.get(i, []) for i in range(1, len(tables) + 1)], tables, args.epoch)
+    draw, note = (None, "") if args.no_plots else _drawing(tables, joined, orders, args.epoch)
     kinds = [*PICTURES, *([RELIABILITY] if joined is not None else []), *([FLATNESS] if orders else [])]
     pictures = {f"table{i}-{kind}.png": (kind, i) for i in range(1, len(tables) + 1) for kind in kinds}
     texts = dict(zip(run_tables.CSV_FILES, (run_tables.grid_csv(tables), run_tables.runs_csv(runs, args.epoch))))
@@ -96,7 +95,7 @@ def make_report(args: argparse.Namespace) -> None:
         drawn, notes = [], [note] if note else []
         for name, (kind, number) in pictures.items() if draw else ():
             try:
-                if draw and draw(kind, tables[number - 1], os.path.join(args.out, name)):
+                if draw and draw(kind, number, os.path.join(args.out, name)):
                     drawn.append(name)
             except OSError:
                 raise
@@ -139,19 +138,20 @@ def _document(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Names
     return run_tables.report_document(tables, runs, args.epoch, of_runs, more, evaluated, links)
 
 
-def _drawing(joined: Joined | None, orders: Sequence[Sequence[Tau]], tables: Sequence[Table],
-             epoch: str) -> tuple[Callable[[str, Table, str], bool] | None, str]:
+def _drawing(tables: Sequence[Table], joined: Joined | None, orders: Mapping[int, Sequence[Tau]],
+             epoch: str) -> tuple[Callable[[str, int, str], bool] | None, str]:
     """What draws pictures, or None and a note of why nothing does."""
     try:
         from . import plots, reliability
     except ImportError as e:
         return None, f"No pictures: {e.name} is missing; pip install 'timm_sam[report]', or give --no-plots."
 
-    def draw(kind: str, table: Table, path: str) -> bool:
+    def draw(kind: str, number: int, path: str) -> bool:
+        table = tables[number - 1]
         if kind == RELIABILITY:
             return joined is not None and reliability.draw(table, joined, path)
         if kind == FLATNESS:
-            return plots.draw_flatness(table, orders[tables.index(table)], path)
+            return plots.draw_flatness(table, orders.get(number, ()), path)
         return plots.draw(kind, table, epoch, path)
     return draw, ""
 
