@@ -41,12 +41,12 @@ flatness: $(INSTALLED)
 	[ -d data/digits-noisy ] || $(BIN)/python -m timm_sam.digits data/digits-noisy --train-size 300 --label-noise 0.4
 	$(BIN)/python -m timm_sam.sweep -c hparams/digits/table/resnet10t.yaml --data-dir data/digits-noisy --plain \
 		--grid sam_variant=sam sam_params=all,onlynorm sam_rho=0.1,0.3,0.5 --seeds 2 --devices 2 --out $(FLAT)
-	$(BIN)/torchrun --standalone --nproc-per-node 2 validate.py --checkpoint $(FLAT)/runs/*/*/last.pth.tar --workers 0 \
-		--eval validation=data/digits-noisy/validation blur=data/digits-noisy/shifted/blur \
+	$(BIN)/torchrun --standalone --nproc-per-node 2 validate.py --checkpoint $(FLAT)/runs/*/*/last.pth.tar --device cpu \
+		--workers 0 --eval validation=data/digits-noisy/validation blur=data/digits-noisy/shifted/blur \
 		noise=data/digits-noisy/shifted/noise rotation=data/digits-noisy/shifted/rotation \
 		contrast=data/digits-noisy/shifted/contrast --results-file $(FLAT)/evaluation --skip-existing
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m timm_sam.analyze card --checkpoint \
-		$(FLAT)/runs/*/*/last.pth.tar --data-dir data/digits-noisy --workers 0 --num-images 192 --sam-m 64 \
+		$(FLAT)/runs/*/*/last.pth.tar --data-dir data/digits-noisy --device cpu --workers 0 --num-images 192 --sam-m 64 \
 		--evaluations $(FLAT)/evaluation.json --out $(FLAT)/cards --skip-existing
 	$(BIN)/python -m timm_sam.report $(FLAT)/runs --cards $(FLAT)/cards/card.json \
 		--evaluations $(FLAT)/evaluation.json --out $(FLAT)/report

@@ -28,6 +28,7 @@ class Ascent:
     def __init__(self, selected: Sequence[tuple[str, nn.Parameter]], stages: Stages, group: Group,
                  store: Store) -> None:
         self.params = store.params
+        self._first = selected[0][0]
         self._is_weight = [is_named_weight(name) for name, _ in selected]
         self._stages = stages
         self._group = group
@@ -52,16 +53,25 @@ class Ascent:
         return [p for p, taken in zip(self.params, self._drawn) if taken]
 
     def of_selected(self, wanted: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of the selected parameters, None where none arrived or none was asked for."""
-        if wanted is self.params:
-            return list(grads)
-        found = {id(p): grad for p, grad in zip(wanted, grads)}
-        taken = [True] * len(self.params) if self._drawn is None else self._drawn
-        return [found.get(id(p)) if some else None for p, some in zip(self.params, taken)]
+        """The gradients of the selected parameters, None where none arrived or none was asked for.
 
-    @torch.no_grad()
+        Raises:
+            ValueError: None arrived at all.
+        """
+        if wanted is self.params:
+            found = list(grads)
+        else:
+            arrived = {id(p): grad for p, grad in zip(wanted, grads)}
+            taken = [True] * len(self.params) if self._drawn is None else self._drawn
+            found = [arrived.get(id(p)) if some else None for p, some in zip(self.params, taken)]
+        if self._drawn is None and all(grad is None for grad in found):  # a draw may miss all that have one
+            raise ValueError(
+                f"no gradient reached any of the {len(self.params)} perturbed parameters ({self._first}, ...): the "
+                f"closure must call backward(), on a loss that depends on them")
+        return found
+
     def true(self, grads: Sequence[Tensor | None], scale: Scale, sync: bool) -> list[Tensor]:
-        """g, true to scale.
+        """g, true to scale; without gradients, as :meth:`eps`.
 
         Args:
             grads: Of the selected parameters, None: zero.
@@ -73,15 +83,21 @@ class Ascent:
             g = by_factor(torch._foreach_mul, at_least_float32(g), torch.as_tensor(1.0 / scale))
         return self._group.mean(g) if sync and not self._store.averages else g
 
-    def radius(self, at: At, rho: float, groups: Groups) -> float:
-        """The radius of an update."""
-        return rho if self._stages.radius is None else self._stages.radius(at, rho, groups)
-
-    @torch.no_grad()
-    def eps(self, variant: str, g: list[Tensor], rho: float, eta: float | None, at: At,
+    def eps(self, variant: str, g: list[Tensor], rho: float, groups: Groups, eta: float | None, at: At,
             away: bool = False) -> tuple[list[Tensor], Tensor]:
-        """eps of an m-batch, or with ``away`` its opposite, and the norm of g."""
+        """eps of an m-batch, or with ``away`` its opposite, and the norm of g.
+
+        Args:
+            variant, eta: As of :class:`SAM`.
+            g: Of the selected parameters.
+            rho: SAM's, of which a method may make another radius.
+            groups: The base optimizer's.
+            at: Where training is.
+            away: Whether eps points the other way.
+        """
         stages = self._stages
+        if stages.radius is not None:
+            rho = stages.radius(at, rho, groups)
         d = None if stages.direction is None else stages.direction(at_least_float32(g))
         masked = None if stages.mask is None else stages.mask.apply(at_least_float32(g if d is None else d))
         eps, norm = self._store.eps(

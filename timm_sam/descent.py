@@ -1,6 +1,6 @@
 """What becomes of the two gradients: stage E for each m-batch, and what methods do once for each update."""
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +68,16 @@ class Descent:
             (self._weight,) = self._group.mean([share.reshape(1)]) if self._sync else (share,)
             self._weight = self._weight.reshape(())
 
-    @contextmanager
-    def alone(self, accumulate: bool = True) -> Iterator[None]:
+    def alone(self, accumulate: bool = True) -> AbstractContextManager[None]:
         """The pass at w + eps: on the way out ``.grad`` holds what it held before, and G' of this m-batch.
 
         Args:
             accumulate: Whether what was there before stays.
         """
-        if self._stages.combine is None:
-            yield
-            return
+        return nullcontext() if self._stages.combine is None else self._alone(accumulate)
+
+    @contextmanager
+    def _alone(self, accumulate: bool) -> Iterator[None]:
         before = [p.grad for p in self._params]
         for p in self._params:
             p.grad = None
@@ -112,9 +112,16 @@ class Descent:
             if old is not None:
                 p.grad = old
 
-    @torch.no_grad()
     def finish(self, at: At, last: bool) -> None:
         """After both passes of an m-batch; ``last`` of its update."""
+        stages = self._stages
+        if not (stages.observers or stages.correct or stages.combine):
+            self._g, self._weight = [], None
+            return
+        with torch.no_grad():
+            self._finish(at, last)
+
+    def _finish(self, at: At, last: bool) -> None:
         stages = self._stages
         if stages.observers or stages.correct is not None:
             self._add_to_mean()

@@ -2,7 +2,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -37,22 +37,22 @@ class FirstUpdate:
         self._again = again
         self._looked = False
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
+    def around(self) -> AbstractContextManager[None]:
         """Around the pass at w: as :meth:`look`, and what synchronizes gradients of the model must be known.
 
         Raises:
             ValueError: As there, or gradients at w are synchronized.
         """
-        first = not self._looked
+        return nullcontext() if self._looked else self._around()
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
         self.look()
-        if first:
-            self._looked = False  # until it is certain
-            self._find_wrapped()
+        self._looked = False  # until it is certain
+        self._find_wrapped()
         yield
-        if first:
-            self._find_wrapped()  # `replicate` wraps a model in its first forward
-            self._looked = True
+        self._find_wrapped()  # `replicate` wraps a model in its first forward
+        self._looked = True
 
     def look(self) -> None:
         """The first call looks, the others do nothing.

@@ -1,6 +1,6 @@
 """The ranks that train one model together: what they synchronize, and when they must not."""
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,10 +45,9 @@ class Group:
     def settle(self) -> None:
         """Has the model show the parameters that it was built with."""
 
-    @contextmanager
-    def settled(self) -> Iterator[None]:
+    def settled(self) -> AbstractContextManager[None]:
         """Around a pass: what it leaves in the model is what was there before."""
-        yield
+        return nullcontext()
 
     @property
     def rank(self) -> int:
@@ -64,13 +63,9 @@ class Group:
         """Whether the next backward pass is to synchronize gradients: it is not inside of ``ddp.no_sync()``."""
         return all(ddp.require_backward_grad_sync for ddp in self.ddp)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Nothing synchronizes gradients inside."""
-        with ExitStack() as stack:
-            for ddp in self.ddp:
-                stack.enter_context(ddp.no_sync())
-            yield
+        return _without_sync(self.ddp) if self.ddp else nullcontext()
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over all ranks, by one collective (a process group); the tensors themselves without any."""
@@ -117,3 +112,11 @@ class Group:
         found = torch.tensor(flags, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.process_group)
         return [bool(flag) for flag in found.tolist()]
+
+
+@contextmanager
+def _without_sync(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for ddp in modules:
+            stack.enter_context(ddp.no_sync())
+        yield

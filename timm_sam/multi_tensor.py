@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+_SMALL = 8192  # elements of a tensor, in the mean
+_HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -37,10 +40,16 @@ def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
     return result
 
 
+def is_half(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is of half precision."""
+    return any(t.dtype in _HALVES for t in tensors)
+
+
 def at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
     """float16 and bfloat16 tensors as float32, the others as they are."""
-    halves = (torch.float16, torch.bfloat16)
-    return converted(tensors, [torch.float32 if t.dtype in halves else t.dtype for t in tensors])
+    if not is_half(tensors):
+        return list(tensors)
+    return converted(tensors, [torch.float32 if t.dtype in _HALVES else t.dtype for t in tensors])
 
 
 def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
@@ -62,6 +71,8 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into its target."""
+    if not targets:
+        return
     groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources):
         kind = target.device, target.dtype, source.device, source.dtype
@@ -106,6 +117,29 @@ def _times_(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     return tensors
 
 
+def together(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are better computed with as one.
+
+    On the CPU an operation on many tensors is one for each, which takes longer than to copy small ones.
+    """
+    size, dtype = 0, tensors[0].dtype
+    for t in tensors:
+        if not t.is_cpu or t.dtype is not dtype or t.layout is not torch.strided:
+            return False
+        size += t.numel()
+    return len(tensors) > 1 and size <= _SMALL * len(tensors)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements one after the other, in a copy."""
+    return _flatten_dense_tensors(tensors)
+
+
+def parts(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what :func:`flat` gave, or was computed of it, in the shapes of ``like``."""
+    return list(_unflatten_dense_tensors(whole, like))
+
+
 class Backup:
     """Values of tensors, to be put back: the memory for them is taken once."""
 
@@ -113,16 +147,14 @@ class Backup:
         self.tensors: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    @torch.no_grad()
     def save(self, tensors: Sequence[Tensor]) -> None:
-        """Copies what ``tensors`` hold."""
+        """Copies what ``tensors`` hold; without gradients, as :meth:`restore`."""
         self.tensors = list(tensors)
         kinds = [(t.shape, t.dtype, t.device) for t in self.tensors]
         if kinds != [(v.shape, v.dtype, v.device) for v in self.values]:
             self.values = [torch.empty_like(t) for t in self.tensors]
         copy_(self.values, self.tensors)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Copies it back."""
         copy_(self.tensors, self.values)

@@ -44,7 +44,9 @@ class Passes:
         self.params = store.params
         self.store = store
         chosen = {id(p) for p in self.params}
-        self.outside = [p for p in model.parameters() if id(p) not in chosen]
+        self._outside = [p for p in model.parameters() if id(p) not in chosen]
+        self._theirs: list[int] = []  # of the optimizer, when ``_found`` was made
+        self._found: list[nn.Parameter] = self._outside
         self.second_order = bool(getattr(optimizer, "is_second_order", False))
         self.norm_layers = [m for m in model.modules() if is_norm(m, norm_types)]
         self.bn_stats = bn_stats
@@ -58,10 +60,18 @@ class Passes:
 
     def trainable(self) -> list[nn.Parameter]:
         """The selected parameters, then all others that are trained: the model's, and what else the optimizer has."""
-        theirs = [p for group in self.optimizer.param_groups for p in group["params"]]
-        others = [p for p in dict.fromkeys([*self.outside, *theirs]) if p.requires_grad]
-        chosen = {id(p) for p in self.params}
-        return [*self.params, *(p for p in others if id(p) not in chosen)]
+        return [*self.params, *(p for p in self._others() if p.requires_grad)]
+
+    def _others(self) -> list[nn.Parameter]:
+        """All parameters but the selected ones: the model's, and what else the optimizer has by now."""
+        theirs = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        if theirs != self._theirs:
+            found = {id(p): p for p in self._outside}
+            found.update((id(p), p) for group in self.optimizer.param_groups for p in group["params"])
+            for p in self.params:
+                found.pop(id(p), None)
+            self._theirs, self._found = theirs, list(found.values())
+        return self._found
 
     @contextmanager
     def at_w(self, wanted: Sequence[nn.Parameter], recording: Recording | None = None) -> Iterator[list[Tensor | None]]:
@@ -78,10 +88,10 @@ class Passes:
             A list that holds the gradients of ``wanted`` afterwards, None where none arrived.
         """
         # selected ones that are not wanted this time stay as they are: a compiled graph would be compiled anew
-        touched = list(dict.fromkeys([*self.params, *wanted]))
+        touched = self.params if wanted is self.params else list(dict.fromkeys([*self.params, *wanted]))
+        asked = set(map(id, touched))
         # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
-        others = {p for group in self.optimizer.param_groups for p in group["params"]}
-        frozen = [p for p in others.union(self.outside).difference(touched) if p.requires_grad]
+        frozen = [p for p in self._others() if p.requires_grad and id(p) not in asked]
         accumulated = [p.grad for p in touched]
         self._random_state = RandomState({p.device for p in self.params})
         grads: list[Tensor | None] = []
@@ -116,25 +126,28 @@ class Passes:
         """
         buffers, states = [], []
         if self.bn_stats == "clean" and not only:  # the running statistics, to be put back after the pass
-            buffers = [b for m in self.norm_layers if m.training for b in m.buffers(recurse=False)]
+            buffers = [b for m in self.norm_layers if m.training for b in m._buffers.values() if b is not None]
             # all of them: which ones a forward writes cannot be told without reading them, if it writes to their .data
             states = [(m, name, b) for m, name in self._states if (b := m._buffers.get(name)) is not None]
             buffers += [b for _, _, b in states]
-        self.store.save()
-        self._statistics.save(buffers)
+        with torch.no_grad():
+            self.store.save()
+            self._statistics.save(buffers)
         with self.group.settled():
             try:
-                norm = self.store.add(eps)
+                with torch.no_grad():
+                    norm = self.store.add(eps)
                 if not only:
                     self.rewind()
                 with _keep_graph_valid([*self.params, *buffers]) if self.second_order else nullcontext():
                     yield norm
             finally:
                 self._random_state = None
-                self.store.restore()
-                for m, name, b in states:
-                    m._buffers[name] = b  # a forward may have put another tensor there
-                self._statistics.restore()
+                with torch.no_grad():
+                    self.store.restore()
+                    for m, name, b in states:
+                        m._buffers[name] = b  # a forward may have put another tensor there
+                    self._statistics.restore()
                 torch.clear_autocast_cache()
 
     @contextmanager
@@ -142,17 +155,18 @@ class Passes:
         """Passes that leave nothing behind: random numbers and what layers keep are put back, nothing synchronizes."""
         random_state = RandomState({p.device for p in self.params})
         kept = Backup()
-        kept.save([b for m in self.norm_layers for b in m.buffers(recurse=False)])
+        with torch.no_grad():
+            kept.save([b for m in self.norm_layers for b in m._buffers.values() if b is not None])
         states = [(m, name, b, b.clone()) for m, name in self._states if (b := m._buffers.get(name)) is not None]
         try:
             with self.group.no_sync():
                 yield
         finally:
-            kept.restore()
-            for m, name, b, value in states:
-                with torch.no_grad():
+            with torch.no_grad():
+                kept.restore()
+                for m, name, b, value in states:
                     b.copy_(value)
-                m._buffers[name] = b
+                    m._buffers[name] = b
             random_state.restore()
             torch.clear_autocast_cache()
 

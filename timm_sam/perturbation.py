@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .multi_tensor import at_least_float32, by_factor, constants_like, widest, zero_unless_
+from .multi_tensor import at_least_float32, by_factor, constants_like, flat, parts, together, widest, zero_unless_
 
 Tensors = list[Tensor]
 
@@ -95,6 +95,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     the result is float32.
     """
     device = tensors[0].device
+    if len(tensors) == 1 or together(tensors):
+        return torch.linalg.vector_norm(tensors[0] if len(tensors) == 1 else flat(tensors), dtype=widest(device))
     norms = torch._foreach_norm(list(tensors), 2, widest(device))
     return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
 
@@ -136,24 +138,40 @@ def perturbation(
     is_weight = [True] * len(params) if is_weight is None else is_weight
     # half-precision tensors are widened: squares of half-precision gradients under- and overflow
     params, grads = at_least_float32(params), at_least_float32(grads)
-    grad_norm = global_norm(grads)
-    norm: Tensor | None = None
     t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
     d = grads if direction is None else at_least_float32(direction)
     along = d if masked is None else at_least_float32(masked)
+    packed = all(map(together, {id(x): x for x in (grads, d, along, grads if t is None else t)}.values()))
+    if packed:
+        whole = [flat(grads)]
+        d, along = (whole if x is grads else [flat(x)] for x in (d, along))
+        grads, t = whole, None if t is None else [flat(t)]
+    grad_norm = global_norm(grads)
+    norm: Tensor | None = None
+    if packed and definition.p == 2 and direction is None and masked is None and normalized == 1:
+        return parts(_of_one(grads[0], grad_norm, rho, None if t is None else t[0]), params), grad_norm
     if definition.p == 2:
         scaled = along if t is None else list(torch._foreach_mul(along, t))
         if masked is not None and full_norm:
             norm = global_norm(d if t is None else torch._foreach_mul(d, t))
         else:
             norm = grad_norm if scaled is grads else global_norm(scaled)
-        usable = torch.isfinite(norm) & (norm > 0)
+        usable = (norm > 0) & (norm < math.inf)
     else:
-        usable = torch.isfinite(grad_norm)
+        usable = grad_norm < math.inf
         scaled = list(torch._foreach_sign(along))
     if direction is not None:
-        usable = usable & torch.isfinite(grad_norm) & torch.isfinite(global_norm(d))
-    return of_length(scaled, t, norm, usable, rho, normalized), grad_norm
+        usable = usable & (grad_norm < math.inf) & (global_norm(d) < math.inf)
+    eps = of_length(scaled, t, norm, usable, rho, normalized)
+    return parts(eps[0], params) if packed else eps, grad_norm
+
+
+def _of_one(g: Tensor, grad_norm: Tensor, rho: float, t: Tensor | None) -> Tensor:
+    """As the general way, in fewest operations: what makes it zero there leaves nothing but nan and inf here."""
+    scaled = g if t is None else g * t
+    norm = grad_norm if t is None else global_norm([scaled])
+    eps = torch.div(scaled, norm).mul_(rho)
+    return (eps if t is None else eps.mul_(t)).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def of_length(scaled: Sequence[Tensor], t: Tensors | None, norm: Tensor | None, usable: Tensor, rho: float,
@@ -171,7 +189,7 @@ def of_length(scaled: Sequence[Tensor], t: Tensors | None, norm: Tensor | None, 
     eps = list(scaled)
     if norm is not None:
         # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
-        eps = by_factor(torch._foreach_div, eps, torch.where(usable, norm, torch.ones_like(norm)))
+        eps = by_factor(torch._foreach_div, eps, torch.where(usable, norm, 1.0))
         if normalized != 1:
             torch._foreach_mul_(eps, normalized)
             torch._foreach_add_(eps, list(scaled), alpha=1 - normalized)

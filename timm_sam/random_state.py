@@ -1,8 +1,10 @@
 """The random generators that a pass or an epoch may draw from, saved and set back."""
+import _random
 import ctypes
 import functools
 import random
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +18,16 @@ class RandomState:
     def __init__(self, devices: set[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
         self.devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in _NO_GENERATOR}
-        self.python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self.numpy = None if numpy is None else _numpy_state()
+        self.python = _python().state()
+        self.numpy = _numpy().state() if "numpy" in sys.modules else None
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
-        random.setstate(self.python)
-        if self.numpy is not None and self.numpy is not _numpy_state():
+        if self.python is not _python().state():
+            random.setstate(self.python)
+        if self.numpy is not None and self.numpy is not _numpy().state():
             sys.modules["numpy"].random.set_state(self.numpy)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,45 +64,91 @@ class RandomState:
         return self
 
 
-# NumPy copies its 624 numbers one by one, which takes longer than an eps of a small network. Most passes draw nothing
-# from it, and that shows in its memory.
+# Both copy 624 numbers one by one, which takes longer than an eps of a small network. Most passes draw nothing from
+# them, and that shows in their memory.
 
-_last: tuple[bytes, Any] = b"", None
-
-
-def _numpy_state() -> Any:
-    """NumPy's state; the same object as the last time, if nothing has been drawn since."""
-    global _last
-    numpy = sys.modules["numpy"]
-    if not _shows():
-        return numpy.random.get_state()
-    memory = _memory(numpy.random.mtrand._rand)
-    if not memory or memory != _last[0]:
-        _last = memory, numpy.random.get_state()
-    return _last[1]
+_HEAD = object.__basicsize__  # counts references
 
 
-def _memory(generator: Any) -> bytes:
-    """All that makes up a generator's state: the numbers, and in the object itself half of a pair of normal ones."""
-    bits = generator._bit_generator
-    if type(bits).__name__ != "MT19937":
-        return b""
-    head = object.__basicsize__  # counts references
-    return (ctypes.string_at(bits.ctypes.state_address, 625 * 4)
-            + ctypes.string_at(id(generator) + head, type(generator).__basicsize__ - head))
+def _bytes_at(address: int, size: int) -> Any:
+    return (ctypes.c_char * size).from_address(address)
+
+
+class _Memory:
+    """What makes up the state of a generator of CPython's, read again and again; empty where that is not known.
+
+    Args:
+        generator: ``random.Random`` or ``numpy.random.RandomState``; kept, so that its memory stays its own.
+    """
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        self._is_python = isinstance(generator, _random.Random)
+        kind = _random.Random if self._is_python else type(generator)
+        self._object = _bytes_at(id(generator) + _HEAD, kind.__basicsize__ - _HEAD)
+        self._bits: Any = None
+        self._numbers: Any = None
+
+    def read(self) -> tuple[Any, ...]:
+        """The numbers, and half of a pair of normal ones."""
+        if self._is_python:
+            return self._object.raw, self._generator.gauss_next
+        bits = self._generator._bit_generator  # may be another one by now
+        if bits is not self._bits:
+            known = type(bits).__name__ == "MT19937"
+            self._bits, self._numbers = bits, _bytes_at(bits.ctypes.state_address, 625 * 4) if known else None
+        return () if self._numbers is None else (self._object.raw, self._numbers.raw)
+
+
+def _shows(kind: Callable[[int], Any], draws: Sequence[Callable[[Any], Any]]) -> bool:
+    """Whether memory shows each draw, the second of a pair of normal numbers as well, and nothing else."""
+    if sys.implementation.name != "cpython":
+        return False
+    try:
+        generator = kind(0)
+        memory = _Memory(generator)
+        seen = [memory.read(), memory.read()]
+        for draw in draws:
+            draw(generator)
+            seen.append(memory.read())
+    except (AttributeError, TypeError):
+        return False
+    changed = all(a != b for i, a in enumerate(seen[1:]) for b in seen[i + 2:])
+    return bool(seen[0]) and seen[0] == seen[1] and changed
+
+
+class _Watched:
+    """The state of a global generator, copied only when it has changed.
+
+    Args:
+        generator: It.
+        copy: Copies its state.
+        draws: Draw a number of such a generator: all must show.
+    """
+
+    def __init__(self, generator: Any, copy: Callable[[], Any], draws: Sequence[Callable[[Any], Any]]) -> None:
+        self._memory = _Memory(generator) if _shows(type(generator), draws) else None
+        self._copy = copy
+        self._seen: tuple[Any, ...] = ()
+        self._state: Any = None
+
+    def state(self) -> Any:
+        """The state; the same object as the last time, if nothing has been drawn since."""
+        seen = () if self._memory is None else self._memory.read()
+        if not seen or seen != self._seen:
+            self._seen, self._state = seen, self._copy()
+        return self._state
 
 
 @functools.cache
-def _shows() -> bool:
-    """Whether this NumPy's memory shows each draw, the second of a pair of normal numbers as well, and nothing else."""
-    if sys.implementation.name != "cpython":
-        return False
-    generator = sys.modules["numpy"].random.RandomState(0)
-    try:
-        seen = [_memory(generator), _memory(generator)]
-        for draw in (generator.random_sample, generator.standard_normal, generator.standard_normal):
-            draw()
-            seen.append(_memory(generator))
-    except (AttributeError, TypeError):
-        return False
-    return bool(seen[0]) and seen[0] == seen[1] and len(set(seen)) == 4
+def _python() -> _Watched:
+    generator = random.random.__self__  # type: ignore[attr-defined]
+    return _Watched(generator, random.getstate,
+                    [lambda g: g.random(), lambda g: g.gauss(0, 1), lambda g: g.gauss(0, 1)])
+
+
+@functools.cache
+def _numpy() -> _Watched:
+    numpy = sys.modules["numpy"]
+    return _Watched(numpy.random.mtrand._rand, numpy.random.get_state,
+                    [lambda g: g.random_sample(), lambda g: g.standard_normal(), lambda g: g.standard_normal()])

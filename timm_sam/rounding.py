@@ -8,15 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .multi_tensor import add_, converted
+from .multi_tensor import add_, converted, is_half
 from .perturbation import global_norm
 
 TOLERANCE = 0.1
-
-
-def is_half(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is of half precision."""
-    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
 class Rounding:
@@ -31,10 +26,9 @@ class Rounding:
         self._count = 0
         self._warned = False
 
-    @torch.no_grad()
     def add(self, params: Sequence[Tensor], eps: list[Tensor], before: Sequence[Tensor],
             norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm) -> Tensor:
-        """Adds eps to the weights.
+        """Adds eps to the weights, without gradients.
 
         Args:
             params: The weights, one type of number all the time.
@@ -51,7 +45,7 @@ class Rounding:
         rounds = self._rounds
         looks = rounds and not self._warned and self._count > 1 and self._count & (self._count - 1) == 0
         asked = norm_of(eps) if looks or not rounds else None
-        add_(params, converted(eps, [p.dtype for p in params]))
+        add_(params, converted(eps, [p.dtype for p in params]) if rounds else eps)
         eps.clear()
         if not rounds:
             assert asked is not None

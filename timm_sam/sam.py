@@ -35,7 +35,7 @@ from .recording import Recording
 from .selection import select_parameters, share_of
 from .sharded import group_of, store_of
 from .sharing import Sharing, ruled_out
-from .stats import UNKNOWN, Stats
+from .stats import UNKNOWN, NonFinite, Stats
 from .when import When
 
 
@@ -115,10 +115,11 @@ class SAM(Facade):
         self.sync = sync
         self.methods = [] if method is None else [method] if isinstance(method, Method) else list(method)
         self.selected = select_parameters(model, params, filter, norm_types)
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.selected[0][1].device)
+        self._nonfinite = NonFinite(self.selected[0][1].device)
         self.stats: Stats | None = None
 
         self._model = model
+        self._names = " and ".join(method.name for method in self.methods)
         self._stages = merged(self.methods)
         self._stages.bind(self.rho, optimizer)
         self.chooses_samples = self._stages.rows is not None  # then loss functions return the losses of samples
@@ -126,18 +127,18 @@ class SAM(Facade):
         self._when = When(every, start, end, seed, first)
         self._when.by_epoch |= any(method.timing.by_epoch for method in self.methods)
         self._store = store_of(
-            model, self.selected, self._group, params, sync, self._stages, self._method_names(), optimizer)
+            model, self.selected, self._group, params, sync, self._stages, self._names, optimizer)
         self._ascent = Ascent(self.selected, self._stages, self._group, self._store)
         self._params = self._ascent.params
         self._passes = Passes(optimizer, model, self._store, bn_stats, self._group, checked_types(norm_types))
         self._descent = Descent(self._stages, self._passes, self._group, sync)
-        self._losses = Losses(self._stages.rows, self._method_names(), self._passes, model)
+        self._losses = Losses(self._stages.rows, self._names, self._passes, model)
         self._sharing = Sharing(
             model, self._params, ruled_out(
                 share_forward=share_forward, bn_stats=bn_stats, full_ascent=self._stages.whole_pass,
                 one_pass=self._stages.ahead is not None, sharded=self._group.sharded),
             self._group, any(isinstance(m, nn.SyncBatchNorm) for m in self._passes.norm_layers))
-        check_methods(self._stages, self._method_names(), variant, optimizer, self._passes.second_order)
+        check_methods(self._stages, self._names, variant, optimizer, self._passes.second_order)
         self._first = FirstUpdate(optimizer, model, self._group, self.selected,
                                   partial(select_parameters, model, params, filter, norm_types))
         self._eps: list[Tensor] | None = None
@@ -151,17 +152,19 @@ class SAM(Facade):
     def describe(self) -> str:
         """One line: variant, rho, eta, methods, and how many tensors and parameters of how many are perturbed."""
         eta = "" if self.eta is None else f", eta={self.eta:g}"
-        methods = f", {self._method_names()}" if self.methods else ""
+        methods = f", {self._names}" if self.methods else ""
         return (f"{self.variant}, rho={self.rho:g}{eta}, params={self.params}{methods}: perturbs "
                 f"{share_of(self._params, self._model)}")
-
-    def _method_names(self) -> str:
-        return " and ".join(method.name for method in self.methods)
 
     @property
     def sharing(self) -> str | None:
         """Whether both passes share a part of the forward, or why not, in words; None before it is known."""
         return self._sharing.said
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """How many gradients at w were not finite so far, 0-dim."""
+        return self._nonfinite.count()
 
     # When, and what is kept from one update to the next.
 
@@ -262,7 +265,7 @@ class SAM(Facade):
             check_idle(closure())
             return
         if self._stages.rows is not None:
-            raise ValueError(f"closure: {self._method_names()} chooses samples, which a closure cannot; use "
+            raise ValueError(f"closure: {self._names} chooses samples, which a closure cannot; use "
                              f"SAM.minimize(loss_fn)")
         if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
             loss = plain_call(closure, self._params)
@@ -325,14 +328,14 @@ class SAM(Facade):
                 loss = self._losses.only(loss_fn)
                 how.descend(loss)
                 self._finish_plain(last and self._group.synchronizes)
-                return self._record(loss)
+                return self._record(loss.detach())
             if self._stages.ahead is not None:
                 with self._perturbed(last, accumulate=True):
                     loss = self._losses.only(loss_fn)
                     how.descend(loss)
-                return self._record(loss, loss)
+                return self._record(loss.detach(), loss.detach())
             if ascent_fn is not None and self._stages.whole_batch:
-                raise ValueError(f"ascent_fn: {self._method_names()} needs the gradient of the whole batch at w")
+                raise ValueError(f"ascent_fn: {self._names} needs the gradient of the whole batch at w")
             recording = None if ascent_fn is not None else self._sharing.record()
             loss = self._ascend(ascent_fn or loss_fn, how, recording)
             with self._perturbed(last, accumulate=True):
@@ -340,7 +343,7 @@ class SAM(Facade):
                     lambda: self._losses.at_perturbed(loss_fn, backward_fn is not None), recording, self._norms[1])
                 del recording
                 self._descent.weigh(how.descend(loss_perturbed))
-        return self._record(loss, loss_perturbed)
+        return self._record(loss, loss_perturbed.detach())
 
     def _ascend(self, loss_fn: LossFn, how: Backward, recording: Recording | None) -> Tensor:
         # in a function of its own, so that nothing of the first graph but what is shared is alive in the second forward
@@ -356,10 +359,9 @@ class SAM(Facade):
         return loss.detach()
 
     def _record(self, loss: Tensor, loss_perturbed: Tensor | None = None) -> Tensor:
-        measured = () if loss_perturbed is None else (loss_perturbed.detach(), *self._norms)
-        self.stats = Stats(loss.detach(), *measured)
+        self.stats = Stats(loss) if loss_perturbed is None else Stats(loss, loss_perturbed, *self._norms)
         self._stepped = False
-        return self.stats.loss
+        return loss
 
     # The two halves.
 
@@ -378,42 +380,40 @@ class SAM(Facade):
             ValueError: No gradient arrived in any selected parameter.
         """
         if self._stages.ahead is not None:
-            raise ValueError(f"{self._method_names()} has no pass at w: use SAM.minimize, SAM.backward or SAM.step")
+            raise ValueError(f"{self._names} has no pass at w: use SAM.minimize, SAM.backward or SAM.step")
         with self._at_w(grad_scale, None):
             yield
 
     @contextmanager
     def _at_w(self, grad_scale: Scale, recording: Recording | None) -> Iterator[Sequence[nn.Parameter]]:
         self._eps = self._weight = None
-        self._ascent.prepare(self.at, None, self._passes)
-        drawn = self._ascent.draw(self.at)
+        at = self.at
+        self._ascent.prepare(at, None, self._passes)
+        drawn = self._ascent.draw(at)
         wanted = self._passes.trainable() if self._stages.full_ascent else drawn
         with self._first.around(), self._passes.at_w(wanted, recording) as grads:  # A
             yield wanted
         found = self._ascent.of_selected(wanted, grads)
-        if drawn is self._params and all(grad is None for grad in found):  # a draw may miss all that have one
-            raise ValueError(
-                f"no gradient reached any of the {len(self._params)} perturbed parameters ({self.selected[0][0]}, "
-                f"...): the closure must call backward(), on a loss that depends on them")
         if self._descent.needs_g:
             kept = (wanted, grads) if self._stages.full_ascent else (self._params, found)
             self._descent.keep(*kept, grad_scale, self._weight)
-        self._perturb(self._ascent.true(found, grad_scale, self.sync))  # B, C
+        with torch.no_grad():
+            self._perturb(self._ascent.true(found, grad_scale, self.sync), at)  # B, C
 
-    def _perturb(self, g: list[Tensor], away: bool = False) -> None:
+    def _perturb(self, g: list[Tensor], at: At, away: bool = False) -> None:
         """eps along g, or away from it."""
-        rho = self._ascent.radius(self.at, self.rho, self.param_groups)
-        self._eps, norm = self._ascent.eps(self.variant, g, rho, self.eta, self.at, away)
-        self.nonfinite = self.nonfinite.to(norm.device) + ~torch.isfinite(norm)
+        self._eps, norm = self._ascent.eps(self.variant, g, self.rho, self.param_groups, self.eta, at, away)
+        self._nonfinite.add(norm)
         self._norms = norm,
 
+    @torch.no_grad()
     def _look_ahead(self) -> bool:
         """eps of an update that has one pass; False where it is not known yet."""
         assert self._stages.ahead is not None
         self._first.look()
         v = self._stages.ahead(self.optimizer, self._params)
         if v is not None:
-            self._perturb(v, away=True)
+            self._perturb(v, self.at, away=True)
         return v is not None
 
     def _finish_plain(self, last: bool) -> None:

@@ -59,7 +59,11 @@ def obstacle(model: nn.Module) -> str | None:
 
 def is_checkpointed(model: nn.Module) -> bool:
     """Whether ``set_grad_checkpointing`` of timm's models is on in any part of ``model``."""
-    return any(getattr(m, "grad_checkpointing", False) is True for m in model.modules())
+    return any(map(_checkpoints, model.modules()))
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return getattr(module, "grad_checkpointing", False) is True
 
 
 class Sharing:
@@ -85,6 +89,7 @@ class Sharing:
         self._group = group
         self._synchronizes = synchronizes
         self._checks = _CHECKED_UPDATES  # how many are left
+        self._switched = [m for m in model.modules() if hasattr(m, "grad_checkpointing")]
         reason = reason or obstacle(model)
         self._shared = None if reason else SharedForward(model, list(params))
         if reason:
@@ -99,7 +104,7 @@ class Sharing:
 
     def record(self) -> Recording | None:
         """What keeps the first pass of an update for the second, or None if nothing is shared."""
-        if self._shared is not None and is_checkpointed(self._model):  # since SAM was built
+        if self._shared is not None and any(map(_checkpoints, self._switched)):  # since SAM was built
             self._end(REASON)
         return None if self._shared is None else Recording(self._shared, self._devices)
 

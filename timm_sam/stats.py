@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = torch.full((), torch.nan)
+_MANY = 64
 
 
 class Stats(NamedTuple):
@@ -21,3 +22,29 @@ class Stats(NamedTuple):
     loss_perturbed: Tensor | None = None
     grad_norm: Tensor | None = None
     eps_norm: Tensor | None = None
+
+
+class NonFinite:
+    """Counts norms that are not finite: all of them at once, when somebody asks, without reading the device.
+
+    Args:
+        device: Of the count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._norms: list[Tensor] = []
+
+    def add(self, norm: Tensor) -> None:
+        """Takes a 0-dim tensor that nobody writes to."""
+        self._norms.append(norm)
+        if len(self._norms) == _MANY:
+            self.count()
+
+    def count(self) -> Tensor:
+        """How many so far, 0-dim."""
+        if self._norms:
+            norms = torch.stack(self._norms)
+            self._count = self._count.to(norms.device) + (~torch.isfinite(norms)).sum()
+            self._norms = []
+        return self._count

@@ -1,6 +1,6 @@
 """Where the selected parameters are, and what the two passes do to them there."""
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +42,9 @@ class Store:
         self._weights = Backup()
         self._rounding = Rounding()
 
-    @contextmanager
-    def at_w(self) -> Iterator[None]:
+    def at_w(self) -> AbstractContextManager[None]:
         """Around the forward and backward pass at w: gradients are not averaged over the ranks."""
-        with self._group.no_sync():
-            yield
+        return self._group.no_sync()
 
     def backward(self, loss: Tensor, wanted: Sequence[nn.Parameter]) -> None:
         """The backward pass at w, to ``wanted``.

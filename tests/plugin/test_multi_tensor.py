@@ -1,6 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
+from timm_sam import multi_tensor
 from timm_sam.multi_tensor import (
     Backup,
     at_least_float32,
@@ -11,6 +14,7 @@ from timm_sam.multi_tensor import (
     widest,
     zero_unless_,
 )
+from timm_sam.perturbation import VARIANTS, perturbation
 
 KINDS = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
 
@@ -85,3 +89,27 @@ def test_backup_restores_the_tensors_of_the_last_save_and_keeps_its_memory():
     tensors[0].fill_(9)
     backup.restore()
     assert (other[0] == 7).all() and (tensors[0] == 9).all()
+
+
+def test_small_tensors_as_one_give_what_each_by_itself_gives(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(2, *shape, generator=generator) for shape in ((4, 3), (4,), (1, 1, 5))]
+    for variant, dtype, turned, masks, full, normalized in itertools.product(
+            VARIANTS, (torch.float32, torch.float64, torch.bfloat16), (False, True), (False, True), (False, True),
+            (1.0, 0.3)):
+        params, grads = ([d[i].to(dtype) for d in draws] for i in range(2))
+        params[0], grads[0] = params[0].t(), grads[0].t()  # strides do not matter
+        wide = [g.float() if dtype == torch.bfloat16 else g for g in grads]
+        direction = [g.cos() for g in wide] if turned else None
+        masked = [torch.where(x > 0.2, x, 0.0) for x in direction or wide] if masks else None
+        found = []
+        for small in (0, 8192):
+            monkeypatch.setattr(multi_tensor, '_SMALL', small)
+            found.append(perturbation(variant, params, grads, 0.5, direction=direction, masked=masked, full_norm=full,
+                                      normalized=normalized))
+        (eps, norm), (other, other_norm) = found
+        exact = 1e-14 if dtype == torch.float64 else 2e-6
+        assert [e.shape for e in other] == [p.shape for p in params] and other_norm.dtype == norm.dtype
+        assert float(other_norm) == pytest.approx(float(norm), rel=1e-14)
+        assert all(a.dtype == b.dtype and torch.allclose(a, b, rtol=exact, atol=exact) for a, b in zip(eps, other))
+        assert any(e.abs().sum() > 0 for e in eps)

@@ -2,9 +2,17 @@
 import pytest
 import torch
 
+from timm_sam import multi_tensor
 from timm_sam.perturbation import VARIANTS, global_norm, perturbation
 
 SHAPES = ((4, 3), (4,), (1, 1, 5))
+
+
+@pytest.fixture(autouse=True, params=['as one tensor', 'each by itself'])
+def way(request, monkeypatch):
+    """Small tensors on the CPU are computed with as one; all others are not."""
+    if request.param != 'as one tensor':
+        monkeypatch.setattr(multi_tensor, '_SMALL', 0)
 
 
 def params_and_grads(scale: float, dtype: torch.dtype = torch.float32) -> tuple[list, list]:
@@ -72,3 +80,11 @@ def test_only_weights_are_scaled_by_the_original_asam():
     norm = torch.cat([(a * g).flatten() for a, g in zip(t, grads)]).norm()
     for e, a, g in zip(eps, t, grads):
         torch.testing.assert_close(e, 0.5 * a ** 2 * g / norm)
+
+
+@pytest.mark.parametrize('scale', [0.0, 1e-200])  # whose squares are all zero
+@pytest.mark.parametrize('variant', [name for name, v in VARIANTS.items() if v.p == 2])
+def test_norm_of_zero_makes_every_eps_zero(variant, scale):
+    params, grads = params_and_grads(scale, torch.float64)
+    eps, grad_norm = perturbation(variant, params, grads, 0.5)
+    assert grad_norm == 0 and all(torch.equal(e, torch.zeros_like(e)) for e in eps)

@@ -16,7 +16,7 @@ from ..evaluation.evaluated import read_cards, read_evaluations
 from . import evaluation_tables, flatness, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
 from .evaluations import Joined, join
-from .flatness import FLATNESS, Tau, taus
+from .flatness import FLATNESS, Tau, taus, values_of
 from .links import Links
 from .runs import Run, find_runs, read_run
 from .tables import Table, build_tables
@@ -32,7 +32,7 @@ def build_parser() -> OptionParser:
     parser = OptionParser(prog=program("timm_sam.report"),
                           description="Puts runs into the paper's tables and figures.")
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold them")
-    names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES, flatness.FILE)
+    names = (MARKDOWN, PAGE, *run_tables.CSV_FILES, *evaluation_tables.FILES, flatness.FILE, flatness.RUNS_FILE)
     parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for {', '.join(names)} and PNG files")
     parser.add_argument("--evaluations", nargs="+", default=[], metavar="RESULTS.json",
                         help="results of validate.py with --eval, joined with the runs by the checkpoints' hashes")
@@ -78,8 +78,10 @@ def make_report(args: argparse.Namespace) -> None:
     flat = join(runs, cards, args.epoch) if cards else None
     odd: list[str] = [] if joined is None else joined.notes
     compared = {i: differences(table, args.baseline, joined, odd) for i, table in enumerate(tables, 1)}
-    orders = {} if flat is None else {
-        i: found for i, table in enumerate(tables, 1) if (found := taus(table, flat, joined, args.epoch))}
+    known = {} if flat is None else {
+        i: found for i, table in enumerate(tables, 1)
+        if (found := values_of(table, flat, joined, args.epoch)).measures}
+    orders = {i: taus(values) for i, values in known.items()}
     draw, note = (None, "") if args.no_plots else _drawing(tables, joined, orders, args.epoch)
     kinds = [*PICTURES, *([RELIABILITY] if joined is not None else []), *([FLATNESS] if orders else [])]
     pictures = {f"table{i}-{kind}.png": (kind, i) for i in range(1, len(tables) + 1) for kind in kinds}
@@ -88,6 +90,7 @@ def make_report(args: argparse.Namespace) -> None:
         texts[evaluation_tables.FILES[0]] = evaluation_tables.evaluations_csv(tables, joined)
     if orders:
         texts[flatness.FILE] = flatness.flatness_csv(tables, orders)
+        texts[flatness.RUNS_FILE] = flatness.flatness_runs_csv(tables, known)
     if any(compared.values()):
         texts[evaluation_tables.FILES[1]] = evaluation_tables.differences_csv(args.baseline, compared)
     try:
@@ -183,7 +186,7 @@ def _prepare(out: str, names: Sequence[str], overwrite: bool) -> None:
         for kind in (*PICTURES, RELIABILITY, FLATNESS):
             for path in glob.glob(os.path.join(glob.escape(out), f"table[0-9]*-{kind}.png")):
                 os.remove(path)
-        for name in {*evaluation_tables.FILES, flatness.FILE} & {*os.listdir(out)} - {*names}:
+        for name in {*evaluation_tables.FILES, flatness.FILE, flatness.RUNS_FILE} & {*os.listdir(out)} - {*names}:
             os.remove(os.path.join(out, name))
 
 

@@ -191,7 +191,7 @@ def difference_blocks(table: Table, baseline: str, found: Sequence[Difference], 
         return []
     lines: list[list[Entry | str]] = []
     for d in found:
-        what = "validation" if d.key is None else (
+        what = "runs' validation" if d.key is None else (
             d.key.dataset if d.key.measure == "top1" else f"{d.key.dataset}, {d.key.measure}")
         name = PLAIN if d.cell.row.variant is None else f"{d.cell.row.name} {d.cell.selection}"
         digits = 2 if d.key is None else DIGITS.get(d.key.unit, 4)

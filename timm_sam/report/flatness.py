@@ -13,12 +13,13 @@ from ..cli import document
 from ..cli.document import Block, Entry, Figure, Points, Section
 from ..cli.text import csv_text
 from ..evaluation.evaluated import Key, Number
+from . import run_tables
 from .evaluations import Joined
 from .runs import Run
 from .statistics import kendall_tau, tau_interval
 from .tables import Table
 
-FILE, FLATNESS = "flatness.csv", "flatness"  # the table, and a kind of picture
+FILE, RUNS_FILE, FLATNESS = "flatness.csv", "flatness_runs.csv", "flatness"  # tables, and a kind of picture
 GAP = "generalization gap"
 _FEWEST = 3  # runs: of fewer there is no order to speak of
 _LOSS = "loss"  # of a card: at the weights, of training images without augmentation
@@ -43,8 +44,17 @@ class Tau:
     n: int
 
 
-def taus(table: Table, cards: Joined, joined: Joined | None, epoch: str) -> list[Tau]:
-    """Of every measure with every target, for the runs of a table.
+@dataclass(frozen=True)
+class Values:
+    """What is known of the runs of a table that have cards: name -> folder of a run -> number."""
+
+    runs: Sequence[Run]
+    measures: Mapping[str, Mapping[str, float]]
+    targets: Mapping[str, Mapping[str, float]]
+
+
+def values_of(table: Table, cards: Joined, joined: Joined | None, epoch: str) -> Values:
+    """Every measure and every target of the runs of a table.
 
     Args:
         table: Whose runs.
@@ -58,11 +68,16 @@ def taus(table: Table, cards: Joined, joined: Joined | None, epoch: str) -> list
         for key, number in cards.numbers[run.path].items():
             if key.measure not in _NO_MEASURE:
                 measures.setdefault(key.measure, {})[run.path] = number.value
+    return Values(runs, measures, _targets(runs, cards, joined, epoch) if measures else {})
+
+
+def taus(values: Values) -> list[Tau]:
+    """Of every measure with every target."""
     found = []
-    for name, values in measures.items():
-        for target, wanted in _targets(runs, cards, joined, epoch).items():
-            both = [path for path in values if path in wanted]
-            first, second = [values[path] for path in both], [wanted[path] for path in both]
+    for name, measured in values.measures.items():
+        for target, wanted in values.targets.items():
+            both = [path for path in measured if path in wanted]
+            first, second = [measured[path] for path in both], [wanted[path] for path in both]
             enough = len(both) >= _FEWEST
             found.append(Tau(name, target, kendall_tau(first, second) if enough else None,
                              tau_interval(first, second) if enough else None, len(both)))
@@ -155,3 +170,17 @@ def flatness_csv(tables: Sequence[Table], found: Mapping[int, Sequence[Tau]]) ->
             rows.append([tables[number - 1].title, tau.measure, tau.target, tau.n,
                          *("" if value is None else f"{value:.6g}" for value in numbers)])
     return csv_text(["table", "measure", "target", "runs", "tau", "low", "high"], rows)
+
+
+def flatness_runs_csv(tables: Sequence[Table], found: Mapping[int, Values]) -> str:
+    """One line per run with a card: what of :func:`flatness_csv` can be computed again."""
+    names = list(dict.fromkeys(name for values in found.values() for name in values.measures))
+    wanted = list(dict.fromkeys(name for values in found.values() for name in values.targets))
+    rows: list[Sequence[object]] = []
+    for number, values in found.items():
+        for run in values.runs:
+            numbers = [values.measures.get(name, {}).get(run.path) for name in names]
+            numbers += [values.targets.get(name, {}).get(run.path) for name in wanted]
+            rows.append([tables[number - 1].title, *run_tables.identity(run),
+                         *("" if value is None else f"{value:.8g}" for value in numbers)])
+    return csv_text(["table", *run_tables.IDENTITY, *names, *wanted], rows)

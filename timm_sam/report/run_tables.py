@@ -73,16 +73,25 @@ def runs_csv(runs: Iterable[Run], epoch: str) -> str:
     """One line per run that was found, whatever its status."""
     lines = []
     for run in runs:
-        args = run.args
-        variant, rho = args.get("sam_variant"), args.get("sam_rho")
+        path, *who = identity(run)
         lines.append([
-            run.path, run.status, run.reason, args.get("model", ""), variant or ("plain" if args else ""),
-            args["sam_params"] if variant else "", "" if rho is None else f"{rho:g}", args.get("seed", ""),
+            path, run.status, run.reason, *who,
             f"{run.rows[-1]['epoch']:g}" if run.rows else "", run.epochs or "",
             f"{run.accuracy(epoch):.4f}" if run.status == FINISHED else "",
             f"{run.seconds:.1f}" if run.seconds is not None else ""])
-    return csv_text(["path", "status", "reason", "model", "variant", "selection", "rho", "seed", "last_epoch", "epochs",
-                     "top1", "train_seconds"], lines)
+    path, *names = IDENTITY
+    return csv_text([path, "status", "reason", *names, "last_epoch", "epochs", "top1", "train_seconds"], lines)
+
+
+IDENTITY = ("path", "model", "variant", "selection", "rho", "seed")
+
+
+def identity(run: Run) -> list[str]:
+    """Which run it is, in the columns ``IDENTITY``."""
+    args = run.args
+    variant, rho = args.get("sam_variant"), args.get("sam_rho")
+    return [run.path, args.get("model", ""), variant or ("plain" if args else ""),
+            args["sam_params"] if variant else "", "" if rho is None else f"{rho:g}", str(args.get("seed", ""))]
 
 
 def _held_out(table: Table) -> list[str]:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..multi_tensor import at_least_float32, constants_like, widest
+from ..multi_tensor import at_least_float32, constants_like, is_half, widest
 from ..perturbation import VARIANTS, of_length
-from ..rounding import is_half
 from ..store import Store, version_of
 from .units import Units
 
