@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-_SMALL = 8192  # elements of a tensor, in the mean
+SMALL = 8192  # elements of a tensor, in the mean
 _HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -127,7 +127,7 @@ def together(tensors: Sequence[Tensor]) -> bool:
         if not t.is_cpu or t.dtype is not dtype or t.layout is not torch.strided:
             return False
         size += t.numel()
-    return len(tensors) > 1 and size <= _SMALL * len(tensors)
+    return len(tensors) > 1 and size <= SMALL * len(tensors)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ def test_small_tensors_as_one_give_what_each_by_itself_gives(monkeypatch):
         masked = [torch.where(x > 0.2, x, 0.0) for x in direction or wide] if masks else None
         found = []
         for small in (0, 8192):
-            monkeypatch.setattr(multi_tensor, '_SMALL', small)
+            monkeypatch.setattr(multi_tensor, 'SMALL', small)
             found.append(perturbation(variant, params, grads, 0.5, direction=direction, masked=masked, full_norm=full,
                                       normalized=normalized))
         (eps, norm), (other, other_norm) = found

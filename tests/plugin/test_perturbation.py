@@ -12,7 +12,7 @@ SHAPES = ((4, 3), (4,), (1, 1, 5))
 def way(request, monkeypatch):
     """Small tensors on the CPU are computed with as one; all others are not."""
     if request.param != 'as one tensor':
-        monkeypatch.setattr(multi_tensor, '_SMALL', 0)
+        monkeypatch.setattr(multi_tensor, 'SMALL', 0)
 
 
 def params_and_grads(scale: float, dtype: torch.dtype = torch.float32) -> tuple[list, list]:

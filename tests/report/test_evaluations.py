@@ -148,7 +148,7 @@ def test_differences_over_images_and_over_seeds(runs, report, tmp_path):
 
 def test_another_baseline(runs, report, tmp_path):
     text = report('--baseline', 'sam:all')
-    assert 'Minus sam:all' in text and '| plain |  | validation | -2.00 | – |' in text and '| worse |' in text
+    assert 'Minus sam:all' in text and "| plain |  | runs' validation | -2.00 | – |" in text and '| worse |' in text
     assert report('--baseline', 'sam:nonorm', code=2).endswith('use one of plain, sam:all, sam:onlynorm\n')
 
 
@@ -156,10 +156,10 @@ def test_single_seeds_without_outputs_say_nothing(tmp_path, report):
     write_run(tmp_path / 'runs' / 'a')
     write_run(tmp_path / 'runs' / 'b', **sam(1))
     text = report()
-    assert '| sam all | 1 | validation | +0.00 | – | – | no interval |' in text
+    assert "| sam all | 1 | runs' validation | +0.00 | – | – | no interval |" in text
     for name, options in (('a', {}), ('b', sam(1))):  # of two that came out alike nothing says how others would
         write_run(tmp_path / 'runs' / f'{name}-again', **{**options, 'seed': 1})
-    assert '| sam all | 1 | validation | +0.00 | – | – | no interval |' in report()
+    assert "| sam all | 1 | runs' validation | +0.00 | – | – | no interval |" in report()
 
 
 @pytest.mark.parametrize('odd', ['torn', 'missing', 'others'])

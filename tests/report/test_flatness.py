@@ -1,11 +1,17 @@
 """Does flatness tell? Cards joined with runs by hash; orders that agree, are reversed, or that nobody can know."""
 import csv
 import json
+import sys
 
 import pytest
+from support.places import ROOT
 from support.reports import checkpoint, sam, sha256, write_results, write_run
 
 from timm_sam.report import __main__ as command
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))  # scripts, no part of the package
+
+import flatness
 
 ACCURACIES = tuple(60.0 + 2 * i for i in range(8))
 
@@ -54,6 +60,14 @@ def test_measures_that_order_runs_as_accuracy_does_or_the_other_way_round(runs, 
         assert float(found['mixed', target]['tau']) == pytest.approx(22 / 28, abs=1e-5)
         assert found['few', target] == {**found['few', target], 'runs': '3', 'tau': '1', 'low': '', 'high': ''}
         assert found['lost', target] == {**found['lost', target], 'runs': '2', 'tau': '', 'low': '', 'high': ''}
+    with open(tmp_path / 'out' / 'flatness_runs.csv', newline='') as f:
+        rows = {row['path'].rsplit('/', 1)[1]: row for row in csv.DictReader(f)}
+    assert [rows[str(i)]['sharp'] for i in range(8)] == [str(8 - i) for i in range(8)] and rows['3']['lost'] == ''
+    assert {rows['5'][key] for key in ('variant', 'selection', 'rho', 'seed')} == {'sam', 'onlynorm', '0.1', '0'}
+    assert [float(rows[str(i)]['validation accuracy']) for i in range(8)] == list(ACCURACIES)
+    # and nothing else is needed to say it again
+    assert flatness.main([str(tmp_path / 'out' / 'flatness_runs.csv'), '--figure', str(tmp_path / 'again.png')]) == 0
+    assert (tmp_path / 'again.png').read_bytes() == (tmp_path / 'out' / 'table1-flatness.png').read_bytes()
     # the validation loss is 1 throughout, so the gap rises as the loss on training images falls
     assert float(found['flat', 'generalization gap']['tau']) == 1
     assert '| sharp | **-1.00 [-1.00, -1.00]** |' in text.replace('\\', '')
@@ -77,3 +91,23 @@ def test_what_is_no_card_is_one_line(runs, report, tmp_path, content):
         (tmp_path / 'card.json').write_text(content)
     said = report('--cards', tmp_path / 'card.json', code=2)
     assert said.count('\n') == 1 and '--cards ' in said and 'card.json' in said
+
+
+def test_docs_say_what_the_command_prints(capsys):
+    assert flatness.main([str(ROOT / 'benchmarks' / 'results' / 'flatness_runs.csv')]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    section = (ROOT / 'docs' / 'report.md').read_text().split('## Does flatness tell?')[1].split('\n## ')[0]
+    assert [line for line in section.splitlines() if line.startswith('|')] == printed
+    assert len(printed) == 22
+    of_accuracy = [line.split('|')[2] for line in printed[2:]]
+    assert not any('**' in cell for cell in of_accuracy) and sum('**' in line.split('|')[4] for line in printed) == 1
+    assert min(printed[2:], key=lambda line: float(line.split('|')[5].strip(' *').split()[0])).startswith('| loss |')
+
+
+@pytest.mark.parametrize('content', [None, '', 'a,b\n1,2\n', 'table,path,loss\nt,p,x\n', 'table,path,loss\nt,p,1\n'])
+def test_file_that_is_no_table_of_runs_is_one_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / 'r.csv').write_text(content)
+    assert flatness.main([str(tmp_path / 'r.csv')]) == 2
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1 and 'r.csv' in message and 'flatness_runs.csv' in message

@@ -154,7 +154,7 @@ def _drawing(tables: Sequence[Table], joined: Joined | None, orders: Mapping[int
         if kind == RELIABILITY:
             return joined is not None and reliability.draw(table, joined, path)
         if kind == FLATNESS:
-            return plots.draw_flatness(table, orders.get(number, ()), path)
+            return plots.draw_flatness(table.title, orders.get(number, ()), path)
         return plots.draw(kind, table, epoch, path)
     return draw, ""
 

@@ -20,7 +20,8 @@ from .statistics import kendall_tau, tau_interval
 from .tables import Table
 
 FILE, RUNS_FILE, FLATNESS = "flatness.csv", "flatness_runs.csv", "flatness"  # tables, and a kind of picture
-GAP = "generalization gap"
+ACCURACY, GAP = " accuracy", "generalization gap"
+VALIDATION = f"validation{ACCURACY}"
 _FEWEST = 3  # runs: of fewer there is no order to speak of
 _LOSS = "loss"  # of a card: at the weights, of training images without augmentation
 _NO_MEASURE = ("standard error of the trace",)
@@ -46,11 +47,16 @@ class Tau:
 
 @dataclass(frozen=True)
 class Values:
-    """What is known of the runs of a table that have cards: name -> folder of a run -> number."""
+    """What is known of the runs of a table that have cards.
 
-    runs: Sequence[Run]
+    Attributes:
+        measures, targets: Name -> folder of a run -> number.
+        runs: They.
+    """
+
     measures: Mapping[str, Mapping[str, float]]
     targets: Mapping[str, Mapping[str, float]]
+    runs: Sequence[Run] = ()
 
 
 def values_of(table: Table, cards: Joined, joined: Joined | None, epoch: str) -> Values:
@@ -68,7 +74,7 @@ def values_of(table: Table, cards: Joined, joined: Joined | None, epoch: str) ->
         for key, number in cards.numbers[run.path].items():
             if key.measure not in _NO_MEASURE:
                 measures.setdefault(key.measure, {})[run.path] = number.value
-    return Values(runs, measures, _targets(runs, cards, joined, epoch) if measures else {})
+    return Values(measures, _targets(runs, cards, joined, epoch) if measures else {}, runs)
 
 
 def taus(values: Values) -> list[Tau]:
@@ -86,13 +92,13 @@ def taus(values: Values) -> list[Tau]:
 
 def _targets(runs: Sequence[Run], cards: Joined, joined: Joined | None, epoch: str) -> dict[str, dict[str, float]]:
     """Target -> its value of each run that has one."""
-    found = {"validation accuracy": {run.path: run.accuracy(epoch) for run in runs}}
+    found = {VALIDATION: {run.path: run.accuracy(epoch) for run in runs}}
     if joined is not None:
         for group in ("ID", "OOD", "adversarial"):
             means = {run.path: mean for run in runs
                      if (mean := _mean_accuracy(joined.numbers.get(run.path, {}), joined.keys, group)) is not None}
             if means:
-                found[f"{group} accuracy"] = means
+                found[f"{group}{ACCURACY}"] = means
     gaps = {}
     for run in runs:
         losses = [number.value for key, number in cards.numbers[run.path].items() if key.measure == _LOSS]
@@ -136,11 +142,6 @@ def flatness_sections(tables: Sequence[Table], found: Mapping[int, Sequence[Tau]
 
 
 def _section(title: str, found: Sequence[Tau], pictures: Sequence[Figure]) -> Section:
-    targets = list(dict.fromkeys(tau.target for tau in found))
-    rows: list[list[str | Entry]] = []
-    for measure in dict.fromkeys(tau.measure for tau in found):
-        by_target = {tau.target: tau for tau in found if tau.measure == measure}
-        rows.append([measure, *(_entry(by_target[target]) for target in targets)])
     counts = sorted({tau.n for tau in found})
     blocks: list[Block] = [
         f"Kendall's tau between each measure of the cards and what is wanted of a network, over "
@@ -148,8 +149,18 @@ def _section(title: str, found: Sequence[Tau], pictures: Sequence[Figure]) -> Se
         f"the 95 % bootstrap interval over runs. 1: both put the runs in the same order, -1: in the reverse; bold: "
         f"the interval leaves out 0. The {GAP} is the last validation loss less the card's loss on training images, "
         f"both without augmentation.",
-        document.Table(["measure", *targets], rows, left=1), *pictures]
+        taus_table(found), *pictures]
     return Section(f"Does flatness tell? {title}", blocks)
+
+
+def taus_table(found: Sequence[Tau]) -> document.Table:
+    """A line per measure, a column per target."""
+    targets = list(dict.fromkeys(tau.target for tau in found))
+    rows: list[list[str | Entry]] = []
+    for measure in dict.fromkeys(tau.measure for tau in found):
+        by_target = {tau.target: tau for tau in found if tau.measure == measure}
+        rows.append([measure, *(_entry(by_target[target]) for target in targets)])
+    return document.Table(["measure", *targets], rows, left=1)
 
 
 def _entry(tau: Tau) -> Entry:

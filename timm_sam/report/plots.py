@@ -249,11 +249,11 @@ def _curve(runs: Sequence[Run], column: str) -> tuple[list[float], list[float]]:
     return epochs, [statistics.fmean(by_epoch[e]) for e in epochs]
 
 
-def draw_flatness(table: Table, found: Sequence[Tau], path: str) -> bool:
+def draw_flatness(title: str, found: Sequence[Tau], path: str) -> bool:
     """Draws Kendall's tau of each measure, with its interval: a panel per target, a line per measure.
 
     Args:
-        table: Whose runs.
+        title: Of the table whose runs they are.
         found: The taus.
         path: PNG file to write.
 
@@ -269,7 +269,7 @@ def draw_flatness(table: Table, found: Sequence[Tau], path: str) -> bool:
     measures = list(dict.fromkeys(tau.measure for tau in known))[::-1]
     targets = list(dict.fromkeys(tau.target for tau in known))
     with matplotlib.rc_context(SETTINGS):
-        figure, axes = panels(targets, f"Kendall's tau over runs: {table.title}")
+        figure, axes = panels(targets, f"Kendall's tau over runs: {title}")
         lines = -(-len(targets) // 3)
         figure.set_size_inches(figure.get_figwidth() + 2, (0.24 * len(measures) + 1.2) * lines + 0.4)
         for ax, target in zip(axes, targets):
