@@ -146,15 +146,19 @@ class Backup:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._kinds: list[tuple[Any, ...]] = []
+        self._copy: Callable[[list[Tensor], list[Tensor]], Any] = copy_
 
     def save(self, tensors: Sequence[Tensor]) -> None:
         """Copies what ``tensors`` hold; without gradients, as :meth:`restore`."""
         self.tensors = list(tensors)
-        kinds = [(t.shape, t.dtype, t.device) for t in self.tensors]
-        if kinds != [(v.shape, v.dtype, v.device) for v in self.values]:
+        kinds = [(t.dtype, t.device, t.shape) for t in self.tensors]
+        if kinds != self._kinds:
             self.values = [torch.empty_like(t) for t in self.tensors]
-        copy_(self.values, self.tensors)
+            self._kinds = kinds
+            self._copy = torch._foreach_copy_ if len({kind[:2] for kind in kinds}) == 1 else copy_
+        self._copy(self.values, self.tensors)
 
     def restore(self) -> None:
         """Copies it back."""
-        copy_(self.tensors, self.values)
+        self._copy(self.tensors, self.values)
