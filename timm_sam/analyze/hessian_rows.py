@@ -1,6 +1,7 @@
 """The rows of the table of curvature: which images, what it costs, and what the numbers depend on."""
 import argparse
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Hessian:
         moving = selected(args, subject, args.params)
         share = share_of(list(moving.values()), subject.model)
         self.progress = Progress(session.primary)
+        self._steps: list[int] = []  # of the searches that are done
         self.said = (f"{opened.count} checkpoints, of which {share} move; {self.n} images, over them at most "
                      f"{args.iterations} + {args.probes} passes forward and twice backward")
         self.protocol: dict[str, Any] = dict(
@@ -70,7 +72,9 @@ class Hessian:
         if left:
             matrix = _Matrix(self, subject)
             cost = {item: args.iterations if item == TOP else 1 for item in keys}  # at most
-            later = sum(cost.values()) * (self.count - number - 1)
+            # the search mostly ends long before that, which is known after the first checkpoint
+            top = statistics.fmean(self._steps) if self._steps else args.iterations
+            later = (top + args.probes) * (self.count - number - 1)
             for place, item in enumerate(left):
                 matrix.ahead = later + sum(cost[other] for other in left[place:])
                 value = self._top(matrix, name) if item == TOP else {
@@ -93,6 +97,7 @@ class Hessian:
                 f"--iterations {args.iterations}: the top eigenvalue of {name}, {found.value:.4g}, is not known to "
                 f"{100 * args.tolerance:g} % (residual {found.residual:.2g}, last change {found.change:.2g}); use "
                 f"more, or a larger --tolerance")
+        self._steps.append(found.steps)
         return dict(value=_rounded(found.value), residual=_rounded(found.residual), steps=found.steps)
 
     def _note(self, key: str, value: dict[str, Any]) -> None:
