@@ -115,7 +115,7 @@ class Descent:
     def finish(self, at: At, last: bool) -> None:
         """After both passes of an m-batch; ``last`` of its update."""
         stages = self._stages
-        if not (stages.observers or stages.correct or stages.combine):
+        if not stages.observers and stages.correct is None and stages.combine is None:
             self._g, self._weight = [], None
             return
         with torch.no_grad():

@@ -22,7 +22,6 @@ class Rounding:
     """
 
     def __init__(self) -> None:
-        self._rounds: bool | None = None
         self._count = 0
         self._warned = False
 
@@ -31,7 +30,7 @@ class Rounding:
         """Adds eps to the weights, without gradients.
 
         Args:
-            params: The weights, one type of number all the time.
+            params: The weights.
             eps: One tensor per parameter; emptied, so that its memory is free.
             before: Copies of the weights.
             norm_of: Computes the l2 norm over all elements.
@@ -40,9 +39,7 @@ class Rounding:
             l2 norm of the change, 0-dim: that of eps, where nothing is rounded away.
         """
         self._count += 1
-        if self._rounds is None:
-            self._rounds = is_half(params)
-        rounds = self._rounds
+        rounds = is_half(params)
         looks = rounds and not self._warned and self._count > 1 and self._count & (self._count - 1) == 0
         asked = norm_of(eps) if looks or not rounds else None
         add_(params, converted(eps, [p.dtype for p in params]) if rounds else eps)

@@ -37,9 +37,9 @@ class NonFinite:
 
     def add(self, norm: Tensor) -> None:
         """Takes a 0-dim tensor that nobody writes to."""
-        self._norms.append(norm)
-        if len(self._norms) == _MANY:
+        if self._norms and (len(self._norms) == _MANY or self._norms[0].device != norm.device):
             self.count()
+        self._norms.append(norm)
 
     def count(self) -> Tensor:
         """How many so far, 0-dim."""
