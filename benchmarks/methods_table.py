@@ -84,14 +84,16 @@ def costs(methods: Sequence[str]) -> dict[tuple[str, str], float]:
     """FLOPs of an update over those of a plain one, by method and selection; ("plain", "") is 1."""
     names = [name for name in methods if name != SAM]
     args = step_cost.build_parser().parse_args(["--model", MODEL, "--img-size", "32", "--late", "layer4"])
-    args.methods = names
     random_state = torch.get_rng_state()
-    plain, sam, sam_on, *others = step_cost.build_forms(args, torch.device("cpu"), compiled=False)
+    cpu = torch.device("cpu")
+    plain, sam, sam_on, *_ = step_cost.build_forms(args, cpu, compiled=False)
     unit = step_cost.count(plain)
     found = {("plain", ""): 1.0}
     if SAM in methods:
         found.update({(SAM, "all"): step_cost.count(sam) / unit, (SAM, "onlynorm"): step_cost.count(sam_on) / unit})
-    found.update({(form.method, form.params): step_cost.count(form) / unit for form in others if form.method})
+    for name in names:
+        _, *forms = step_cost.build_forms(args, cpu, compiled=False, method=name)
+        found.update({(name, form.params): step_cost.count(form) / unit for form in forms})
     torch.set_rng_state(random_state)
     return found
 

@@ -6,9 +6,10 @@
     python benchmarks/step_cost.py --device cuda --amp --channels-last --batch-size 128 --markdown table.md
 
 All forms run in one process on the same batch, in turns; a ratio is that of a form to the plain update of the same
-round, reported as median with minimum and maximum. The FLOP bound is what torch.utils.flop_counter counts in the form's
-update over what it counts in a plain one: no implementation that does this arithmetic can be cheaper. The peer is
-``SAM`` of the package pytorch-optimizer, used as its documentation says (extra ``benchmark``).
+round, reported as median with minimum and maximum. The two forms of each method take turns with a plain update of their
+own, so that no more than a few copies of the model are there at a time. The FLOP bound is what torch.utils.flop_counter
+counts in the form's update over what it counts in a plain one: no implementation that does this arithmetic can be
+cheaper. The peer is ``SAM`` of the package pytorch-optimizer, used as its documentation says (extra ``benchmark``).
 """
 import argparse
 import copy
@@ -56,11 +57,21 @@ class Form:
     model: nn.Module
     sam: SAM | None = None
     updates: int = 1  # of which time and FLOPs are the mean
-    method: str = ""
     params: str = ""
     times: list[float] = field(default_factory=list)
     flops: int = 0
     memory: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a form: seconds of an update, and over a plain one its time in each round, FLOPs, memory."""
+
+    name: str
+    seconds: float
+    ratios: list[float]
+    bound: float
+    memory: float
 
 
 def build_parser() -> OptionParser:
@@ -86,8 +97,14 @@ def build_parser() -> OptionParser:
     return parser
 
 
-def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) -> list[Form]:
-    """All forms, each with its own copy of the same model, on the same batch."""
+def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, method: str = "") -> list[Form]:
+    """Plain and the forms of a method, each with its own copy of the same model, on the same batch.
+
+    Args:
+        args, device: What is measured where.
+        compiled: Whether by ``torch.compile``.
+        method: A key of ``METHODS``; empty: the forms of SAM without one, and the peer.
+    """
     torch.manual_seed(0)
     late = args.late or LATE.get(args.model)
     if late is None:
@@ -100,8 +117,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         original, x = original.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     quarter = -(-args.batch_size // 4)
 
-    def make(name: str, filter: str | None = None, fraction: int | None = None, updates: int = 1,
-             called_as: str = "", **sam: Any) -> Form:
+    def make(name: str, filter: str | None = None, fraction: int | None = None, updates: int = 1, **sam: Any) -> Form:
         model = copy.deepcopy(original)
         called: Callable = model
         if compiled and filter is not None and sam.get("share_forward", True):
@@ -138,8 +154,14 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
                 wrapped.begin(0, update)
                 wrapped.minimize(loss_fn, ascent_fn=ascent)
 
-        return Form(name, several, model, wrapped, updates, called_as, sam.get("params", "onlynorm"))
+        return Form(name, several, model, wrapped, updates, sam.get("params", "onlynorm"))
 
+    if method:
+        options, updates = METHODS[method]
+        slots = [(params, methods.METHODS[method](**options)) for params in ("all", "onlynorm")]
+        return _chosen([make("plain"), *(
+            make(f"{slot.name}, {params}", updates=updates, params=params, rho=0.05, method=slot)
+            for params, slot in slots)], args.forms)
     forms = [
         make("plain"),
         make("SAM, all parameters", variant="sam", params="all", rho=0.05),
@@ -148,17 +170,13 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool) 
         make(f"late norm layers ({late}), shared forward", late, rho=0.5),
         make("SAM-ON, ascent on a quarter of the batch", fraction=quarter, rho=0.5),
     ]
-    for name in args.methods:
-        options, updates = METHODS[name]
-        for params in ("all", "onlynorm"):
-            method = methods.METHODS[name](**options)
-            forms.append(make(f"{method.name}, {params}", updates=updates, called_as=name, params=params, rho=0.05,
-                              method=method))
     if pytorch_optimizer is not None:
         forms.append(peer(original, x, y, args, device, compiled))
-    if args.forms:
-        forms = [f for i, f in enumerate(forms) if i == 0 or any(part in f.name for part in args.forms)]
-    return forms
+    return _chosen(forms, args.forms)
+
+
+def _chosen(forms: list[Form], parts: list[str] | None) -> list[Form]:
+    return [f for i, f in enumerate(forms) if i == 0 or parts is None or any(part in f.name for part in parts)]
 
 
 def peer(original: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, device: torch.device,
@@ -240,12 +258,27 @@ def count(form: Form) -> int:
     return round(counter.get_total_flops() / form.updates)
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> list[Form]:
-    counted = build_forms(args, device, compiled=False)
+def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], str]:
+    """What was measured of all forms, and a line on what SAM-ON takes beside its passes, if it is one of them."""
+    rows, said = [], ""
+    for method in ("", *args.methods):
+        plain, *others = measure_in_turns(args, device, method)
+        for form in others if rows else (plain, *others):
+            rows.append(Row(form.name, statistics.median(form.times), [t / p for t, p in zip(form.times, plain.times)],
+                            form.flops / plain.flops, form.memory / plain.memory))
+            if form.name == "SAM-ON" and form.sam is not None and form.sam.sharing is not None:
+                own = own_arithmetic(form.sam, device)
+                said = (f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, "
+                        f"{100 * own / rows[-1].seconds:.2f} % of its update.")
+    return rows, said
+
+
+def measure_in_turns(args: argparse.Namespace, device: torch.device, method: str) -> list[Form]:
+    counted = build_forms(args, device, compiled=False, method=method)
     for form in counted:
         form.flops = count(form)
         form.memory = measure_memory(form, device)
-    forms = build_forms(args, device, compiled=True) if args.torchcompile else counted
+    forms = build_forms(args, device, compiled=True, method=method) if args.torchcompile else counted
     for form, by_count in zip(forms, counted):
         form.flops, form.memory = by_count.flops, by_count.memory
         for _ in range(args.warmup):
@@ -289,8 +322,7 @@ def own_arithmetic(sam: SAM, device: torch.device, rounds: int = 30) -> float:
     return statistics.median(differences)
 
 
-def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> str:
-    plain = forms[0]
+def table(rows: list[Row], said: str, args: argparse.Namespace, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kind = "allocated" if device.type == "cuda" else "saved for backward"
     options = [o for o, on in (("bf16 autocast", args.amp), ("channels last", args.channels_last),
@@ -303,19 +335,13 @@ def table(forms: list[Form], args: argparse.Namespace, device: torch.device) -> 
         f"| update | time (ms) | ratio to plain: median (min-max) | FLOP bound | ratio / bound | peak memory {kind} |",
         "|---|---|---|---|---|---|",
     ]
-    for form in forms:
-        ratios = [t / p for t, p in zip(form.times, plain.times)]
-        ratio, bound = statistics.median(ratios), form.flops / plain.flops
+    for row in rows:
+        ratio = statistics.median(row.ratios)
         lines.append(
-            f"| {form.name.replace('|', chr(92) + '|')} | {statistics.median(form.times) * 1e3:.1f} "
-            f"| {ratio:.3f} ({min(ratios):.3f}-{max(ratios):.3f}) "
-            f"| {bound:.3f} | {ratio / bound:.3f} | {form.memory / plain.memory:.3f}x |")
-    for form in forms:
-        if form.name == "SAM-ON" and form.sam is not None and form.sam.sharing is not None:
-            own, whole = own_arithmetic(form.sam, device), statistics.median(form.times)
-            lines += ["", f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, {100 * own / whole:.2f} % "
-                          f"of its update."]
-    return "\n".join(lines)
+            f"| {row.name.replace('|', chr(92) + '|')} | {row.seconds * 1e3:.1f} "
+            f"| {ratio:.3f} ({min(row.ratios):.3f}-{max(row.ratios):.3f}) "
+            f"| {row.bound:.3f} | {ratio / row.bound:.3f} | {row.memory:.3f}x |")
+    return "\n".join([*lines, "", said] if said else lines)
 
 
 def main() -> int:
@@ -336,7 +362,7 @@ def main() -> int:
                 torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        text = table(measure(args, device), args, device)
+        text = table(*measure(args, device), args, device)
     except (OptionError, ValueError) as e:
         report(parser.prog, e)
         return 2
