@@ -88,12 +88,20 @@ def test_full_norm_leaves_the_share_of_the_gradient_under_the_mask():
         0.25 * float((mask * d).square().sum() / d.square().sum()), rel=1e-10)
 
 
-@pytest.mark.parametrize('sparsity', [0.0, 0.3, 0.5, 0.9995])
+@pytest.mark.parametrize('sparsity', [0.0, 0.3, 0.5, 0.997])
 def test_as_many_elements_are_live_as_the_sparsity_says(sparsity):
     mask = Sparse(sparsity, None, 'masked')
     mask.bind(params())
     mask.prepare(at(), None)
     assert int(mask.flat().sum()) == round((1 - sparsity) * 303)
+
+
+@pytest.mark.parametrize('method', [
+    methods.random_mask(0.9995), methods.ssam_dynamic(0.9995, total_epochs=4), methods.ssam_fisher(0.9995)])
+def test_mask_that_leaves_nothing_is_refused(method):
+    name = method.name.split('(')[0]
+    with pytest.raises(ValueError, match=rf'^{name}: sparsity=0.9995 leaves none of \d+ elements.* at most 0.9'):
+        sam_on(TinyNet(), params='all', method=method)
 
 
 def drawn(every=None, seed=0, epochs=(0,)):

@@ -301,6 +301,7 @@ def test_checkpointed_segments_drop_again_what_they_dropped(name):
     (f'--norm-params fixed {SAM}', '--norm-params fixed leaves --sam-params onlynorm nothing to perturb: use'),
     (f'--norm-params only {SAM} --sam-params nonorm', '--norm-params only leaves --sam-params nonorm nothing to pert'),
     ('--norm-params only --kd-model-name x --kd-distill-type feature', '--norm-params only with --kd-distill-type fe'),
+    ('--norm-params only --layer-decay 0.9 --layer-decay-no-opt-scale 2', '--layer-decay-no-opt-scale 2: with --layer'),
     ('--norm-params some', "argument --norm-params: invalid choice: 'some'"),
     ('--wd-params some', "argument --wd-params: invalid choice: 'some'"),
     ('--wd-params all --opt-kwargs filter_bias_and_bn=True', '--wd-params all with --opt-kwargs filter_bias_and_bn s'),

@@ -132,6 +132,8 @@ def test_msam_begins_after_the_warm_up_and_says_so(run_train, updates):
 @pytest.mark.parametrize('options, message', [
     (f'{SAM_ON} --sam-method gsam', '--sam-method gsam needs --sam-gsam-alpha: add --sam-gsam-alpha X, share of'),
     (f'{SAM_ON} --sam-gsam-alpha 0.4', '--sam-gsam-alpha 0.4 has no effect without --sam-method gsam: add it'),
+    (f'{SAM_ON} --sam-method random_mask --sam-random-mask-sparsity 0.99999',
+     '--sam-random-mask-sparsity 0.99999 leaves none of '),
     (f'{SAM_ON} --sam-gsam-rho-min 0', '--sam-gsam-rho-min 0.0 has no effect without --sam-method gsam'),
     ('--sam-method gsam', '--sam-method gsam has no effect without --sam-variant'),
     (f'{GSAM} --sam-gsam-alpha -1', '--sam-gsam-alpha -1.0 must be a finite number >= 0'),

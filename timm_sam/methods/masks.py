@@ -35,8 +35,12 @@ class Sparse:
         sparsity: Share of the elements that are not perturbed.
         every: Epochs from one mask to the next; None: one mask for the whole run.
         norm: What eps is normalized by, of ``NORMS``.
+
+    Attributes:
+        method: Whose mask it is.
     """
 
+    method = "random_mask"
     draws = False
     samples = 0
 
@@ -57,6 +61,9 @@ class Sparse:
         self.device = params[0].device
         self.size = sum(shape.numel() for shape in self.shapes)
         self.live = round((1 - self.sparsity) * self.size)
+        if not self.live:
+            raise ValueError(f"{self.method}: sparsity={self.sparsity!r} leaves none of {self.size:,} elements; choose "
+                             f"at most {1 - 1 / self.size:.9g}")
 
     def period(self, epoch: int) -> int:
         """The epoch that the mask of an epoch is from."""
@@ -112,6 +119,8 @@ class Dynamic(Kept):
         drop: Share of the live elements that are exchanged at first.
         epochs: Length of the run: at its end nothing is exchanged.
     """
+
+    method = "ssam_dynamic"
 
     def __init__(self, sparsity: float, every: int, norm: str, drop: float, epochs: int) -> None:
         super().__init__(sparsity, every, norm)
@@ -230,6 +239,8 @@ class Fisher(Kept):
         sparsity, every, norm: As for :class:`Sparse`.
         samples: How many, over all ranks.
     """
+
+    method = "ssam_fisher"
 
     def __init__(self, sparsity: float, every: int, samples: int, norm: str) -> None:
         super().__init__(sparsity, every, norm)

@@ -250,6 +250,10 @@ def create_optimizer(args: argparse.Namespace, process: Process, module: nn.Modu
     try:
         optimizer = create_optimizer_v2(module, param_group_fn=groups, **options, **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
+        if args.layer_decay is not None and args.layer_decay_no_opt_scale is not None and "empty parameter" in str(e):
+            raise OptionError(
+                f"--layer-decay-no-opt-scale {args.layer_decay_no_opt_scale:g}: with --layer-decay "
+                f"{args.layer_decay:g} nothing of what is trained has a larger scale; choose a smaller one") from e
         raise OptionError(f"--opt {args.opt}: {one_line(e)}; see timm.optim.list_optimizers() for the names, and check "
                           f"--opt-kwargs") from e
     if process.primary:
