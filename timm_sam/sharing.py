@@ -3,7 +3,7 @@
 How it is done is in ``recording.py``. The first updates check that what is kept is what would be computed again; what
 shows that it is not, or cannot be, switches sharing off for good, with a reason in words.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,18 +52,14 @@ def obstacle(model: nn.Module) -> str | None:
             return "the model is scripted"
         if hasattr(module, "_orig_mod"):
             return "the model is compiled as a whole"
-    if is_checkpointed(model):
+    if is_checkpointed(model.modules()):
         return REASON
     return None
 
 
-def is_checkpointed(model: nn.Module) -> bool:
-    """Whether ``set_grad_checkpointing`` of timm's models is on in any part of ``model``."""
-    return any(map(_checkpoints, model.modules()))
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return getattr(module, "grad_checkpointing", False) is True
+def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
+    """Whether ``set_grad_checkpointing`` of timm's models is on in any of the modules."""
+    return any(getattr(m, "grad_checkpointing", False) is True for m in modules)
 
 
 class Sharing:
@@ -104,7 +100,7 @@ class Sharing:
 
     def record(self) -> Recording | None:
         """What keeps the first pass of an update for the second, or None if nothing is shared."""
-        if self._shared is not None and any(map(_checkpoints, self._switched)):  # since SAM was built
+        if self._shared is not None and is_checkpointed(self._switched):  # since SAM was built
             self._end(REASON)
         return None if self._shared is None else Recording(self._shared, self._devices)
 
