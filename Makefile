@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# CI adds `examples`, whose tests are skipped without their packages
+# CI adds `benchmark`, `examples` and `translation`, whose tests are skipped without their packages
 EXTRAS ?= digits,report,test
 # one thread per process: two ranks share two cores
 export OMP_NUM_THREADS ?= 1

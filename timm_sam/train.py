@@ -191,15 +191,17 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             states.restore(process, random_states, tracked, data.loaders)
             states.restore_buffers(process, saved.get("buffers"), run.modules)
             averaging.restore_rounding(task, saved.get("ema_rounding"))
+        failed = True
         try:
             fit(run, eval_model, eval_metric, start_epoch, end_epoch, place)
+            failed = False
         except NothingReadable as e:
             kept = "what was saved is kept, go on with --resume auto" if saver is None else saver.kept
             raise OptionError(f"{e}; {kept}") from e
         finally:
             workers.dismiss(data.loaders)
             if loggers is not None:
-                loggers.close()
+                loggers.close(failed)
 
 
 def prepare_process(args: argparse.Namespace) -> Process:

@@ -1,6 +1,7 @@
 """Loggers get the rows of `summary.csv`, go on after a restart, and are off, with one line, where one is missing."""
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,6 +21,7 @@ class Recorded:
         for name in ('wandb', 'trackio'):
             for function in ('init', 'log', 'finish'):
                 setattr(modules[name], function, self.of(name, function))
+        modules['wandb'].Error = type('Error', (Exception,), {})
         modules['tensorboard'].SummaryWriter = self.writer
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, PACKAGES[name], module)
@@ -27,8 +29,8 @@ class Recorded:
 
     def of(self, name, function):
         def call(*args, **options):
-            if name == 'trackio':
-                print('* trackio speaks')
+            if function == 'finish' or name == 'trackio':
+                print(f'* {name} speaks')
             self.calls[name].append((function, args, options))
         return call
 
@@ -59,7 +61,8 @@ def without_epoch(rows):
 def test_each_logger_gets_the_rows_of_the_summary_and_goes_on_with_them(run_in, recorded, tmp_path):
     options = f'{ALL} --wandb-project p --wandb-tags a b --trackio-project q --sam-variant sam --sam-rho 0.05'
     first = run_in(tmp_path, f'{options} --epochs 2')
-    assert first.code == 0 and 'trackio speaks' in first.err and first.out.startswith('--result')
+    assert first.code == 0 and first.err.count('trackio speaks') == 4 and 'wandb speaks' in first.err
+    assert first.out.startswith('--result')
     begun = {name: list(calls) for name, calls in recorded.calls.items()}
     for calls in recorded.calls.values():
         calls.clear()
@@ -87,8 +90,9 @@ def test_each_logger_gets_the_rows_of_the_summary_and_goes_on_with_them(run_in, 
     for (name, value, step), _ in recorded.named('tensorboard', 'add_scalar'):
         scalars[step][name] = str(value)
     assert scalars == without_epoch(rows)
-    for name, end in (('tensorboard', 'close'), ('trackio', 'finish')):
+    for name, end in (('tensorboard', 'close'), ('trackio', 'finish'), ('wandb', 'finish')):
         assert [begun[name][-1][0], again[name][-1][0]] == [end, end]
+    assert recorded.named('wandb', 'finish') == 2 * [((), {'exit_code': 0})]
 
 
 def test_loggers_are_off_where_nobody_asks_for_them(run_in, recorded, tmp_path):
@@ -106,13 +110,36 @@ def test_logger_that_is_not_installed_is_off_with_one_line(run_in, monkeypatch, 
         assert f'{name} is not installed, nothing is logged there; pip install {name}' in line
 
 
-def test_name_that_trackio_refuses_is_one_line(run_in, recorded, tmp_path):
+def test_folder_of_wandbs_own_runs_is_not_the_package(run_in, monkeypatch, tmp_path):
+    (tmp_path / 'wandb').mkdir()
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), *(p for p in sys.path if not find_wandb(p))])
+    done = run_in(tmp_path, '--log-wandb')
+    assert done.code == 0 and '--log-wandb: wandb is not installed' in done.err
+    monkeypatch.delitem(sys.modules, 'wandb')
+
+
+def find_wandb(folder):
+    return (Path(folder) / 'wandb' / '__init__.py').exists()
+
+
+@pytest.mark.parametrize('name, refusal', [('trackio', ValueError), ('wandb', OSError), ('wandb', 'Error')])
+def test_what_a_logger_refuses_is_one_line(run_in, recorded, tmp_path, name, refusal):
+    refusal = getattr(sys.modules[name], refusal) if isinstance(refusal, str) else refusal
+
     def refuse(**options):
-        raise ValueError('a project name\nhas no such characters')
-    sys.modules['trackio'].init = refuse
-    done = run_in(tmp_path, '--log-trackio --trackio-project a/b')
-    assert done.code == 2 and "--log-trackio: project 'a/b' cannot be logged to" in done.last_line
-    assert '--trackio-project' in done.last_line
+        raise refusal('no account\nfor this')
+    sys.modules[name].init = refuse
+    done = run_in(tmp_path, f'--log-{name} --{name}-project a/b')
+    assert done.code == 2 and f"--log-{name}: project 'a/b' cannot be logged to (no account for this)" in done.last_line
+    assert ('--trackio-project' if name == 'trackio' else 'WANDB_MODE=offline') in done.last_line
+    again = run_in(tmp_path)
+    assert again.code == 0, again.err
+
+
+def test_wandb_is_told_of_a_run_that_fails(run_in, recorded, tmp_path):
+    assert run_in(tmp_path, '--log-wandb --lr 1e30 --epochs 2').code == 1
+    assert recorded.named('wandb', 'finish') == [((), {'exit_code': 1})]
 
 
 @pytest.mark.skipif(find_spec('tensorboard') is None, reason='needs tensorboard: pip install it')

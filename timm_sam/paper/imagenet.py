@@ -61,5 +61,5 @@ TEXTS = (
             missing=("formulas, which are no numbers",)),
     Exhibit("table16", "Machine translation, BLEU", tuple(
         Entry((selection,), None) for selection in ("", *SELECTIONS)),
-        missing=("translation: train.py trains image classifiers",)),
+        missing=("translation, no images: examples/translation has it in small, `make translation-table`",)),
 )

@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,10 +29,10 @@ def add_logger_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _Open(NamedTuple):
-    """A logger at work: what takes a row, and what ends it."""
+    """A logger at work: what takes a row, and what ends it, told whether the run failed."""
 
     log: Callable[[Row], None]
-    close: Callable[[], None]
+    close: Callable[[bool], None]
 
 
 class _Kind(NamedTuple):
@@ -61,9 +61,8 @@ class Loggers:
         for name, kind in _KINDS.items():
             if not getattr(args, f"log_{name}"):
                 continue
-            try:
-                module = importlib.import_module(kind.module)
-            except ImportError:
+            module = _imported(kind.module)
+            if module is None:
                 _logger.warning(f"--log-{name}: {kind.package} is not installed, nothing is logged there; pip install "
                                 f"{kind.package}")
                 continue
@@ -74,10 +73,10 @@ class Loggers:
         for logger in self._open:
             logger.log(row)
 
-    def close(self) -> None:
-        """Writes what is left to write."""
+    def close(self, failed: bool) -> None:
+        """Writes what is left to write, and tells how the run ended."""
         for logger in self._open:
-            logger.close()
+            logger.close(failed)
 
 
 def row_of(epoch: int, train: Mapping[str, Any], evaluated: Mapping[str, Any] | None, lr: float) -> dict[str, Any]:
@@ -86,10 +85,38 @@ def row_of(epoch: int, train: Mapping[str, Any], evaluated: Mapping[str, Any] | 
             **{f"eval_{name}": value for name, value in (evaluated or {}).items()}, "lr": lr}
 
 
+def _imported(name: str) -> ModuleType | None:
+    """The module; None where it is not installed."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    # the folder ./wandb of its runs can be imported too, as a namespace
+    return None if hasattr(module, "__path__") and getattr(module, "__file__", None) is None else module
+
+
+def _to_stderr(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for the results
+        call(*arguments, **options)
+
+
+@contextlib.contextmanager
+def _starting(name: str, project: str, instead: str, *refusals: type[Exception]) -> Iterator[None]:
+    """Makes one line of what a package has against its project, account or files."""
+    try:
+        yield
+    except (OSError, ValueError, *refusals) as e:
+        raise OptionError(f"--log-{name}: project {project!r} cannot be logged to ({one_line(e)}); see to it, "
+                          f"{instead}, or leave it out") from e
+
+
 def _wandb(wandb: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str, start_epoch: int) -> _Open:
-    wandb.init(project=args.wandb_project, name=os.path.basename(folder), config=vars(resolved.namespace(args)),
-               tags=args.wandb_tags, resume="must" if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
-    return _Open(wandb.log, lambda: None)  # it ends with the process, and knows then whether that failed
+    with _starting("wandb", args.wandb_project, "set WANDB_MODE=offline", wandb.Error):
+        wandb.init(project=args.wandb_project, name=os.path.basename(folder), config=vars(resolved.namespace(args)),
+                   tags=args.wandb_tags, id=args.wandb_resume_id or None,
+                   resume="must" if args.wandb_resume_id else None)
+    # left to the end of the process it would print below the results
+    return _Open(wandb.log, lambda failed: _to_stderr(wandb.finish, exit_code=int(failed)))
 
 
 def _tensorboard(tensorboard: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str,
@@ -105,23 +132,16 @@ def _tensorboard(tensorboard: ModuleType, args: argparse.Namespace, resolved: Re
                     writer.add_scalar(name, value, row["epoch"])
             writer.flush()
 
-    return _Open(log, writer.close)
+    return _Open(log, lambda failed: writer.close())
 
 
 def _trackio(trackio: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str,
              start_epoch: int) -> _Open:
-    def to_stderr(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for the results
-            call(*arguments, **options)
-
-    try:
-        to_stderr(trackio.init, project=args.trackio_project, name=os.path.basename(folder),
-                  config=vars(resolved.namespace(args)), resume="allow" if resolved.resume else "never")
-    except (OSError, ValueError) as e:
-        raise OptionError(f"--log-trackio: project {args.trackio_project!r} cannot be logged to ({one_line(e)}); see "
-                          f"to it, choose another --trackio-project, or leave it out") from e
-    return _Open(lambda row: to_stderr(trackio.log, {name: value for name, value in row.items() if name != "epoch"},
-                                       step=row["epoch"]), lambda: to_stderr(trackio.finish))
+    with _starting("trackio", args.trackio_project, "choose another --trackio-project"):
+        _to_stderr(trackio.init, project=args.trackio_project, name=os.path.basename(folder),
+                   config=vars(resolved.namespace(args)), resume="allow" if resolved.resume else "never")
+    return _Open(lambda row: _to_stderr(trackio.log, {name: value for name, value in row.items() if name != "epoch"},
+                                        step=row["epoch"]), lambda failed: _to_stderr(trackio.finish))
 
 
 _KINDS = {
