@@ -101,17 +101,17 @@ def _to_stderr(call: Callable[..., Any], *arguments: Any, **options: Any) -> Non
 
 
 @contextlib.contextmanager
-def _starting(name: str, project: str, instead: str, *refusals: type[Exception]) -> Iterator[None]:
+def _starting(name: str, project: str, instead: str, refusals: tuple[type[Exception], ...]) -> Iterator[None]:
     """Makes one line of what a package has against its project, account or files."""
     try:
         yield
-    except (OSError, ValueError, *refusals) as e:
+    except refusals as e:
         raise OptionError(f"--log-{name}: project {project!r} cannot be logged to ({one_line(e)}); see to it, "
                           f"{instead}, or leave it out") from e
 
 
 def _wandb(wandb: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str, start_epoch: int) -> _Open:
-    with _starting("wandb", args.wandb_project, "set WANDB_MODE=offline", wandb.Error):
+    with _starting("wandb", args.wandb_project, "set WANDB_MODE=offline", (OSError, ValueError, wandb.Error)):
         wandb.init(project=args.wandb_project, name=os.path.basename(folder), config=vars(resolved.namespace(args)),
                    tags=args.wandb_tags, id=args.wandb_resume_id or None,
                    resume="must" if args.wandb_resume_id else None)
@@ -137,7 +137,7 @@ def _tensorboard(tensorboard: ModuleType, args: argparse.Namespace, resolved: Re
 
 def _trackio(trackio: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str,
              start_epoch: int) -> _Open:
-    with _starting("trackio", args.trackio_project, "choose another --trackio-project"):
+    with _starting("trackio", args.trackio_project, "choose another --trackio-project", (OSError, ValueError)):
         _to_stderr(trackio.init, project=args.trackio_project, name=os.path.basename(folder),
                    config=vars(resolved.namespace(args)), resume="allow" if resolved.resume else "never")
     return _Open(lambda row: _to_stderr(trackio.log, {name: value for name, value in row.items() if name != "epoch"},
