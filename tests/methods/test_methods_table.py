@@ -13,6 +13,7 @@ import step_cost
 
 from timm_sam import train
 from timm_sam.methods import METHODS
+from timm_sam.paper.archive import unpack
 from timm_sam.training.options import parse_args
 
 
@@ -93,6 +94,17 @@ def test_radius_is_that_with_the_highest_mean_among_those_with_most_seeds(monkey
     lines = [line for line in text.splitlines() if line.startswith('| ')]
     assert lines[1] == '| plain |  | 1.00 |  | 55.00 ± 7.07 | 2 |  |'
     assert lines[2] == '| sam | all | 2.00 | 0.1 | 72.00 ± 1.41 | 2 | 1 |'
+
+
+@pytest.mark.full
+def test_docs_have_the_table_of_the_stored_runs(tmp_path):
+    unpack(str(ROOT / 'benchmarks' / 'results' / 'methods_table_packed.csv'), str(tmp_path / 'runs'))
+    methods = list(methods_table.FLAGS)
+    found = methods_table.points(methods_table.grid(methods, digits_table.SEEDS), str(tmp_path), methods_table.costs(methods))
+    printed = [line for line in methods_table.report_text(found, 'command').splitlines() if line.startswith('|')]
+    section = (ROOT / 'docs' / 'methods.md').read_text().split('## Evidence in small')[1].split('\n## ')[0]
+    assert len(printed) == 2 + 1 + 2 * len(methods)
+    assert [line for line in section.splitlines() if line.startswith('|')] == printed
 
 
 def test_names_of_points_keep_apart_in_order_and_in_the_middle():
