@@ -35,7 +35,8 @@ def test_no_flag_has_two_defaults_or_one_that_is_no_value_of_it(build):
 
 
 @pytest.mark.parametrize('command, default', [
-    ('sharpness', 'worst-linf=0.003,0.005,0.007 step-linf=0.007,0.01,0.03'), ('card', 'worst-linf=0.003 average-l2=0.1')])
+    ('sharpness', 'worst-linf=0.003,0.005,0.007 step-linf=0.007,0.01,0.03'),
+    ('card', 'worst-linf=0.003 average-l2=0.1')])
 def test_measures_of_the_help_are_those_that_are_taken(command, default):
     parser = analyses.build_parser(command)
     (text,) = (action.help for action in parser._actions if action.dest == 'measure')
