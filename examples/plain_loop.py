@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SAM in a plain loop: `python examples/plain_loop.py`. Every other loop in this folder gives the same weights."""
+"""SAM in a plain loop: `python examples/plain_loop.py`. Loops of trainers with one batch an update do the same."""
 from collections.abc import Iterable
 
 import timm

@@ -12,8 +12,9 @@ class Stats(NamedTuple):
     """What the last passes measured, as 0-dim tensors on the device of the model (reading one synchronises).
 
     Attributes:
-        loss: Loss at w; nan after ``ascent()`` and ``perturbed()``, which are not told, as the next.
-        loss_perturbed: Loss at w + eps; like what follows it, None after a plain update.
+        loss: Loss at w; nan after ``ascent()`` and ``perturbed()``, which are not told the losses. Of a method with one
+            pass: that at w + eps.
+        loss_perturbed: Loss at w + eps, or nan likewise; None after a plain update, as are the norms.
         grad_norm: l2 norm of g over the selected parameters, loss scale divided out.
         eps_norm: l2 norm of eps, as it was added to the weights: half-precision ones round it.
     """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Machine translation with SAM: a transformer of torch, without timm, in a loop of its own.
 
-    python examples/translation/train.py data/bible_es_en --sam-variant sam --sam-params onlynorm --sam-rho 0.05
+    python examples/translation/train.py data/bible_es_en --sam-variant sam --sam-params onlynorm --sam-rho 0.5
 
 The set-up is that of fairseq's recipe for IWSLT'14 (`examples/translation` there), which Table 16 of the SAM-ON paper
 is likely to have used; see README.md for what differs. The SAM flags are train.py's.

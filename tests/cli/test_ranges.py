@@ -41,7 +41,7 @@ def of_methods():
         others = [name for name in METHODS if name.startswith(f'{method}_')]
         own = [a for a in actions if a.dest.startswith(f'sam_{method}_')
                and not any(a.dest.startswith(f'sam_{name}_') for name in others)]
-        needed = [word for a in own if 'it must be given' in a.help
+        needed = [word for a in own if '(required ' in a.help
                   for word in (a.option_strings[0], '2' if a.type is int else '0.5')]
         found.update((a.dest, [*SAM, '--sam-method', method, *needed]) for a in own)
     return found

@@ -43,16 +43,17 @@ def batches(args: argparse.Namespace, given: argparse.Namespace) -> Rules:
 
 def add_sharpness(parser: argparse.ArgumentParser) -> None:
     add_batches(parser)
-    add_measures(parser)
+    # the SAM-ON paper's Table 6, for WRN-28-10
+    add_measures(parser, "worst-linf=0.003,0.005,0.007", "step-linf=0.007,0.01,0.03")
 
 
-def add_measures(parser: argparse.ArgumentParser) -> None:
-    """Which sharpness is taken, and of which parameters."""
+def add_measures(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Which sharpness is taken, ``default`` where it is not said, and of which parameters."""
     add = parser.add_argument_group("Sharpness").add_argument
     add("--measure", nargs="+", metavar="KIND-NORM[-raw]=R,...", type=_measured,
-        default=[*_measured("worst-linf=0.003,0.005,0.007"), *_measured("step-linf=0.007,0.01,0.03")],
-        help="KIND worst (many steps), step (one) or average (noise), NORM linf or l2, radii R relative to each "
-             "weight's size, with -raw absolute; none: those of the SAM-ON paper's Table 6 for WRN-28-10")
+        default=[measured for text in default for measured in _measured(text)],
+        help=f"KIND worst (many steps), step (one) or average (noise), NORM linf or l2, radii R relative to each "
+             f"weight's size, with -raw absolute (default: {' '.join(default)})")
     add("--no-logit-norm", action="store_true", help="the logits as they are, instead of with length 1")
     add("--steps", type=int, default=20, metavar="N", help="steps of worst")
     add("--draws", type=int, default=20, metavar="N", help="draws of average")
@@ -221,15 +222,14 @@ def add_card(parser: argparse.ArgumentParser) -> None:
         parser, f"full batches, at most {IMAGES} images, such that all takes no more than an epoch of training")
     add("--rank-images", type=int, metavar="N",
         help=f"images for the feature rank, class-balanced; none: {IMAGES}, or all that there are")
-    add_measures(parser)
+    add_measures(parser, "worst-linf=0.003", "average-l2=0.1")
     add_directions(parser)
     add_layers(parser)
     add_search(parser)
     parser.add_argument_group("Evaluations").add_argument(
         "--evaluations", nargs="+", default=[], metavar="RESULTS.json",
         help="results of validate.py with --eval, joined with the checkpoints by their hashes")
-    parser.set_defaults(
-        measure=[*_measured("worst-linf=0.003"), *_measured("average-l2=0.1")], iterations=50, probes=10)
+    parser.set_defaults(iterations=50, probes=10)
 
 
 def card(args: argparse.Namespace, given: argparse.Namespace) -> Rules:

@@ -4,6 +4,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,14 @@ from . import recipes
 from .errors import OptionError, one_line, report, shown
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default, but to texts that say it themselves: ``(default ...)`` or ``(required ...)``."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = re.search(r"\((default|required)\b", action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 class OptionParser(argparse.ArgumentParser):
     """Reports an error as one line, without the usage of 200 flags around it.
 
@@ -24,7 +33,7 @@ class OptionParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)

@@ -81,7 +81,7 @@ def gsam(alpha: float, rho_min: float = 0.0, lr_max: float | None = None, lr_min
 
     Args:
         alpha: Share of g_perp that is taken away, >= 0.
-        rho_min: Radius where the learning rate is at ``lr_min``, 0 to rho.
+        rho_min: Radius at the lowest learning rate of the schedule, 0 to rho.
         lr_max: Highest learning rate of the schedule; None: that of the optimizer's first group when SAM is built.
         lr_min: Its lowest.
 

@@ -196,7 +196,7 @@ def random_mask(sparsity: float, every: int | None = None, norm: str = "masked")
 
     Args:
         sparsity: Share of the elements that are not perturbed, >= 0 and < 1; 0 is SAM.
-        every: Draw another one every so many epochs; None: one for the whole run.
+        every: Draw another mask every so many epochs; None: one for the whole run.
         norm: masked: eps has length rho; full: SAM's eps with zeros, which is shorter.
 
     Raises:

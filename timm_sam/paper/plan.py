@@ -135,13 +135,14 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
 
 
 def check_recipes(folder: str) -> None:
-    """The recipes are there; an installed package has none.
+    """The recipes are there.
 
     Raises:
         OptionError: They are not.
     """
     if not os.path.isdir(folder):
-        raise OptionError(f"--hparams {folder} is not a folder: give the recipes' folder of the repository")
+        raise OptionError(f"--hparams {folder} is not a folder: give the recipes' folder, or leave it out for those "
+                          f"that come with the package")
 
 
 def _check_data(args: argparse.Namespace) -> None:

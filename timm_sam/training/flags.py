@@ -1,8 +1,8 @@
 """The command line of ``train.py``: every flag of timm's own training script, with the same names and defaults.
 
-One function per group adds its flags to the parser. Help texts leave out the defaults; give the parser
-``argparse.ArgumentDefaultsHelpFormatter`` to print them. Flags stand on their own here: what they do together (for
-example that ``--naflex-loader`` excludes ``--train-img-sizes``) is checked by the training script.
+One function per group adds its flags to the parser. Help texts leave out the defaults, which ``OptionParser`` prints.
+Flags stand on their own here: what they do together (for example that ``--naflex-loader`` excludes
+``--train-img-sizes``) is checked by the training script.
 """
 import argparse
 
@@ -122,7 +122,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=float, metavar="M", default=0.9,
         help="momentum of the optimizers that have one, such as sgd and rmsprop")
     add("--weight-decay", type=float, metavar="W", default=2e-5,
-        help="weight decay; biases, norm scales and what the model exempts get none")
+        help="weight decay; biases, norm scales and what the model exempts get none, unless --wd-params says otherwise")
     add("--clip-grad", type=float, metavar="X",
         help="clip gradients at this norm, value or factor, as --clip-mode says; None does not clip")
     add("--clip-mode", type=str, metavar="MODE", default="norm",

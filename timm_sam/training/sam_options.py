@@ -57,6 +57,11 @@ class _Parameter:
     def flag(self) -> str:
         return flag(self.dest)
 
+    @property
+    def begun(self) -> str:
+        """The help as the beginning of a line."""
+        return f"{self.help[:1].lower()}{self.help[1:].rstrip('.')}"
+
 
 def _parameters(method: str, constructor: Callable[..., Method]) -> dict[str, _Parameter]:
     """The arguments of a method that are flags; their help is what the constructor's docstring says of them."""
@@ -124,9 +129,10 @@ def add_sam_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
             kind: dict[str, Any] = dict(type=parameter.convert, metavar="X")
             if parameter.convert is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
+            said = f"with --sam-method {name}"
             add(parameter.flag, **kind, default=None,
-                help=f"{parameter.help.rstrip('.')} (--sam-method {name}; none: "
-                     f"{'it must be given' if parameter.required else parameter.default})")
+                help=f"{parameter.begun} (required {said})" if parameter.required else
+                f"{parameter.begun} (default {said}: {parameter.default})")
 
 
 def parse_noting_sam(parser: argparse.ArgumentParser,
@@ -200,7 +206,7 @@ def _check_methods(args: argparse.Namespace) -> None:
                                   f"leave {parameter.flag} out")
             if method in names and value is None and parameter.required:
                 raise OptionError(f"--sam-method {method} needs {parameter.flag}: add {parameter.flag} X, "
-                                  f"{parameter.help[:1].lower()}{parameter.help[1:].rstrip('.')}")
+                                  f"{parameter.begun}")
     if len(set(names)) < len(names):
         raise OptionError(f"--sam-method {' '.join(names)} names a method twice: leave one out")
     methods = _in_flags(lambda: merged_methods(args))
