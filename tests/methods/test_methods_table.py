@@ -100,7 +100,8 @@ def test_radius_is_that_with_the_highest_mean_among_those_with_most_seeds(monkey
 def test_docs_have_the_table_of_the_stored_runs(tmp_path):
     unpack(str(ROOT / 'benchmarks' / 'results' / 'methods_table_packed.csv'), str(tmp_path / 'runs'))
     methods = list(methods_table.FLAGS)
-    found = methods_table.points(methods_table.grid(methods, digits_table.SEEDS), str(tmp_path), methods_table.costs(methods))
+    jobs = methods_table.grid(methods, digits_table.SEEDS)
+    found = methods_table.points(jobs, str(tmp_path), methods_table.costs(methods))
     printed = [line for line in methods_table.report_text(found, 'command').splitlines() if line.startswith('|')]
     section = (ROOT / 'docs' / 'methods.md').read_text().split('## Evidence in small')[1].split('\n## ')[0]
     assert len(printed) == 2 + 1 + 2 * len(methods)
