@@ -108,7 +108,7 @@ class Passes:
         # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
         frozen = [p for p in self._others() if p.requires_grad and id(p) not in asked]
         accumulated = [p.grad for p in touched]
-        self._random_state = RandomState(self.devices)
+        self._random_state = RandomState(self.devices if recording is None else recording.devices)
         grads: list[Tensor | None] = []
         with self.group.settled():
             for p in touched:

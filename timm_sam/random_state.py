@@ -60,10 +60,11 @@ class RandomState:
         version, python, gauss = state["python"]
         self.python = (version, tuple(python.tolist()), gauss)
         self.numpy = None
-        if isinstance(state.get("numpy"), str):
-            self.numpy = json.loads(state["numpy"])
-        elif "numpy" in state:
+        if "numpy" in state:
             import numpy
+            if isinstance(state["numpy"], str):
+                self.numpy = json.loads(state["numpy"])
+                return self
             name, keys, pos, has_gauss, cached = state["numpy"]
             self.numpy = (name, numpy.array(keys.tolist(), dtype=numpy.uint32), int(pos), int(has_gauss), cached)
         return self
