@@ -22,7 +22,7 @@ def step_of_nothing(optimizer: torch.optim.Optimizer) -> Tensor | None:
     Raises:
         ValueError: A learning rate is not 0.
     """
-    if any(group["lr"] != 0 for group in optimizer.param_groups):
+    if any(group.get("lr") != 0 for group in optimizer.param_groups):
         raise ValueError(PLAIN)
     optimizer.step()
     return None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .group import Group
 from .methods.stages import At, Stages
-from .multi_tensor import add_, at_least_float32, by_factor, copy_
+from .multi_tensor import add_, at_least_float32, by_factor, copy_, dense
 from .passes import Passes
 from .perturbation import global_norm
 
@@ -99,7 +99,7 @@ class Descent:
         found = []
         for i in used:
             p = self._params[i]
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grad = torch.zeros_like(p) if p.grad is None else dense(p.grad)
             p.grad = grad
             found.append(grad)
         G = at_least_float32(found)

@@ -21,6 +21,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor with all its elements in memory: itself, if it is not sparse."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def by_factor(operation: Callable[..., Any], tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """``operation(tensors, factor)``, such as ``torch._foreach_div``, with a 0-dim factor of any type and device."""
     kinds = {(t.device, t.dtype) for t in tensors}

@@ -5,7 +5,7 @@ accumulated gradients (never part of g), BatchNorm's statistics and what other l
 dropout masks (the same in both passes), exact restoration (w copied back), stale casts of autocast, checkpoints that
 see no gradient because what feeds them is frozen.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -20,6 +20,7 @@ from .recording import Recording
 from .store import Store
 
 BN_STATS = ("clean", "both")
+_State = tuple[nn.Module, str, Tensor]  # a buffer, and where it is
 
 
 class Passes:
@@ -47,6 +48,7 @@ class Passes:
         self._outside = [p for p in model.parameters() if id(p) not in chosen]
         self._theirs: list[int] = []  # of the optimizer, when ``_found`` was made
         self._found: list[nn.Parameter] = self._outside
+        self._zeroed: list[nn.Parameter] = []
         self.second_order = bool(getattr(optimizer, "is_second_order", False))
         self.norm_layers = [m for m in model.modules() if is_norm(m, norm_types)]
         self.bn_stats = bn_stats
@@ -54,9 +56,15 @@ class Passes:
         self._statistics = Backup()
         self._random_state: RandomState | None = None
         norms = {id(m) for m in self.norm_layers}
-        # the state of other layers, as spectral normalization's vectors or the averages of a codebook
+        # the state of other layers, as spectral normalization's vectors, the averages of a codebook, or counters; not
+        # their tables of indices, which may be large and do not change
         self._states = [(m, name) for m in model.modules() if id(m) not in norms
-                        for name, b in m.named_buffers(recurse=False) if b.is_floating_point()]
+                        for name, b in m.named_buffers(recurse=False) if b.is_floating_point() or b.numel() == 1]
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the model is: where a pass may draw random numbers."""
+        return {p.device for p in (*self.params, *self._outside)}
 
     def trainable(self) -> list[nn.Parameter]:
         """The selected parameters, then all others that are trained: the model's, and what else the optimizer has."""
@@ -71,7 +79,14 @@ class Passes:
             for p in self.params:
                 found.pop(id(p), None)
             self._theirs, self._found = theirs, list(found.values())
+            ids = set(theirs)
+            self._zeroed = [p for p in self.params if id(p) in ids]
         return self._found
+
+    def zeroed(self) -> list[nn.Parameter]:
+        """The selected parameters that the optimizer has, and zeroes: others may keep gradients from before."""
+        self._others()
+        return self._zeroed
 
     @contextmanager
     def at_w(self, wanted: Sequence[nn.Parameter], recording: Recording | None = None) -> Iterator[list[Tensor | None]]:
@@ -93,7 +108,7 @@ class Passes:
         # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
         frozen = [p for p in self._others() if p.requires_grad and id(p) not in asked]
         accumulated = [p.grad for p in touched]
-        self._random_state = RandomState({p.device for p in self.params})
+        self._random_state = RandomState(self.devices if recording is None else recording.devices)
         grads: list[Tensor | None] = []
         with self.group.settled():
             for p in touched:
@@ -124,12 +139,10 @@ class Passes:
         Yields:
             The l2 norm of what the weights changed by, which is not that of eps where they are rounded.
         """
-        buffers, states = [], []
-        if self.bn_stats == "clean" and not only:  # the running statistics, to be put back after the pass
-            buffers = [b for m in self.norm_layers if m.training for b in m._buffers.values() if b is not None]
-            # all of them: which ones a forward writes cannot be told without reading them, if it writes to their .data
-            states = [(m, name, b) for m, name in self._states if (b := m._buffers.get(name)) is not None]
-            buffers += [b for _, _, b in states]
+        states: list[_State] = []
+        if self.bn_stats == "clean" and not only:
+            states = self._layer_states(m for m in self.norm_layers if m.training)
+        buffers = [b for _, _, b in states if _is_writable(b)]
         with torch.no_grad():
             self.store.save()
             self._statistics.save(buffers)
@@ -145,35 +158,56 @@ class Passes:
                 self._random_state = None
                 with torch.no_grad():
                     self.store.restore()
-                    for m, name, b in states:
-                        m._buffers[name] = b  # a forward may have put another tensor there
                     self._statistics.restore()
+                _put_back(states)
                 torch.clear_autocast_cache()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Passes that leave nothing behind: random numbers and what layers keep are put back, nothing synchronizes."""
-        random_state = RandomState({p.device for p in self.params})
-        kept = Backup()
+        random_state = RandomState(self.devices)
+        states, kept = self._layer_states(self.norm_layers), Backup()
         with torch.no_grad():
-            kept.save([b for m in self.norm_layers for b in m._buffers.values() if b is not None])
-        states = [(m, name, b, b.clone()) for m, name in self._states if (b := m._buffers.get(name)) is not None]
+            kept.save([b for _, _, b in states if _is_writable(b)])
         try:
             with self.group.no_sync():
                 yield
         finally:
             with torch.no_grad():
                 kept.restore()
-                for m, name, b, value in states:
-                    b.copy_(value)
-                    m._buffers[name] = b
+            _put_back(states)
             random_state.restore()
             torch.clear_autocast_cache()
+
+    def _layer_states(self, norm_layers: Iterable[nn.Module]) -> list[_State]:
+        """What layers keep from pass to pass: of some normalization layers, and of all others.
+
+        All of it: which part a forward writes cannot be told without reading it, if it writes to its .data.
+        """
+        found = [(m, name, b) for m in norm_layers for name, b in m._buffers.items() if b is not None]
+        found += [(m, name, b) for m, name in self._states
+                  if name in m._buffers and (b := m._buffers[name]) is not None]
+        return found
 
     def rewind(self) -> None:
         """Sets the random generators to where the pass at w began."""
         assert self._random_state is not None
         self._random_state.restore()
+
+
+def _is_writable(b: Tensor) -> bool:
+    """Whether anything may have been written to a tensor: else torch refuses that, to a forward and to us."""
+    if b.is_inference():
+        return False
+    if b.layout is not torch.strided or b.is_contiguous():
+        return True
+    return not any(stride == 0 and size > 1 for size, stride in zip(b.shape, b.stride()))  # one number in many places
+
+
+def _put_back(states: Sequence[_State]) -> None:
+    for m, name, b in states:
+        if name not in m._buffers or m._buffers[name] is not b:  # a forward has put another tensor there
+            m._buffers[name] = b
 
 
 def _keep_graph_valid(tensors: Sequence[Tensor]) -> AbstractContextManager:

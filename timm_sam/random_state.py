@@ -2,6 +2,7 @@
 import _random
 import ctypes
 import functools
+import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ class RandomState:
         self.cpu = torch.get_rng_state()
         self.devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in _NO_GENERATOR}
         self.python = _python().state()
-        self.numpy = _numpy().state() if "numpy" in sys.modules else None
+        self.numpy = _numpy().state() if sys.modules.get("numpy") else None
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -36,9 +37,11 @@ class RandomState:
         state: dict[str, Any] = dict(
             cpu=self.cpu, devices={str(d): s for d, s in self.devices.items()},
             python=[version, torch.tensor(python, dtype=torch.int64), gauss])
-        if self.numpy is not None:
+        if isinstance(self.numpy, tuple):
             name, keys, *rest = self.numpy
             state["numpy"] = [name, torch.tensor(keys.tolist(), dtype=torch.int64), *map(float, rest)]
+        elif self.numpy is not None:  # of another generator than the usual one, with integers of up to 128 bits
+            state["numpy"] = json.dumps(self.numpy, default=lambda array: array.tolist())
         return state
 
     @classmethod
@@ -59,6 +62,9 @@ class RandomState:
         self.numpy = None
         if "numpy" in state:
             import numpy
+            if isinstance(state["numpy"], str):
+                self.numpy = json.loads(state["numpy"])
+                return self
             name, keys, pos, has_gauss, cached = state["numpy"]
             self.numpy = (name, numpy.array(keys.tolist(), dtype=numpy.uint32), int(pos), int(has_gauss), cached)
         return self
@@ -142,13 +148,22 @@ class _Watched:
 
 @functools.cache
 def _python() -> _Watched:
-    generator = random.random.__self__  # type: ignore[attr-defined]
+    # not that of random.random, which tests put other functions in the place of
+    generator = getattr(random.getstate, "__self__", None)
     return _Watched(generator, random.getstate,
                     [lambda g: g.random(), lambda g: g.gauss(0, 1), lambda g: g.gauss(0, 1)])
+
+
+def _numpy_state() -> Any:
+    """A tuple as NumPy has always given it; of another generator than MT19937 a dictionary."""
+    state = sys.modules["numpy"].random.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937":
+        return state
+    return "MT19937", state["state"]["key"], state["state"]["pos"], state["has_gauss"], state["gauss"]
 
 
 @functools.cache
 def _numpy() -> _Watched:
     numpy = sys.modules["numpy"]
-    return _Watched(numpy.random.mtrand._rand, numpy.random.get_state,
+    return _Watched(numpy.random.mtrand._rand, _numpy_state,
                     [lambda g: g.random_sample(), lambda g: g.standard_normal(), lambda g: g.standard_normal()])

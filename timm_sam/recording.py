@@ -35,7 +35,8 @@ class SharedForward:
     """
 
     def __init__(self, model: nn.Module, selected: list[nn.Parameter]) -> None:
-        self.chosen = {id(p) for p in selected}
+        self.selected = selected
+        self.chosen = set(map(id, selected))
         self.owners: list[nn.Module] = []
         self.free: list[nn.Module] = []
         self.splitters: list[Splitter] = []
@@ -43,6 +44,10 @@ class SharedForward:
         self._collect(model, below_free=False)
         for splitter in self.splitters:
             splitter.chosen = frozenset(self.chosen)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.chosen = set(map(id, self.selected))  # a copy has parameters of its own
 
     def _collect(self, module: nn.Module, below_free: bool) -> None:
         if (splitter := splitter_of(module)) is not None:
@@ -173,6 +178,9 @@ class Recording:
             self._notice_changes()
             output = self._nested(forward, args, kwargs)
             tensors = _tensors(output)
+            if tensors is not None and any(t.is_inference() for t in tensors):
+                self.obstacle = "a module gives tensors of inference mode"  # which do not tell if they change
+                tensors = None
             if tensors is None or self.ended:
                 self._end()  # nothing that is known to be safe to keep
                 return output

@@ -272,7 +272,7 @@ class SAM(Facade):
             self._finish_plain(True)
             self._record(loss)
             return
-        held, begun = holding(self._params), self.stats is not None
+        held, begun = holding(self._passes.zeroed()), self.stats is not None
         if self._stages.ahead is not None:
             with self._perturbed(True, accumulate=False):
                 loss = first_call(closure, self._store, held, begun)
@@ -336,7 +336,7 @@ class SAM(Facade):
                 return self._record(loss.detach(), loss.detach())
             if ascent_fn is not None and self._stages.whole_batch:
                 raise ValueError(f"ascent_fn: {self._names} needs the gradient of the whole batch at w")
-            recording = None if ascent_fn is not None else self._sharing.record()
+            recording = None if ascent_fn is not None else self._sharing.record(self._passes)
             loss = self._ascend(ascent_fn or loss_fn, how, recording)
             with self._perturbed(last, accumulate=True):
                 loss_perturbed = self._sharing.answer(

@@ -55,7 +55,7 @@ def select_parameters(
 
     Raises:
         ValueError: ``params`` is unknown, ``filter`` is no regular expression, ``norm_types`` holds no class of
-            modules, or nothing is selected.
+            modules, nothing is selected, or complex numbers are.
 
     Warns:
         UserWarning: A class with "norm" in its name owns trainable parameters, and is none of the known types.
@@ -88,6 +88,11 @@ def select_parameters(
         raise ValueError(
             f"filter={filter!r} matches none of the {len(candidates)} parameters of "
             f"params={params!r}: {_examples([n for n, _ in candidates])}")
+    complex_ones = [n for n, p in selected if p.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"params={params!r} selects complex parameters ({_examples(complex_ones)}), which SAM cannot perturb: keep "
+            f"them as real ones that the forward views by torch.view_as_complex, or choose others by filter")
     return selected
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoints import REASON
 from .group import Group, in_group
+from .passes import Passes
 from .random_state import RandomState
 from .recording import Recording, SharedForward
 
@@ -52,6 +53,8 @@ def obstacle(model: nn.Module) -> str | None:
             return "the model is scripted"
         if hasattr(module, "_orig_mod"):
             return "the model is compiled as a whole"
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            return "DataParallel runs copies of its modules"
     if is_checkpointed(model.modules()):
         return REASON
     return None
@@ -80,8 +83,7 @@ class Sharing:
                  synchronizes: bool) -> None:
         self.said: str | None = None
         self._model = model
-        self._device = params[0].device
-        self._devices = {p.device for p in params}
+        self._params = params
         self._group = group
         self._synchronizes = synchronizes
         self._checks = _CHECKED_UPDATES  # how many are left
@@ -98,11 +100,15 @@ class Sharing:
         self._shared = None
         self._say(reason)
 
-    def record(self) -> Recording | None:
-        """What keeps the first pass of an update for the second, or None if nothing is shared."""
+    def record(self, passes: Passes) -> Recording | None:
+        """What keeps the first pass of an update for the second, or None if nothing is shared.
+
+        Args:
+            passes: Which know where random numbers may be drawn.
+        """
         if self._shared is not None and is_checkpointed(self._switched):  # since SAM was built
             self._end(REASON)
-        return None if self._shared is None else Recording(self._shared, self._devices)
+        return None if self._shared is None else Recording(self._shared, passes.devices)
 
     def answer(self, loss_fn: Callable[[], Tensor], recording: Recording | None, eps_norm: Tensor) -> Tensor:
         """The loss at w + eps, with what the first pass has computed already.
@@ -154,5 +160,5 @@ class Sharing:
         """A mismatch on any rank, and whether all had a perturbation: layers that synchronize need the same calls."""
         if not (self._synchronizes and in_group()):
             return mismatch, perturbed
-        other, unperturbed = self._group.any_of([bool(mismatch), not perturbed], self._device)
+        other, unperturbed = self._group.any_of([bool(mismatch), not perturbed], self._params[0].device)
         return mismatch or ("a module on another rank does not repeat its output" if other else ""), not unperturbed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .group import Group
-from .multi_tensor import Backup
+from .multi_tensor import Backup, dense
 from .perturbation import perturbation
 from .rounding import Rounding
 
@@ -56,8 +56,8 @@ class Store:
             p.grad = grad
 
     def grads(self, wanted: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """What arrived at w, None where nothing did."""
-        return [p.grad for p in wanted]
+        """What arrived at w, None where nothing did; sparse gradients of embeddings made dense."""
+        return [None if p.grad is None else dense(p.grad) for p in wanted]
 
     def arrived(self, but: nn.Parameter | None) -> bool:
         """Whether a gradient is there, of any selected parameter but one."""

@@ -1,9 +1,12 @@
 """Closures that do not zero gradients: harmless where none were there, an error where they would be added to."""
+import copy
+
 import pytest
 import torch
 from support.models import BatchLoss, TinyNet, assert_identical, batch, by_closure, one_step, sam_on, weights
+from torch import nn
 
-from timm_sam import methods
+from timm_sam import SAM, methods
 
 ZEROING = {
     'sam': lambda sam, model: sam.zero_grad(),
@@ -73,6 +76,25 @@ def test_what_was_zeroed_outside_needs_no_zeroing_inside():
         sam.step(closure_of(sam, model, seed))
         one_step('closure', expected, other, seed)
     assert_identical(weights(model), weights(other))
+
+
+@pytest.mark.filterwarnings('ignore:.*not in the optimizer:UserWarning')
+def test_what_the_optimizer_does_not_have_is_none_of_a_closures_to_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3), nn.LayerNorm(3)).double()
+    other, x = copy.deepcopy(model), torch.randn(8, 4, dtype=torch.float64)
+    for net, way in ((model, 'closure'), (other, 'minimize')):
+        sam = SAM(torch.optim.SGD(net[:2].parameters(), lr=0.1), net, rho=0.5)
+        for _ in range(3):
+            def closure(sam=sam, net=net):
+                sam.zero_grad()
+                loss = net(x).pow(3).mean()
+                loss.backward()
+                return loss
+
+            sam.step(closure) if way == 'closure' else sam.minimize(lambda net=net: net(x).pow(3).mean())
+    assert_identical(weights(model), weights(other))
+    assert model[3].weight.grad is not None
 
 
 def test_plain_updates_accumulate_as_those_of_any_optimizer():

@@ -152,6 +152,16 @@ def test_step_without_a_closure_or_a_backward_before_it_is_refused(way):
     assert_identical(weights(model), before)
 
 
+def test_base_without_a_learning_rate_is_refused_a_plain_step_in_words():
+    class Fixed(torch.optim.Optimizer):
+        def step(self, closure=None):
+            raise AssertionError
+
+    model = net()
+    with pytest.raises(ValueError, match='would be a plain step'):
+        SAM(Fixed(model.parameters(), {}), model, rho=0.5).step()
+
+
 def test_copies_of_a_sam_with_a_scheduler_are_optimizers_of_their_own():
     model = net()
     sam = sam_on(model)

@@ -11,8 +11,10 @@ from support.fsdp_pitfalls import BETWEEN, PARTS
 from support.fsdp_ranks import BREAKS, CORE, COUNTED, MATRIX, METHODS, NETS, REFUSED, SHARDS_TAKE, UNITS, is_core
 from support.models import WAYS, TinyNet
 from support.processes import RANKS
+from torch.utils._pytree import register_pytree_node
 
 from timm_sam import select_parameters
+from timm_sam.sharded.whole import tensors_of
 
 pytestmark = pytest.mark.full
 TOLERANCE = 1e-12  # of float64
@@ -270,3 +272,17 @@ def test_gradients_that_nothing_averages_are_a_warning(scenario):
     for rank in scenario('messages'):
         (message,) = rank['norms outside']['warnings']
         assert not rank['norms outside']['error'] and 'nothing averages their gradients' in message
+
+
+class Boxed:
+    def __init__(self, *values) -> None:
+        self.values = values
+
+
+def test_tensors_of_an_output_are_found_in_whatever_torch_can_take_apart():
+    """A backward through one that was not found would be at w."""
+    tensors = [torch.full((), float(i)) for i in range(6)]
+    register_pytree_node(Boxed, lambda box: (list(box.values), None), lambda values, _: Boxed(*values))
+    output = {'a': tensors[0], 'b': [tensors[1], ({'c': tensors[2]}, None, 'text', 3)],
+              'd': Boxed(tensors[3], {'e': tensors[4]}, 'text'), 'f': {tensors[5]}, 'g': object()}
+    assert list(map(id, tensors_of(output))) == list(map(id, tensors))

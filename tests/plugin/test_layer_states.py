@@ -2,6 +2,8 @@
 
 With `bn_stats='clean'` it comes from the pass at w, whatever layer it is in and however the forward writes it.
 """
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,3 +86,74 @@ def test_state_goes_on_over_updates_as_in_training_at_w():
                 p.copy_(weights[name])
     for name, value in states(plain).items():
         assert torch.equal(states(model)[name], value), name
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """Written by hand: puts a new tensor in the place of the old mean, and counts in another way than torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(0)
+        self.running_mean = self.running_mean.lerp(mean.detach(), 0.1)
+        self.num_batches_tracked += 1
+        return (x - mean) * self.weight + self.bias
+
+
+class Counter(nn.Identity):
+    """Counts batches in a buffer of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('batches', torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        return x
+
+
+def test_norm_layers_that_replace_their_statistics_and_counters_of_others_keep_those_of_the_pass_at_w():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), OwnNorm(6), Counter(), nn.Linear(6, 3)).double()
+    plain = copy.deepcopy(model)
+    plain(DATA[0])
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=2.0, params='all', share_forward=False)
+    sam.minimize(lambda: F.cross_entropy(model(DATA[0]), DATA[1]))
+    assert torch.equal(model[2].running_mean, plain[2].running_mean)
+    assert model[2].num_batches_tracked == model[3].batches == 1
+
+
+def inference(values: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return values.clone()
+
+
+@pytest.mark.parametrize('buffer', [
+    torch.ones(1).expand(5), torch.ones(1, 3).expand(2, 3), inference(torch.ones(3)), torch.eye(3).to_sparse(),
+    torch.eye(3)[:, 1], torch.empty(0, 3),
+], ids=['expanded', 'expanded rows', 'inference', 'sparse', 'column', 'empty'])
+def test_buffers_that_nothing_can_be_written_to_are_left_alone(buffer):
+    model = network('in place')
+    model.register_buffer('constant', buffer)
+    before = buffer.to_dense().clone()
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=2.0)
+    sam.minimize(lambda: F.cross_entropy(model(DATA[0]), DATA[1]))
+    assert model.constant is buffer and torch.equal(buffer.to_dense(), before)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.register_buffer('mean', torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean += 0.1 * x.detach().mean(0)
+        return self.norm(x)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*')
+def test_states_of_scripted_models_come_from_the_pass_at_w():
+    model, plain = torch.jit.script(Scripted()), Scripted()
+    plain(DATA[0].float())
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=2.0)
+    sam.minimize(lambda: model(DATA[0].float()).square().mean())
+    assert torch.equal(model.mean, plain.mean)

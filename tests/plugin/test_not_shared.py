@@ -137,6 +137,53 @@ def test_gradient_checkpointing_updates_running_statistics_twice_with_or_without
     assert model.bn1.num_batches_tracked == 1  # the stem is not checkpointed
 
 
+class Position(nn.Module):
+    """Keeps what its first forward made, which in an evaluation is a tensor of inference mode."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(-1, 1, 8)
+        return self.table[None]
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = Position()
+        self.stem = nn.Linear(4, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = self.position(x)
+        return self.head(self.norm(self.stem(x) + position))
+
+
+def test_tensors_that_an_evaluation_in_inference_mode_left_are_not_shared():
+    torch.manual_seed(0)
+    model, twin = Positioned(), Positioned()
+    twin.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        model(DATA[0])
+    for m in (model, twin):
+        sam = SAM(torch.optim.SGD(m.parameters(), lr=0.1), m, rho=0.5)
+        for _ in range(2):
+            sam.minimize(lambda m=m: loss_of(m))
+        assert sam.sharing.startswith('one forward') == (m is twin)
+        assert m is twin or sam.sharing.endswith('a module gives tensors of inference mode')
+    assert_identical(weights(model), weights(twin))
+
+
+def test_data_parallel_on_several_devices_makes_two_forwards_and_says_why():
+    """Its copies of a module would run what stands for the forward of the module itself, with its weights."""
+    model = nn.DataParallel(Counted())
+    assert late(model).sharing is None
+    model.device_ids = [0, 1]
+    assert late(model).sharing == 'two full forwards per update: DataParallel runs copies of its modules'
+
+
 def test_statistics_of_both_passes_need_both_forwards():
     sam = late(Counted(), bn_stats='both')
     assert sam.sharing == 'two full forwards per update: both passes update running statistics'

@@ -7,7 +7,7 @@ from support.models import SELECTIONS, BatchLoss, TinyNet, batch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from timm_sam import SAM
+from timm_sam import SAM, methods
 
 # bitsandbytes and apex are packages of their own that timm imports if they are there
 NAMES = [n for n in timm.optim.list_optimizers() if not n.startswith(('bnb', 'fused'))]
@@ -41,6 +41,33 @@ def test_update_equals_the_reference_with_every_optimizer_of_timm(opt, monkeypat
 
 def test_the_list_of_optimizers_is_not_empty_by_accident():
     assert {'sgd', 'adamw', 'lion', 'lamb', 'muon', SECOND_ORDER} <= set(NAMES)
+
+
+class Words(nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(9, 4, sparse=sparse)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self) -> torch.Tensor:
+        return self.head(self.norm(self.words(torch.arange(6) % 4))).square().mean()
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'variant': 'elementwise_linf'}, {'variant': 'fisher'}, {'method': methods.gsam(0.4, lr_max=0.1)},
+    {'method': methods.random_mask(0.5)},
+], ids=['sam', 'linf', 'fisher', 'gsam', 'mask'])
+def test_sparse_gradients_of_embeddings_are_as_dense_ones(options):
+    model, twin = Words(sparse=True), Words(sparse=False)
+    for m in (model, twin):
+        sam = SAM(torch.optim.SGD(m.parameters(), lr=0.1), m, params='all', rho=0.5, **options)
+        for _ in range(2):
+            sam.minimize(m)
+    assert not torch.equal(model.words.weight, Words(sparse=True).words.weight)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings('ignore:Using backward\\(\\) with create_graph=True:UserWarning')  # AdaHessian needs it

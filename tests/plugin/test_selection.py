@@ -162,6 +162,14 @@ def test_scripted_model_selects_the_same_parameters():
     assert [n for n, _ in scripted] == [n for n, _ in plain]
 
 
+def test_complex_parameters_are_refused_where_they_are_selected():
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.LayerNorm(3))
+    assert len(select_parameters(model)) == 2
+    with pytest.raises(ValueError, match=r"params='all' selects complex parameters \(they are 0.weight, 0.bias\)") as e:
+        select_parameters(model, 'all')
+    assert 'torch.view_as_complex' in str(e.value) and '\n' not in str(e.value)
+
+
 @pytest.mark.parametrize('kwargs, words', [
     ({'params': 'norm'}, ['norm', *SELECTIONS]),
     ({'filter': 'layer['}, ['layer[', 'regular expression']),

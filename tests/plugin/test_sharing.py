@@ -1,14 +1,17 @@
 """The forward below the first perturbed layer, computed once for both passes."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from support.models import BatchLoss, TinyNet, assert_identical, batch, weights
 from support.sharing import DATA, Counted, late, loss_of
-from torch import Tensor
+from torch import Tensor, nn
 
-from timm_sam import SAM
+from timm_sam import SAM, passes, recording
+from timm_sam.random_state import RandomState
 
 # family -> model, filter, constructor options, image size
 ARCHITECTURES = {
@@ -177,3 +180,43 @@ def test_check_is_made_three_times_where_nothing_is_perturbed():
         sam.minimize(lambda: loss_of(model))
         calls.append(model.calls[0])
     assert calls == [2, 2, 2, 1, 1]
+
+
+def test_random_state_is_that_of_all_devices_where_the_model_is_by_now(monkeypatch):
+    """Trainers move a model after SAM was built, and may leave parts of it elsewhere."""
+    seen = []
+
+    class Seen(RandomState):
+        def __init__(self, devices: set[torch.device]) -> None:
+            seen.append(devices)
+            super().__init__(devices)
+
+    for module in (passes, recording):
+        monkeypatch.setattr(module, 'RandomState', Seen)
+    model = Counted()
+    model.far = nn.Parameter(torch.ones(2))
+    sam = late(model)
+    torch.utils.swap_tensors(model.far, nn.Parameter(torch.ones(2, device='meta')))
+    sam.minimize(lambda: loss_of(model))
+    assert sam.sharing.startswith('one forward') and len(seen) > 3
+    assert all(devices == {torch.device('cpu'), torch.device('meta')} for devices in seen)
+
+
+class Reading(nn.Module):
+    """Works on a parameter of a layer that is another module's."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norms = [norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norms[0].weight
+
+
+def test_a_copy_knows_its_own_parameters():
+    norm = nn.LayerNorm(8)
+    model = nn.Sequential(nn.Linear(4, 8), Reading(norm), norm, nn.Linear(8, 3))
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=1e-6)  # no output tells
+    for m, s in (copy.deepcopy((model, sam)), (model, sam)):
+        s.minimize(lambda m=m: loss_of(m))
+        assert s.sharing.endswith('perturbed parameters are used below the module that owns them')

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..multi_tensor import copy_
 from ..store import Store
@@ -145,7 +146,7 @@ class Whole(Store):
     def leaving(self, which: Sequence[int], output: Any) -> None:
         """A unit ran its forward: it may let its parameters go, and gather them anew before its backward."""
         if self._values:
-            for t in _tensors(output):
+            for t in tensors_of(output):
                 if t.requires_grad:
                     t.register_hook(functools.partial(self._again, which))
 
@@ -180,16 +181,18 @@ def _places(model: nn.Module, units: set[nn.Module]) -> dict[nn.Parameter, tuple
     return found
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
     """The tensors of a module's output, whatever it is made of."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(output, (list, tuple, set)):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif is_dataclass(output):
         for field in fields(output):
-            yield from _tensors(getattr(output, field.name))
+            yield from tensors_of(getattr(output, field.name))
+    else:  # of a class that torch was told how to take apart, as it does to gather the parameters for the backward
+        yield from (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
