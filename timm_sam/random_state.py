@@ -2,7 +2,6 @@
 import _random
 import ctypes
 import functools
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ class RandomState:
             name, keys, *rest = self.numpy
             state["numpy"] = [name, torch.tensor(keys.tolist(), dtype=torch.int64), *map(float, rest)]
         elif self.numpy is not None:  # of another generator than the usual one, with integers of up to 128 bits
-            state["numpy"] = json.dumps(self.numpy, default=lambda array: array.tolist())
+            state["numpy"] = _without_arrays(self.numpy)
         return state
 
     @classmethod
@@ -62,8 +61,8 @@ class RandomState:
         self.numpy = None
         if "numpy" in state:
             import numpy
-            if isinstance(state["numpy"], str):
-                self.numpy = json.loads(state["numpy"])
+            if isinstance(state["numpy"], dict):
+                self.numpy = state["numpy"]
                 return self
             name, keys, pos, has_gauss, cached = state["numpy"]
             self.numpy = (name, numpy.array(keys.tolist(), dtype=numpy.uint32), int(pos), int(has_gauss), cached)
@@ -152,6 +151,13 @@ def _python() -> _Watched:
     generator = getattr(random.getstate, "__self__", None)
     return _Watched(generator, random.getstate,
                     [lambda g: g.random(), lambda g: g.gauss(0, 1), lambda g: g.gauss(0, 1)])
+
+
+def _without_arrays(state: Any) -> Any:
+    """The state with lists for arrays, which files of weights don't hold."""
+    if isinstance(state, dict):
+        return {name: _without_arrays(part) for name, part in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state
 
 
 def _numpy_state() -> Any:
