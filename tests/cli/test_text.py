@@ -3,11 +3,12 @@ import csv
 import io
 import os
 import statistics
+import sys
 
 import pytest
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.cli.text import csv_text, markdown, replace_file, sample_std, spread, why_not_writable, write_text
+from timm_sam.cli.text import csv_text, markdown, replace_file, sample_std, say, spread, why_not_writable, write_text
 
 
 def test_mean_and_standard_deviation():
@@ -29,6 +30,13 @@ def test_csv_is_read_back_as_it_was():
     text = csv_text(['x', 'y', 'z'], rows)
     assert list(csv.reader(io.StringIO(text))) == [['x', 'y', 'z'], *rows]
     assert text.startswith('x,y,z\n') and csv_text(['x'], [[1]], line_end='\r\n') == 'x\r\n1\r\n'
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='latin-1'))
+    say('ρ = 1 ± 2')
+    assert written.getvalue() == b'\\u03c1 = 1 \xb1 2\n'
 
 
 def test_file_is_replaced_in_one_piece(tmp_path, monkeypatch):

@@ -4,11 +4,16 @@ import os
 import statistics
 
 import pytest
+import torch
 from PIL import Image
 from support.suites import IDS
 from support.validating import constant_checkpoint, result, run_validate
 
+from timm_sam.cli.device import Process
 from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.options import build_validate_parser, parse_validate_args
+from timm_sam.evaluation.ranks import Ranks
+from timm_sam.evaluation.session import Session
 from timm_sam.evaluation.sets.corruptions import ALEXNET, mce, parts, rows, summary
 from timm_sam.evaluation.sets.folders import find_suites
 from timm_sam.evaluation.sets.suites import open_suite
@@ -65,6 +70,17 @@ def test_its_labels_are_imagenets_and_its_images_are_cropped_already(tree):
     assert {target for _, target in suite.samples} == {0, 1}
     with pytest.raises(OptionError, match='imagenet-c needs a model with 1000 outputs'):
         open_suite('imagenet-c/fog/2', folder, 10)
+
+
+def test_crop_of_a_run_is_not_that_of_images_that_are_cropped_already(tree, tmp_path):
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    (tmp_path / 'args.yaml').write_text('model: test_resnet\ncrop_pct: 0.9\n')
+    for more, crop in (('', 1), ('--crop-pct 0.8', None)):
+        args, resolved = parse_validate_args(build_validate_parser(), (
+            f'--device cpu --checkpoint {tmp_path}/last.pth.tar --eval-root {tree} --allow-partial {more}').split())
+        session = Session(args, resolved, Process(torch.device('cpu')), Ranks())
+        assert args.crop_pct == (0.8 if more else 0.9)
+        assert {suite.crop_pct for suite in session.suites(1000)} == {crop}
 
 
 def test_alexnet_itself_has_an_mce_of_a_hundred():

@@ -108,13 +108,17 @@ def write_text(path: str, text: str, origin: str) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a text.
+    """Prints a text; what the encoding of stdout lacks becomes ``\\u03c1`` and the like.
 
     Raises:
         OptionError: It cannot be written: stdout is a file on a full disk, or a pipe that nobody reads.
     """
     try:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:  # of a locale that has no rho, or no plus-minus
+            encoding = sys.stdout.encoding
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as e:
         sys.stdout = io.StringIO()  # what is left in the other one's buffer would raise again at the end
         raise OptionError(f"stdout cannot be written ({e.strerror}); make room, or send it elsewhere") from None

@@ -192,7 +192,9 @@ def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> Real
         real = RealLabelsImagenet(names, real_json=args.real_labels)
         if not all(name in real.real_labels for name in names):
             raise ValueError("files of other names")
-    except (AssertionError, AttributeError, ValueError, OSError):
+        if not all(isinstance(several, list) for several in real.real_labels.values()):
+            raise ValueError("no lists of labels")
+    except (AssertionError, AttributeError, TypeError, ValueError, OSError):
         raise OptionError(
             f"--real-labels {args.real_labels}: needs a JSON list of one list per image, and ImageNet's whole "
             f"validation split as a folder or tar; leave it out for other data") from None

@@ -146,6 +146,7 @@ def _show(args: argparse.Namespace, flags: Sequence[str]) -> int:
     exhibits = _chosen(args.exhibits)
     if args.csv and len(exhibits) != 1:
         raise OptionError(f"--csv {args.csv} takes one table: name one")
+    check_recipes(args.hparams)
     plan = Plan(args.out, args.hparams, seeds=args.seeds)
     if args.csv:
         write_text(args.csv, table_csv(exhibits[0], collect(plan, exhibits[0])), "--csv")
@@ -153,11 +154,12 @@ def _show(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def _print(plan: Plan, exhibits: Sequence[Exhibit]) -> int:
+    code = 0
     for exhibit in exhibits:
         found = collect(plan, exhibit)
         say(table_text(exhibit, found) + "\n")
-        drawing.draw(plan, exhibit, found)
-    return 0
+        code = max(code, drawing.draw(plan, exhibit, found))
+    return code
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """From an exhibit to jobs: which folders of runs, which command lines, and whether the data can be what they need."""
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cli.errors import OptionError
 from ..cli.image_folders import split_root
-from ..cli.parser import OptionParser
+from ..cli.parser import OptionParser, program
 from ..jobs.job import Job
 from ..runs import files
 from ..training.checks import check_surroundings
@@ -52,10 +53,10 @@ class Plan:
     def train(self, config: Config, seed: int) -> Job:
         """The training of a run."""
         name = f"{config.name}/seed{seed}"
-        device = () if any(word in ("-b", "--batch-size") for word in self.flags) else config.device
-        hist = () if "--checkpoint-hist" in self.flags else ("--checkpoint-hist", "1")
-        argv = (*self.recipe(config), *device, "--data-dir", self.data(config.data), *hist, *self.flags, "--seed",
-                str(seed), "--output", os.path.join(self.out, RUNS), "--experiment", name, "--resume", "auto")
+        device = config.device if self._given.batch_size is None else ()
+        argv = (*self.recipe(config), *device, "--data-dir", self.data(config.data), "--checkpoint-hist", "1",
+                *self.flags, "--seed", str(seed), "--output", os.path.join(self.out, RUNS), "--experiment", name,
+                "--resume", "auto")
         return Job(name, config.name, self.folder(config, seed), argv, keep=True)
 
     def evaluate(self, config: Config, evaluation: Evaluation, train: Job) -> Job:
@@ -79,12 +80,16 @@ class Plan:
 
     def passed_on(self) -> list[str]:
         """Of the flags of train.py those of execution that evaluations have, too."""
-        found: list[str] = []
-        for name in ("--device", "--workers"):
-            if name in self.flags:
-                place = self.flags.index(name)
-                found += self.flags[place:place + 2]
-        return found
+        return [word for flag, value in (("--device", self._given.device), ("--workers", self._given.workers))
+                if value is not None for word in (flag, value)]
+
+    @functools.cached_property
+    def _given(self) -> argparse.Namespace:
+        """What ``flags`` say of execution, however it is written; None: nothing."""
+        parser = OptionParser(prog=f"{program('timm_sam.paper')} run", add_help=False)
+        for names in (("--device",), ("-j", "--workers"), ("-b", "--batch-size")):
+            parser.add_argument(*names)
+        return parser.parse_known_args(self.flags)[0]
 
     def jobs(self, exhibit: Exhibit, only: Sequence[str] = ()) -> list[Job]:
         """All of an exhibit; seed by seed, so that the whole of it is there early, though with fewer seeds."""

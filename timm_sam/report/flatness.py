@@ -69,11 +69,14 @@ def values_of(table: Table, cards: Joined, joined: Joined | None, epoch: str) ->
         epoch: Which accuracy of training counts, ``"last"`` or ``"best"``.
     """
     runs = [run for cell in table.cells for run in cell.runs if run.path in cards.numbers]
+    several = len({key.dataset for run in runs for key in cards.numbers[run.path]}) > 1
     measures: dict[str, dict[str, float]] = {}
     for run in runs:
         for key, number in cards.numbers[run.path].items():
             if key.measure not in _NO_MEASURE:
-                measures.setdefault(key.measure, {})[run.path] = number.value
+                # of other images it is another measure
+                name = f"{key.measure} ({key.dataset})" if several else key.measure
+                measures.setdefault(name, {})[run.path] = number.value
     return Values(measures, _targets(runs, cards, joined, epoch) if measures else {}, runs)
 
 
@@ -101,9 +104,11 @@ def _targets(runs: Sequence[Run], cards: Joined, joined: Joined | None, epoch: s
                 found[f"{group}{ACCURACY}"] = means
     gaps = {}
     for run in runs:
-        losses = [number.value for key, number in cards.numbers[run.path].items() if key.measure == _LOSS]
-        if losses and "eval_loss" in run.rows[-1]:
-            gaps[run.path] = run.rows[-1]["eval_loss"] - losses[0]
+        losses = {key.dataset: number.value for key, number in cards.numbers[run.path].items() if key.measure == _LOSS}
+        # of cards of several sets that of the training images
+        loss = losses.get(run.args["train_split"]) if len(losses) > 1 else next(iter(losses.values()), None)
+        if loss is not None and "eval_loss" in run.rows[-1]:
+            gaps[run.path] = run.rows[-1]["eval_loss"] - loss
     if gaps:
         found[GAP] = gaps
     return found
