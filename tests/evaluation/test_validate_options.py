@@ -144,7 +144,7 @@ def test_radii_are_read_with_fractions(parse, text, radii):
 
 @pytest.mark.parametrize('text', [
     'l3=1', 'l2', 'l2=', '=0.5', 'l2=0', 'l2=-1', 'l2=nan', 'l2=inf', 'linf=a/255', 'l2=0.5/0', 'l2=1/2/3', 'l2=0.5,',
-    'L2=0.5', 'l2:0.5'])
+    'L2=0.5', 'l2:0.5', 'linf=8', 'linf=1/255,256/255'])
 def test_radius_that_is_none_is_refused(refuse, text):
     message = refuse(f'--attack {text}')
     assert '--attack' in message and text in message

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..cli import recipes
 from ..cli.errors import OptionError, report
 from ..cli.parser import OptionParser, non_negative, positive_int, program
-from ..cli.text import say, write_text
+from ..cli.text import say, write_table
 from ..jobs.table import run_table
 from . import archive, drawing, small
 from .catalogue import EXHIBITS
@@ -149,7 +149,7 @@ def _show(args: argparse.Namespace, flags: Sequence[str]) -> int:
     check_recipes(args.hparams)
     plan = Plan(args.out, args.hparams, seeds=args.seeds)
     if args.csv:
-        write_text(args.csv, table_csv(exhibits[0], collect(plan, exhibits[0])), "--csv")
+        write_table(args.csv, table_csv(exhibits[0], collect(plan, exhibits[0])), "--csv")
     return _print(plan, exhibits)
 
 

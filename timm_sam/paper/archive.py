@@ -13,7 +13,7 @@ import yaml
 
 from ..cli.errors import OptionError, one_line
 from ..cli.parser import read_yaml
-from ..cli.text import csv_text, write_text
+from ..cli.text import csv_text, write_table
 from ..report.runs import find_runs
 from ..runs import files, timing
 from ..runs.sameness import NOT_COMPARED, data_name
@@ -34,7 +34,7 @@ def pack(root: str, path: str) -> int:
         How many runs there are.
 
     Raises:
-        OptionError: There are none, one cannot be read, or the file cannot be written.
+        OptionError: There are none, one cannot be read, or the file cannot be written, or holds something else.
     """
     folders = sorted(find_runs([root]))
     options = {folder: _options(folder) for folder in folders}
@@ -47,7 +47,7 @@ def pack(root: str, path: str) -> int:
         rows += [(run, files.ARGS, key, _text(value)) for key, value in args.items() if key not in common]
         for name in sorted(_names(folder)):
             rows += [(run, name, *line) for line in _content(folder, name)]
-    write_text(path, csv_text(HEADER, rows), "--to")
+    write_table(path, csv_text(HEADER, rows), "--to")
     return len(folders)
 
 
@@ -81,7 +81,7 @@ def unpack(path: str, root: str) -> int:
     try:
         for run, parts in runs.items():
             folder = os.path.join(root, run)
-            os.makedirs(folder)
+            os.makedirs(folder, exist_ok=True)  # a run may lie in another one
             _write(folder, files.ARGS, [options[run]])
             for name, lines in parts.items():
                 _write(folder, name, [row["value"] for row in lines])
