@@ -109,6 +109,8 @@ def test_summary_by_hand_and_what_is_not_its_own_stays():
         ('imagenet-c', 'fog', [50.0]), ('imagenet-c', 'snow', [20.0])]
     assert found[2].flags == ['partial: 3 of 75 folders'] and found[2].images == 30
     assert found[3].details == [{'1': {'top1': 60.0}, '2': {'top1': 40.0}}]
+    # strong severities lower a corruption's number: one that lacks some is marked, too
+    assert [m.flags for m in found[3:]] == [['partial: 2 of 5 folders'], ['partial: 1 of 5 folders']]
     pairs = [(m.dataset, m.name) for m in given if m.group != 'adversarial']
     assert rows(pairs) == {(m.dataset, m.name) for m in found if m.group != 'adversarial'}
     assert summary([other]) == [other]

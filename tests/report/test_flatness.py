@@ -87,6 +87,17 @@ def test_cards_of_other_images_are_measures_of_their_own(runs, report, tmp_path)
     assert found['loss (train)', 'generalization gap'] == -1  # the validation loss is 1 throughout
 
 
+def test_data_sets_of_another_table_are_not_waited_for(runs, report, tmp_path):
+    other = checkpoint(write_run(tmp_path / 'runs' / 'other', model='resnet18'))
+    results = [write_results(tmp_path / 'r.json', runs, range(8)), write_results(tmp_path / 's.json', [other], [0])]
+    results[1].write_text(results[1].read_text().replace('"imagenet"', '"cifar10"'))
+    report('--no-plots', '--cards', write_card(tmp_path / 'card.json', runs, sharp=[1.0, 2, 3, 4, 5, 6, 7, 8]),
+           '--evaluations', *results)
+    with open(tmp_path / 'out' / 'flatness.csv', newline='') as f:
+        assert {row['target']: row['tau'] for row in csv.DictReader(f)} == dict.fromkeys(
+            ('validation accuracy', 'ID accuracy', 'OOD accuracy', 'adversarial accuracy'), '1')
+
+
 def test_cards_of_other_runs_and_runs_without_one_are_named(runs, report, tmp_path):
     other = tmp_path / 'other.pth'
     other.write_bytes(b'other')

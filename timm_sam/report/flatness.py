@@ -97,9 +97,11 @@ def _targets(runs: Sequence[Run], cards: Joined, joined: Joined | None, epoch: s
     """Target -> its value of each run that has one."""
     found = {VALIDATION: {run.path: run.accuracy(epoch) for run in runs}}
     if joined is not None:
+        # those of other tables may be of other data sets
+        keys = [key for key in joined.keys if any(key in joined.numbers.get(run.path, {}) for run in runs)]
         for group in ("ID", "OOD", "adversarial"):
             means = {run.path: mean for run in runs
-                     if (mean := _mean_accuracy(joined.numbers.get(run.path, {}), joined.keys, group)) is not None}
+                     if (mean := _mean_accuracy(joined.numbers.get(run.path, {}), keys, group)) is not None}
             if means:
                 found[f"{group}{ACCURACY}"] = means
     gaps = {}
@@ -115,7 +117,7 @@ def _targets(runs: Sequence[Run], cards: Joined, joined: Joined | None, epoch: s
 
 
 def _mean_accuracy(numbers: Mapping[Key, Number], keys: Sequence[Key], group: str) -> float | None:
-    """Over all data sets (or radii) of a group that any run was evaluated on; None: one of them is missing."""
+    """Over all data sets (or radii) of a group that any run of the table has; None: one of them is missing."""
     wanted = [key for key in keys if key.group == group and (
         key.measure == "top1" if group != "adversarial" else key.measure != "clean")]
     values = [numbers[key].value for key in wanted if key in numbers]

@@ -120,8 +120,8 @@ def rows(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
 
 def _summed(name: str, together: Sequence[Measure], value: float) -> Measure:
     flags = list(dict.fromkeys(flag for m in together for flag in m.flags))
-    parts_there, parts_all = len({m.dataset for m in together}), len(PARTS)
-    if parts_there < parts_all and name not in ALEXNET:
+    parts_there, parts_all = len({m.dataset for m in together}), len(SEVERITIES if name in ALEXNET else PARTS)
+    if parts_there < parts_all:
         flags.append(f"partial: {parts_there} of {parts_all} folders")
     first = together[0]
     return Measure(first.group, NAME, name, sum(m.images for m in together), flags, [value],
