@@ -20,7 +20,7 @@ from support.validating import GREYS, constant_checkpoint, run_validate
 import timm_sam.evaluation.protocol
 import timm_sam.evaluation.single
 from timm_sam.cli.errors import OptionError
-from timm_sam.evaluation.single import _real_labels
+from timm_sam.evaluation.single import real_labels
 
 SETS = '--eval validation={data}/validation'
 
@@ -287,10 +287,10 @@ def test_real_labels_are_lists(tmp_path, labels, known):
     dataset, loaded = SimpleNamespace(filenames=lambda basename: names), SimpleNamespace(indices=[1])
     args = argparse.Namespace(real_labels=str(path))
     if known:
-        assert _real_labels(args, dataset, loaded).filenames == names[1:]
+        assert real_labels(args, dataset, loaded).filenames == names[1:]
     else:
         with pytest.raises(OptionError, match='needs a JSON list of one list per image'):
-            _real_labels(args, dataset, loaded)
+            real_labels(args, dataset, loaded)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
