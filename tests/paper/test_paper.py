@@ -125,6 +125,7 @@ def test_costs_are_counted(tmp_path):
     ('run table1 --data-dir empty', '--data-dir empty: train has no such folder'),
     ('run table1 --data-dir data --only asam', '--only asam: table1 has plain, sam, '),
     ('run table4 --data-dir data', '--eval-root is missing'),
+    ('run table4 --data-dir data --eval-root empty', '--eval-root empty: table4 needs ImageNet'),
     ('run table13 --data-dir data --only layerwise_l2', 'not legible in Table 8'),
     ('run table1 --data-dir data --lr -1', 'sgd: error: --lr -1.0'),
     ('run table1 --data-dir data --hparams nowhere', '--hparams nowhere is not a folder'),
@@ -173,6 +174,17 @@ def test_flags_of_execution_are_found_however_they_are_written(flags, passed):
     # who says how large batches are says all of it: the paper's eight devices are not accumulated on top
     assert ('--grad-accum-steps' in argv) == (not passed)
     assert argv.index('--checkpoint-hist') < argv.index(flags.split()[0])  # the last one wins
+
+
+def test_evaluation_reads_the_sets_of_its_table_and_no_others(tmp_path):
+    for name in ('imagenet/val', 'imagenet-r', 'imagenet-c', 'objectnet-1.0'):
+        (tmp_path / name).mkdir(parents=True)
+    config, evaluation = EXHIBITS['table4'].evaluations[0]
+    plan = Plan('out', 'hparams', eval_root=str(tmp_path))
+    argv = plan.evaluate(config, evaluation, plan.train(config, 0)).argv
+    place = argv.index('--eval')
+    assert argv[place + 1:place + 5] == (f'imagenet={tmp_path}/imagenet/val', f'imagenet-r={tmp_path}/imagenet-r',
+                                         f'objectnet={tmp_path}/objectnet-1.0', '--results-file')
 
 
 def test_run_whose_recipe_is_gone_is_not_shown_as_if_it_had_the_papers_options(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..cli.errors import OptionError
 from ..cli.image_folders import split_root
 from ..cli.parser import OptionParser, program
+from ..evaluation.sets.folders import find_suites
 from ..jobs.job import Job
 from ..runs import files
 from ..training.checks import check_surroundings
@@ -64,19 +65,24 @@ class Plan:
         checkpoint = os.path.join(train.folder, files.LAST)
         result = os.path.join(train.folder, f"{evaluation.name}.json")
         data = self.data(config.data)
-        flags = [word.format(root=self.eval_root) for word in evaluation.flags]
         if evaluation.command == "validate":
-            where = [] if evaluation.many_sets else [
-                "--eval", f"{config.data.folder}={split_root(data, 'validation', '--data-dir')}"]
+            sets = self._sets(evaluation) if evaluation.sets else {
+                config.data.folder: split_root(data, "validation", "--data-dir")}
+            where = ["--eval", *(f"{name}={folder}" for name, folder in sets.items())] if sets else []
             more = [*where, "--results-file", result, "--skip-existing"]
         else:
             # its files are called by the name of the analysis
             out = os.path.join(train.folder, evaluation.name)
             result = os.path.join(out, f"{evaluation.words[0]}.json")
             more = ["--data-dir", data, "--out", out, "--skip-existing"]
-        argv = (*evaluation.words, "--checkpoint", checkpoint, *more, *flags, *self.passed_on())
+        argv = (*evaluation.words, "--checkpoint", checkpoint, *more, *evaluation.flags, *self.passed_on())
         return Job(f"{train.name} {evaluation.name}", (config.name, evaluation.name), train.folder, argv,
                    evaluation.command, True, result, train)
+
+    def _sets(self, evaluation: Evaluation) -> dict[str, str]:
+        """The evaluation's published sets that are there, and their folders: others may be, and take days."""
+        found = find_suites(self.eval_root)[0] if self.eval_root else {}
+        return {name: found[name] for name in evaluation.sets if name in found}
 
     def passed_on(self) -> list[str]:
         """Of the flags of train.py those of execution that evaluations have, too."""
@@ -118,9 +124,13 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
         for variant in only:
             if variant not in known:
                 raise OptionError(f"--only {variant}: {exhibit.name} has {', '.join(known) or 'nothing to run'}")
-        if any(evaluation.many_sets for _, evaluation in exhibit.evaluations) and not os.path.isdir(plan.eval_root):
+        sets = {name for _, evaluation in exhibit.evaluations for name in evaluation.sets}
+        if sets and not os.path.isdir(plan.eval_root):
             raise OptionError(f"--eval-root {plan.eval_root or 'is missing'}: {exhibit.name} needs the folder of the "
                               f"published evaluation sets, see docs/evaluation.md")
+        if "imagenet" in sets and "imagenet" not in find_suites(plan.eval_root)[0]:
+            raise OptionError(f"--eval-root {plan.eval_root}: {exhibit.name} needs ImageNet's validation images in it, "
+                              f"as imagenet/val: it is they that are attacked")
     configs = dict.fromkeys(config for exhibit in exhibits for config in exhibit.configs
                             if not only or config.variant in only)
     parsed: dict[Data, tuple[OptionParser, argparse.Namespace]] = {}
