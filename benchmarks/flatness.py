@@ -36,7 +36,7 @@ def read(path: str) -> dict[str, Values]:
                     if value and name not in ("table", *IDENTITY):
                         is_target = name == GAP or name.endswith(ACCURACY)
                         kinds[is_target].setdefault(name, {})[line["path"]] = float(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
         raise OptionError(f"{path} is no flatness_runs.csv of python -m timm_sam.report --cards "
                           f"({type(e).__name__}): name one") from e
     if not any(measures and targets for measures, targets in found.values()):

@@ -115,7 +115,7 @@ def models_of(session: Session) -> list[tuple[str, str | None]] | None:
     """The pairs (model, checkpoint) of a bulk evaluation; None: there is only one.
 
     Raises:
-        OptionError: A wildcard matches no model.
+        OptionError: A wildcard matches no model, or a file names none.
     """
     args = session.args
     if session.resolved.folder_of_checkpoints:
@@ -125,8 +125,15 @@ def models_of(session: Session) -> list[tuple[str, str | None]] | None:
     if args.model == "all":
         return [(name, None) for name in list_models(pretrained=True, exclude_filters=_NOT_IMAGENET)]
     if os.path.isfile(args.model):
-        with open(args.model, encoding="utf-8") as f:
-            return [(line.strip(), None) for line in f if line.strip()]
+        try:
+            with open(args.model, encoding="utf-8") as f:
+                lines = [line.strip() for line in f.read().split("\n")]
+        except (OSError, UnicodeDecodeError):
+            lines = []
+        if not any(lines):
+            raise OptionError(f"--model {args.model}: the file cannot be read, or names no model; write one name per "
+                              f"line, and give weights by --checkpoint")
+        return [(line, None) for line in lines if line]
     names = list_models(args.model, pretrained=True)
     if not names and "*" in args.model:
         raise OptionError(f"--model {args.model} matches no model of timm with weights: see timm.list_models()")

@@ -3,11 +3,22 @@ import csv
 import io
 import os
 import statistics
+import sys
 
 import pytest
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.cli.text import csv_text, markdown, replace_file, sample_std, spread, why_not_writable, write_text
+from timm_sam.cli.text import (
+    csv_text,
+    markdown,
+    replace_file,
+    sample_std,
+    say,
+    spread,
+    why_not_writable,
+    write_table,
+    write_text,
+)
 
 
 def test_mean_and_standard_deviation():
@@ -31,6 +42,13 @@ def test_csv_is_read_back_as_it_was():
     assert text.startswith('x,y,z\n') and csv_text(['x'], [[1]], line_end='\r\n') == 'x\r\n1\r\n'
 
 
+def test_what_the_encoding_of_stdout_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='latin-1'))
+    say('ρ = 1 ± 2')
+    assert written.getvalue() == b'\\u03c1 = 1 \xb1 2\n'
+
+
 def test_file_is_replaced_in_one_piece(tmp_path, monkeypatch):
     path = tmp_path / 'r.md'
     path.write_text('before')
@@ -51,6 +69,20 @@ def test_file_that_cannot_be_written_is_named_with_its_flag(tmp_path):
     with pytest.raises(OptionError, match='^--out: .*nowhere/r.md cannot be written .there is no folder .*nowhere.; '
                                           'make room, or name another file'):
         write_text(str(tmp_path / 'nowhere' / 'r.md'), 'x', '--out')
+
+
+@pytest.mark.parametrize('content, replaced', [
+    (b'', True), (b'a,b\n1,2\n', True), (b'a,c\n1,2\n', False), (b'mine', False), (b'\xff\n', False)])
+def test_table_takes_the_place_of_its_like_only(tmp_path, content, replaced):
+    path = tmp_path / 'x.csv'
+    path.write_bytes(content)
+    if replaced:
+        write_table(str(path), 'a,b\n3,4\n', '--csv')
+        assert path.read_text() == 'a,b\n3,4\n'
+    else:
+        with pytest.raises(OptionError, match='^--csv: .*x.csv is there, and is no earlier table'):
+            write_table(str(path), 'a,b\n3,4\n', '--csv')
+        assert path.read_bytes() == content
 
 
 def test_file_is_written_through_a_link(tmp_path):

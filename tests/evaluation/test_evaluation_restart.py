@@ -1,4 +1,5 @@
 """Evaluations that are stopped, and gone on with by --skip-existing: nothing is done twice, and nothing changes."""
+import csv
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from support.validating import BASE, result, run_validate, sha256
 
 import timm_sam.evaluation.attack.robustness
 import timm_sam.evaluation.protocol
+from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.results import check_kept
 
 # 24 images in batches of 5, two radii: ten attacked batches
 ATTACK = '--attack l2=0.05 linf=0.5/255 --attack-steps 3 --results-file r'
@@ -227,6 +230,13 @@ def test_file_that_is_no_table_is_not_replaced_by_skip_existing(command, finishe
     done = run_validate(finished, '--skip-existing', command)
     assert done.code == 2 and '--skip-existing: r.json is no table of validate.py' in done.last_line
     assert (finished / 'r.json').read_text() == text
+
+
+def test_quote_that_never_ends_is_no_table(tmp_path):
+    path = tmp_path / 'r.csv'
+    path.write_text('group,dataset,measure\na,"' + 'x' * csv.field_size_limit())
+    with pytest.raises(OptionError, match='--skip-existing: .*r.csv is no table of validate.py'):
+        check_kept({'csv': str(path)}, [], [], [])
 
 
 def test_other_images_under_the_same_name_of_the_set_are_evaluated(counted, command, finished, fitted, tmp_path):

@@ -4,11 +4,16 @@ import os
 import statistics
 
 import pytest
+import torch
 from PIL import Image
 from support.suites import IDS
 from support.validating import constant_checkpoint, result, run_validate
 
+from timm_sam.cli.device import Process
 from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.options import build_validate_parser, parse_validate_args
+from timm_sam.evaluation.ranks import Ranks
+from timm_sam.evaluation.session import Session
 from timm_sam.evaluation.sets.corruptions import ALEXNET, mce, parts, rows, summary
 from timm_sam.evaluation.sets.folders import find_suites
 from timm_sam.evaluation.sets.suites import open_suite
@@ -67,6 +72,17 @@ def test_its_labels_are_imagenets_and_its_images_are_cropped_already(tree):
         open_suite('imagenet-c/fog/2', folder, 10)
 
 
+def test_crop_of_a_run_is_not_that_of_images_that_are_cropped_already(tree, tmp_path):
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    (tmp_path / 'args.yaml').write_text('model: test_resnet\ncrop_pct: 0.9\n')
+    for more, crop in (('', 1), ('--crop-pct 0.8', None)):
+        args, resolved = parse_validate_args(build_validate_parser(), (
+            f'--device cpu --checkpoint {tmp_path}/last.pth.tar --eval-root {tree} --allow-partial {more}').split())
+        session = Session(args, resolved, Process(torch.device('cpu')), Ranks())
+        assert args.crop_pct == (0.8 if more else 0.9)
+        assert {suite.crop_pct for suite in session.suites(1000)} == {crop}
+
+
 def test_alexnet_itself_has_an_mce_of_a_hundred():
     assert len(ALEXNET) == 15
     assert mce({corruption: 100 - error for corruption, error in ALEXNET.items()}) == pytest.approx(100)
@@ -93,6 +109,8 @@ def test_summary_by_hand_and_what_is_not_its_own_stays():
         ('imagenet-c', 'fog', [50.0]), ('imagenet-c', 'snow', [20.0])]
     assert found[2].flags == ['partial: 3 of 75 folders'] and found[2].images == 30
     assert found[3].details == [{'1': {'top1': 60.0}, '2': {'top1': 40.0}}]
+    # strong severities lower a corruption's number: one that lacks some is marked, too
+    assert [m.flags for m in found[3:]] == [['partial: 2 of 5 folders'], ['partial: 1 of 5 folders']]
     pairs = [(m.dataset, m.name) for m in given if m.group != 'adversarial']
     assert rows(pairs) == {(m.dataset, m.name) for m in found if m.group != 'adversarial'}
     assert summary([other]) == [other]

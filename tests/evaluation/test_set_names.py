@@ -37,6 +37,13 @@ def test_names_that_are_almost_one_are_warned_of(name, known):
     assert name == 'imagenet-p' or like(name) == known  # that one is as near to three of them
 
 
+@pytest.mark.parametrize('name', ['fog', 'fog/6', 'fog/1/2', 'speckle_noise/1', ''])
+def test_parts_of_imagenet_c_are_those_that_there_are(name):
+    assert meant('ImageNet-C/Fog/3', 'x') == 'imagenet-c/fog/3'
+    with pytest.raises(OptionError, match='^--eval x: imagenet-c has no such part: write imagenet-c/CORRUPTION'):
+        meant(f'imagenet-c/{name}', '--eval x')
+
+
 def test_command_line_takes_any_case(tmp_path):
     args, _ = parse_validate_args(build_validate_parser(), [
         '--device', 'cpu', '--model', 'test_resnet', '--eval', f'ImageNet-A={tmp_path}', f'Mine={tmp_path}',

@@ -1,10 +1,13 @@
 """Mistakes in a command line of validate.py or in its files: exit code 2, one line, nothing written."""
+import argparse
+import json
 import os
 import pickle
 import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +19,8 @@ from support.validating import GREYS, constant_checkpoint, run_validate
 
 import timm_sam.evaluation.protocol
 import timm_sam.evaluation.single
+from timm_sam.cli.errors import OptionError
+from timm_sam.evaluation.single import real_labels
 
 SETS = '--eval validation={data}/validation'
 
@@ -65,6 +70,7 @@ ROWS = [
     ('{single} --valid-labels two.txt', ['6 classes', '2 outputs that count']),
     ('{single} --real-labels nowhere.json', ['--real-labels nowhere.json', 'not a file']),
     ('{single} --real-labels words.txt', ['--real-labels words.txt', 'JSON list']),
+    ('{single} --real-labels five.json', ['--real-labels five.json', 'JSON list']),
     ('{single} --real-labels short.json', ['--real-labels short.json', 'whole validation split']),
     ('{single} --real-labels right.json', ['--real-labels right.json', 'whole validation split']),  # other file names
     ('{single} --checkpoint ten.pth --num-classes 4', ['cannot be loaded']),
@@ -183,7 +189,7 @@ def folder(tmp_path, fitted):
     vit = timm.create_model('test_vit', num_classes=6)
     torch.save({'state_dict': vit.state_dict()}, tmp_path / 'vit.pth')
     texts = {'words.txt': 'one\ntwo\n', 'six.txt': '0\n6\n', 'twice.txt': '1\n1\n', 'two.txt': '0\n1\n',
-             'short.json': '[[1], [2]]', 'right.json': str([[1]] * 24), 'map.txt': '\n'.join(GREYS)}
+             'five.json': '5', 'short.json': '[[1], [2]]', 'right.json': str([[1]] * 24), 'map.txt': '\n'.join(GREYS)}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     for name, classes in {'three': ['grey0', 'grey1', 'grey2'], 'missing': list(GREYS)[:-1], 'unknown': GREYS}.items():
@@ -256,6 +262,35 @@ def test_metrics_without_scikit_learn_are_refused_at_once(tmp_path, fitted, monk
     monkeypatch.setitem(sys.modules, 'sklearn', None)
     message = refused(tmp_path, f'--data-dir {fitted.data} --metrics-avg macro', fitted.base)
     assert '--metrics-avg macro needs scikit-learn: pip install scikit-learn' in message
+
+
+@pytest.mark.parametrize('content', [b'\x80\x02\xff', b' \n'], ids=['binary', 'blank'])
+def test_file_of_models_that_names_none_is_refused(tmp_path, fitted, content):
+    (tmp_path / 'last.pth.tar').write_bytes(content)
+    message = refused(tmp_path, f'--data-dir {fitted.data} --model last.pth.tar', '--device cpu')
+    assert '--model last.pth.tar: the file cannot be read, or names no model' in message and '--checkpoint' in message
+
+
+def test_model_that_cannot_be_scripted_is_refused(tmp_path, fitted, monkeypatch):
+    def no(*args, **kwargs):
+        raise RuntimeError('no such statement\nin this language')
+    monkeypatch.setattr(torch.jit, 'script', no)
+    message = refused(tmp_path, f'--data-dir {fitted.data} --torchscript', fitted.base)
+    assert '--torchscript: --model test_resnet cannot be scripted: no such statement in this language; ' in message
+
+
+@pytest.mark.parametrize('labels, known', [([[1], []], True), ([[1], 5], False), ({'0': [1], '1': 'x'}, False)])
+def test_real_labels_are_lists(tmp_path, labels, known):
+    path = tmp_path / 'real.json'
+    path.write_text(json.dumps(labels))
+    names = [f'ILSVRC2012_val_0000000{i}.JPEG' for i in (1, 2)]
+    dataset, loaded = SimpleNamespace(filenames=lambda basename: names), SimpleNamespace(indices=[1])
+    args = argparse.Namespace(real_labels=str(path))
+    if known:
+        assert real_labels(args, dataset, loaded).filenames == names[1:]
+    else:
+        with pytest.raises(OptionError, match='needs a JSON list of one list per image'):
+            real_labels(args, dataset, loaded)
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.flags import as_lines, record
 from support.places import DATA
@@ -143,7 +144,7 @@ def test_radii_are_read_with_fractions(parse, text, radii):
 
 @pytest.mark.parametrize('text', [
     'l3=1', 'l2', 'l2=', '=0.5', 'l2=0', 'l2=-1', 'l2=nan', 'l2=inf', 'linf=a/255', 'l2=0.5/0', 'l2=1/2/3', 'l2=0.5,',
-    'L2=0.5', 'l2:0.5'])
+    'L2=0.5', 'l2:0.5', 'linf=8', 'linf=1/255,256/255'])
 def test_radius_that_is_none_is_refused(refuse, text):
     message = refuse(f'--attack {text}')
     assert '--attack' in message and text in message
@@ -189,6 +190,21 @@ def test_copies_and_unfinished_files_of_a_folder_count_in_no_suite(parse, tmp_pa
     assert len(Hashes().distinct(args.checkpoint, args.in_folders)[0]) == 3  # what is named is wanted
     assert len(parse(f'--model test_resnet --checkpoint {folder}').checkpoint) == 6  # as in timm's script
     assert parse(f'--model test_resnet --checkpoint {folder}').left_out == []
+
+
+def test_folder_of_unfinished_files_only_says_so(parse, refuse, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'recovery-1-5.pth.tar').write_text('')
+    suites = f'--model test_resnet --eval x={tmp_path} --checkpoint {tmp_path}/run'
+    assert 'holds recovery-1-5.pth.tar, but nothing that a finished epoch has left' in refuse(suites)
+    assert len(parse(f'{suites}/recovery-1-5.pth.tar').checkpoint) == 1
+
+
+def test_devices_that_share_batches_are_there(parse, refuse, monkeypatch):
+    assert parse('--num-gpu 2').num_gpu == 2  # without any DataParallel does nothing
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert '--num-gpu 3: there are 2 CUDA devices here' in refuse('--num-gpu 3')
+    assert '--num-gpu 2: batches are shared by the first CUDA devices, not by --device cpu' in refuse('--num-gpu 2')
 
 
 # args.yaml of a training run

@@ -7,11 +7,14 @@ import timm
 from support.images import write_image_folder
 from support.paper import SETTINGS, paper_tables
 from support.places import ROOT
+from support.reports import write_run
 from support.running import in_process
 
+from timm_sam.cli.errors import OptionError
 from timm_sam.paper import numbers
 from timm_sam.paper.__main__ import main
 from timm_sam.paper.catalogue import EXHIBITS
+from timm_sam.paper.drawing import norms_job
 from timm_sam.paper.exhibits import CIFAR100, TABLE, Config
 from timm_sam.paper.plan import Plan
 from timm_sam.paper.results import Line, collect
@@ -122,12 +125,14 @@ def test_costs_are_counted(tmp_path):
     ('run table1 --data-dir empty', '--data-dir empty: train has no such folder'),
     ('run table1 --data-dir data --only asam', '--only asam: table1 has plain, sam, '),
     ('run table4 --data-dir data', '--eval-root is missing'),
+    ('run table4 --data-dir data --eval-root empty', '--eval-root empty: table4 needs ImageNet'),
     ('run table13 --data-dir data --only layerwise_l2', 'not legible in Table 8'),
     ('run table1 --data-dir data --lr -1', 'sgd: error: --lr -1.0'),
     ('run table1 --data-dir data --hparams nowhere', '--hparams nowhere is not a folder'),
     ('run table1 --data-dir data --devices 0', '--devices'),
     ('list --tflops 0', '--tflops 0'),
     ('list table1 --hparams nowhere', '--hparams nowhere is not a folder'),
+    ('show table1 --hparams nowhere', '--hparams nowhere is not a folder'),
     ('show table1 table2 --csv x.csv', '--csv x.csv takes one table'),
     ('show table1 --lr 1', 'unrecognized arguments: --lr'),
     ('pack data --to x.csv', 'data holds no run'),
@@ -154,6 +159,81 @@ def test_difference_is_ours_minus_the_papers():
 def test_folder_of_a_run_is_named_by_what_is_not_its_recipes():
     assert Config('cifar/x/sgd', CIFAR100, 'plain').name == 'cifar/x/sgd'
     assert Config('cifar/x/sgd', CIFAR100, 'plain', ('--aa', 'cifar10')).name == 'cifar/x/sgd__aa_cifar10'
+
+
+@pytest.mark.parametrize('flags, passed', [
+    ('--device cpu --workers 2 --batch-size 64', ['--device', 'cpu', '--workers', '2']),
+    ('--device=cpu --workers=2 --batch-size=64', ['--device', 'cpu', '--workers', '2']),
+    ('-j2 -b64', ['--workers', '2']),
+    ('--lr -1 --opt-betas 0.9 0.99', [])])
+def test_flags_of_execution_are_found_however_they_are_written(flags, passed):
+    plan = Plan('out', 'hparams', flags=tuple(flags.split()))
+    config = next(config for config in EXHIBITS['table2'].configs if config.variant == 'plain')
+    argv = plan.train(config, 0).argv
+    assert plan.passed_on() == passed
+    # who says how large batches are says all of it: the paper's eight devices are not accumulated on top
+    assert ('--grad-accum-steps' in argv) == (not passed)
+    assert argv.index('--checkpoint-hist') < argv.index(flags.split()[0])  # the last one wins
+
+
+def test_evaluation_reads_the_sets_of_its_table_and_no_others(tmp_path):
+    for name in ('imagenet/val', 'imagenet-r', 'imagenet-c', 'objectnet-1.0'):
+        (tmp_path / name).mkdir(parents=True)
+    config, evaluation = EXHIBITS['table4'].evaluations[0]
+    plan = Plan('out', 'hparams', eval_root=str(tmp_path))
+    argv = plan.evaluate(config, evaluation, plan.train(config, 0)).argv
+    place = argv.index('--eval')
+    assert argv[place + 1:place + 5] == (f'imagenet={tmp_path}/imagenet/val', f'imagenet-r={tmp_path}/imagenet-r',
+                                         f'objectnet={tmp_path}/objectnet-1.0', '--results-file')
+
+
+def test_run_whose_recipe_is_gone_is_not_shown_as_if_it_had_the_papers_options(tmp_path):
+    plan = Plan(str(tmp_path / 'out'), str(tmp_path), seeds=1)
+    write_run(plan.folder(EXHIBITS['table10'].configs[0], 0))
+    with pytest.raises(OptionError, match='sgd.yaml: No such file'):
+        collect(plan, EXHIBITS['table10'])
+
+
+def test_distributions_are_those_of_finished_runs(tmp_path):
+    exhibit, plan = EXHIBITS['figure5'], Plan(str(tmp_path), 'hparams', seeds=3)
+    folders = [write_run(plan.folder(exhibit.configs[0], seed), accuracies, loss=loss) for seed, (accuracies, loss) in
+               enumerate([((1.0, 2.0), '0.5'), ((1.0, 2.0, 3.0), 'nan'), ((1.0, 2.0, 3.0), '0.5')])]
+    for folder in folders:  # the first stopped, and the second diverged
+        (folder / 'last.pth.tar').write_bytes(b'')
+    taken = [word for word in norms_job(plan, exhibit).argv if word.endswith('.pth.tar')]
+    assert taken == [str(folders[2] / 'last.pth.tar')]
+    (folders[2] / 'last.pth.tar').unlink()
+    with pytest.raises(OptionError, match='^figure5: none of its runs has finished'):
+        norms_job(plan, exhibit)
+
+
+def test_figure_that_cannot_be_written_is_a_mistake(tmp_path):
+    plan = Plan(str(tmp_path / 'out'), str(HPARAMS))
+    write_run(plan.folder(EXHIBITS['figure1'].configs[0], 0))
+    (tmp_path / 'out' / 'figure1').mkdir()
+    (tmp_path / 'out' / 'figure1' / 'report.md').write_text('mine')
+    done = in_process(main, shlex.split('show figure1 --seeds 1 --out out'), tmp_path)
+    assert done.code == 2 and 'holds report.md, which no report wrote' in done.last_line
+    assert (tmp_path / 'out' / 'figure1' / 'report.md').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name, content', [
+    ('args.yaml', b'- model'), ('args.yaml', b'model: x\nmean: 2020-01-01\n'), ('summary.csv', b'\xff\n'),
+    ('attack.json', b'{')])
+def test_run_that_cannot_be_packed_is_named(tmp_path, name, content):
+    folder = write_run(tmp_path / 'runs' / 'a')
+    (folder / name).write_bytes(content)
+    done = in_process(main, shlex.split('pack runs --to runs.csv'), tmp_path)
+    assert done.code == 2 and f'runs/a: {name} cannot be read' in done.err and done.err.count('\n') == 1, done.err
+    assert [path.name for path in tmp_path.iterdir()] == ['runs']
+
+
+@pytest.mark.parametrize('line', ['a,summary.csv,0', 'a,summary.csv,0,x,y', 'a,args.yaml,model,{'])
+def test_torn_file_is_not_unpacked(tmp_path, line):
+    (tmp_path / 'runs.csv').write_text(f'run,file,key,value\nb,args.yaml,seed,1\n{line}\n')
+    done = in_process(main, shlex.split('unpack runs.csv runs'), tmp_path)
+    assert done.code == 2 and 'pack has written' in done.err and done.err.count('\n') == 1, done.err
+    assert [path.name for path in tmp_path.iterdir()] == ['runs.csv']
 
 
 @pytest.fixture(scope='module')

@@ -174,6 +174,9 @@ def test_outputs_that_cannot_be_compared_are_named(runs, report, tmp_path, odd):
         np.savez(path, names=np.array(['x']), right=np.array([True]))
     notes = report('--evaluations', *files).split('## Notes on evaluations')[1]
     assert 'not of the same images' in notes if odd == 'others' else '1.npz' in notes
+    # the other seed's alone are not those of the difference
+    assert odd == 'others' or 'outputs on imagenet are not those of all runs' in notes
+    assert {row['images_low'] for row in rows(tmp_path / 'out' / 'differences.csv')} == {''}
 
 
 # Mistakes

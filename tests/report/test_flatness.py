@@ -16,12 +16,12 @@ import flatness
 ACCURACIES = tuple(60.0 + 2 * i for i in range(8))
 
 
-def write_card(path, checkpoints, **measures):
+def write_card(path, checkpoints, images='train', **measures):
     """A table as `analyze card` writes it: name of a measure -> its values."""
-    rows = [dict(group='line' if name == 'loss' else 'sharpness', dataset='train', measure=name, unit='', values=values,
+    rows = [dict(group='line' if name == 'loss' else 'sharpness', dataset=images, measure=name, unit='', values=values,
                  non_finite=[int(value is None) for value in values]) for name, values in measures.items()]
     protocol = dict(checkpoints=[dict(path=str(c), sha256=sha256(c)) for c in checkpoints],
-                    datasets=[dict(name='train', folder='/data/train')])
+                    datasets=[dict(name=images, folder=f'/data/{images}')])
     path.write_text(json.dumps(dict(results=rows, protocol=protocol)))
     return path
 
@@ -73,6 +73,29 @@ def test_measures_that_order_runs_as_accuracy_does_or_the_other_way_round(runs, 
     assert '| sharp | **-1.00 [-1.00, -1.00]** |' in text.replace('\\', '')
     assert (tmp_path / 'out' / 'table1-flatness.png').read_bytes().startswith(b'\x89PNG')
     assert 'Kendall' in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_cards_of_other_images_are_measures_of_their_own(runs, report, tmp_path):
+    up = [1.0, 2, 3, 4, 5, 6, 7, 8]
+    cards = [write_card(tmp_path / f'{images}.json', runs, images, sharp=values, loss=values)
+             for images, values in (('validation', up), ('train', up[::-1]))]
+    report('--no-plots', '--cards', *cards)
+    with open(tmp_path / 'out' / 'flatness.csv', newline='') as f:
+        found = {(row['measure'], row['target']): float(row['tau']) for row in csv.DictReader(f)}
+    assert found['sharp (train)', 'validation accuracy'] == -1
+    assert found['sharp (validation)', 'validation accuracy'] == 1
+    assert found['loss (train)', 'generalization gap'] == -1  # the validation loss is 1 throughout
+
+
+def test_data_sets_of_another_table_are_not_waited_for(runs, report, tmp_path):
+    other = checkpoint(write_run(tmp_path / 'runs' / 'other', model='resnet18'))
+    results = [write_results(tmp_path / 'r.json', runs, range(8)), write_results(tmp_path / 's.json', [other], [0])]
+    results[1].write_text(results[1].read_text().replace('"imagenet"', '"cifar10"'))
+    report('--no-plots', '--cards', write_card(tmp_path / 'card.json', runs, sharp=[1.0, 2, 3, 4, 5, 6, 7, 8]),
+           '--evaluations', *results)
+    with open(tmp_path / 'out' / 'flatness.csv', newline='') as f:
+        assert {row['target']: row['tau'] for row in csv.DictReader(f)} == dict.fromkeys(
+            ('validation accuracy', 'ID accuracy', 'OOD accuracy', 'adversarial accuracy'), '1')
 
 
 def test_cards_of_other_runs_and_runs_without_one_are_named(runs, report, tmp_path):

@@ -1,4 +1,6 @@
 """The command timm_sam.report: its files, its pictures, its mistakes."""
+import io
+import sys
 
 import pytest
 from support.reports import rows, sam, write_run
@@ -113,6 +115,17 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     write_run(tmp_path / 'runs')
     (tmp_path / 'out').write_text('')
     assert '--out' in refused(capsys, [tmp_path / 'runs', '--out', tmp_path / 'out'])
+
+
+def test_stdout_that_nobody_reads_is_one_line(grid, capsys, monkeypatch):
+    class Gone(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, 'Broken pipe')
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    assert command.main([str(grid / 'runs'), '--out', str(grid / 'out'), '--no-plots']) == 2
+    err = capsys.readouterr().err
+    assert 'stdout cannot be written (Broken pipe)' in err and err.count('\n') == 1
+    assert '# Report' in (grid / 'out' / 'report.md').read_text()
 
 
 def test_without_matplotlib_there_are_tables_and_a_note(grid, capsys, monkeypatch):

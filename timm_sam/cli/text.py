@@ -107,14 +107,40 @@ def write_text(path: str, text: str, origin: str) -> None:
             f"{origin}: {path} cannot be written ({e.strerror}); make room, or name another file") from None
 
 
+def write_table(path: str, text: str, origin: str) -> None:
+    """:func:`write_text` for CSV that may replace an earlier table of the same columns, and no other file.
+
+    Args:
+        path: Of the file.
+        text: Its content, with the names of the columns in the first line.
+        origin: The flag that the path is from.
+
+    Raises:
+        OptionError: It holds something else, or cannot be written.
+    """
+    if os.path.isfile(path) and os.path.getsize(path):
+        try:
+            with open(path, encoding="utf-8") as f:
+                first = f.readline().rstrip("\n")
+        except (OSError, UnicodeDecodeError):
+            first = ""
+        if first != text.partition("\n")[0]:
+            raise OptionError(f"{origin}: {path} is there, and is no earlier table of these columns; name another file")
+    write_text(path, text, origin)
+
+
 def say(text: str) -> None:
-    """Prints a text.
+    """Prints a text; what the encoding of stdout lacks becomes ``\\u03c1`` and the like.
 
     Raises:
         OptionError: It cannot be written: stdout is a file on a full disk, or a pipe that nobody reads.
     """
     try:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:  # of a locale that has no rho, or no plus-minus
+            encoding = sys.stdout.encoding
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as e:
         sys.stdout = io.StringIO()  # what is left in the other one's buffer would raise again at the end
         raise OptionError(f"stdout cannot be written ({e.strerror}); make room, or send it elsewhere") from None

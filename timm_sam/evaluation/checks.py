@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..cli import ranges, rules
 from ..cli.rules import LOWER_PRECISIONS, Rules, flag
 from ..cli.tasks import is_multilabel, task_rules
@@ -68,6 +70,13 @@ def values(args: argparse.Namespace) -> Rules:
     yield from rules.per_channel(args)
     yield from rules.crop_has_size(args)
     yield from rules.device_is_there(args)
+    there, device = torch.cuda.device_count(), torch.device(args.device)
+    # where there is none, DataParallel does nothing
+    yield (args.num_gpu > 1 and 0 < there < args.num_gpu,
+           f"--num-gpu {args.num_gpu}: there are {there} CUDA devices here; use as many or fewer")
+    yield (args.num_gpu > 1 and there > 0 and (device.type, device.index or 0) != ("cuda", 0),
+           f"--num-gpu {args.num_gpu}: batches are shared by the first CUDA devices, not by --device {args.device}; "
+           f"use --device cuda, or leave --num-gpu out")
 
 
 def conflicts(args: argparse.Namespace, suites: bool) -> Rules:

@@ -100,7 +100,7 @@ def _read(flag: str, path: str, wanted: str, instead: str) -> list[Evaluated]:
             for evaluated, value, lost, detail in zip(found, row["values"], broken, details, strict=True):
                 if value is not None and not lost and math.isfinite(float(value)):
                     evaluated.numbers[key] = Number(float(value), _beside(path, detail))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         if isinstance(e, OptionError):
             raise
         raise OptionError(wrong) from None

@@ -174,5 +174,8 @@ def _radii(text: str) -> list[Radius]:
             numbers, radius = [], math.nan
         if len(numbers) > 2 or not (math.isfinite(radius) and radius > 0):
             raise argparse.ArgumentTypeError(f"radius {value!r} of {text!r} is not a number > 0 such as 0.5 or 0.5/255")
+        if norm == "linf" and radius > 1:
+            raise argparse.ArgumentTypeError(f"radius {value!r} of {text!r} reaches all images: they are in [0, 1]; "
+                                             f"write 8/255 for 8 of 255 steps")
         radii.append(Radius(norm, radius, value))
     return radii

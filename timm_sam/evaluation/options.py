@@ -30,6 +30,8 @@ class Resolved:
         taken: What it supplied, as flags.
         not_taken: The ``args.yaml`` beside the checkpoints, where ``--model`` says not to look at it.
         format_given: ``--results-format`` if it was given, else None.
+        crop_given: Whether the command line itself has ``--crop-pct``: then it is of images that are cropped already,
+            too, and not only what a run had for its own.
     """
 
     suites: bool = False
@@ -40,6 +42,7 @@ class Resolved:
     taken: str = ""
     not_taken: list[str] = field(default_factory=list)
     format_given: str | None = None
+    crop_given: bool = False
 
 
 def build_validate_parser(prog: str = "validate.py") -> OptionParser:
@@ -117,7 +120,8 @@ def resolve(parser: argparse.ArgumentParser, given: argparse.Namespace, args: ar
         taken.complete(args)
     return Resolved(
         suites, folder_of_checkpoints, frozenset(in_folders), left_out, taken.path, taken.shown,
-        beside(args.checkpoint) if given.model is not None else [], getattr(given, "results_format", None))
+        beside(args.checkpoint) if given.model is not None else [], getattr(given, "results_format", None),
+        given.crop_pct is not None)
 
 
 def _named_folder(text: str) -> tuple[str, str]:
@@ -162,6 +166,9 @@ def checkpoint_files(paths: Sequence[str], finished: bool) -> tuple[list[str], l
         there = sorted(_in_folder(path), key=natural_key)
         unfinished = [file for file in there if finished and files.is_unfinished(file)]
         there = [file for file in there if file not in unfinished]
+        if not there and unfinished:
+            raise OptionError(f"--checkpoint {path} holds {os.path.basename(unfinished[0])}, but nothing that a "
+                              f"finished epoch has left; give the file itself")
         if not there:
             raise OptionError(f"--checkpoint {path} holds no *.pth.tar and no *.pth; give the file")
         kept += there

@@ -11,7 +11,7 @@ import torchvision
 from .. import __version__
 from .journal import key_of
 from .quantize import SCHEME
-from .sets.loaders import crop_border, crop_pct
+from .sets.loaders import crop_border
 from .sets.suites import Suite
 from .subject import Subject
 
@@ -41,7 +41,7 @@ def dataset(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:
                 classes=suite.num_classes, crop_border_pixels=crop_border(args, suite),
                 **({} if suite.space.sets is None else dict(labels=key_of(sets=suite.space.sets))),
                 # where it is the model's it stands with the preprocessing
-                **({} if (crop := crop_pct(args, suite)) is None else dict(crop_pct=crop)),
+                **({} if suite.crop_pct is None else dict(crop_pct=suite.crop_pct)),
                 samples_sha256=suite.samples_sha256)
 
 

@@ -86,7 +86,7 @@ def check_kept(files: Mapping[str, str], paths: Sequence[str], sha256s: Collecti
                 wholes = [f"/{_in_csv(os.path.normpath(path))}/" for path in paths]
                 lost = [name for name in map(csv_plain, head[4:-3])
                         if not any(f"/{os.path.normpath(name)}/" in whole for whole in wholes)]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, csv.Error):
         raise OptionError(f"--skip-existing: {files[kind]} is no table of {command}; name another {out}, or use "
                           f"--overwrite") from None
     lost += [f"{measure} of {dataset}" for dataset, measure in old if (dataset, measure) not in rows]

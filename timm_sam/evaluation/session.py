@@ -122,6 +122,8 @@ class Session:
             OptionError: One is not what it is said to be, or not the same for all ranks.
         """
         suites = self.ranks.each(lambda: _open(self.args, outputs, self.primary))
+        for suite in suites if self.resolved.crop_given else ():
+            suite.crop_pct = None
         check_same(suites, self.ranks)
         return suites
 

@@ -151,7 +151,7 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
     if args.valid_labels:
         space = LabelSpace("valid labels", tuple((i,) for i in read_valid_labels(args, subject.num_classes)))
     loaded = single_loader(args, subject, dataset, batch_size, session.ranks)
-    real = _real_labels(args, dataset, loaded)
+    real = real_labels(args, dataset, loaded)
     share = _Share(OrderedDict(
         param_count=round(subject.param_count / 1e6, 2), img_size=subject.data_config["input_size"][-1],
         crop_pct=subject.crop_pct, interpolation=subject.data_config["interpolation"]))
@@ -184,7 +184,17 @@ def _share(session: Session, model: str, checkpoint: str | None, batch_size: int
     return share
 
 
-def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> RealLabelsImagenet | None:
+def real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> RealLabelsImagenet | None:
+    """What counts by the labels of ``--real-labels``; None: there are none.
+
+    Args:
+        args: All options.
+        dataset: With the names of its files: ImageNet's whole validation split.
+        loaded: This rank's share of it.
+
+    Raises:
+        OptionError: The file is no list of lists, or not of these images.
+    """
     if not args.real_labels:
         return None
     try:
@@ -192,7 +202,9 @@ def _real_labels(args: argparse.Namespace, dataset: Any, loaded: Loaded) -> Real
         real = RealLabelsImagenet(names, real_json=args.real_labels)
         if not all(name in real.real_labels for name in names):
             raise ValueError("files of other names")
-    except (AssertionError, AttributeError, ValueError, OSError):
+        if not all(isinstance(several, list) for several in real.real_labels.values()):
+            raise ValueError("no lists of labels")
+    except (AssertionError, AttributeError, TypeError, ValueError, OSError):
         raise OptionError(
             f"--real-labels {args.real_labels}: needs a JSON list of one list per image, and ImageNet's whole "
             f"validation split as a folder or tar; leave it out for other data") from None

@@ -123,7 +123,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     if not isinstance(model, NaFlexVit):
         with autocast():
             _try(model, name, torch.zeros(1, *data_config["input_size"], device=device, dtype=dtype))
-    model = _transformed(args, model)
+    model = _transformed(args, model, name)
     model.eval()
     return Subject(
         name=name, checkpoint=checkpoint, sha256=sha256, model=model,
@@ -170,10 +170,17 @@ def _try(model: nn.Module, name: str, images: Tensor) -> None:
             f"--img-size, --input-size, --in-chans and --model-dtype") from e
 
 
-def _transformed(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    """Scripted, compiled, fused or spread over devices, as the options say."""
+def _transformed(args: argparse.Namespace, model: nn.Module, name: str) -> nn.Module:
+    """Scripted, compiled, fused or spread over devices, as the options say.
+
+    Raises:
+        OptionError: It cannot be scripted.
+    """
     if args.torchscript:
-        model = torch.jit.script(model)
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:  # of the language that it is written in: not every model is
+            raise OptionError(f"--torchscript: --model {name} cannot be scripted: {one_line(e)}; leave it out") from e
     elif args.torchcompile:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..cli import recipes
 from ..cli.errors import OptionError, report
 from ..cli.parser import OptionParser, non_negative, positive_int, program
-from ..cli.text import say, write_text
+from ..cli.text import say, write_table
 from ..jobs.table import run_table
 from . import archive, drawing, small
 from .catalogue import EXHIBITS
@@ -146,18 +146,20 @@ def _show(args: argparse.Namespace, flags: Sequence[str]) -> int:
     exhibits = _chosen(args.exhibits)
     if args.csv and len(exhibits) != 1:
         raise OptionError(f"--csv {args.csv} takes one table: name one")
+    check_recipes(args.hparams)
     plan = Plan(args.out, args.hparams, seeds=args.seeds)
     if args.csv:
-        write_text(args.csv, table_csv(exhibits[0], collect(plan, exhibits[0])), "--csv")
+        write_table(args.csv, table_csv(exhibits[0], collect(plan, exhibits[0])), "--csv")
     return _print(plan, exhibits)
 
 
 def _print(plan: Plan, exhibits: Sequence[Exhibit]) -> int:
+    code = 0
     for exhibit in exhibits:
         found = collect(plan, exhibit)
         say(table_text(exhibit, found) + "\n")
-        drawing.draw(plan, exhibit, found)
-    return 0
+        code = max(code, drawing.draw(plan, exhibit, found))
+    return code
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ the run ``*``.
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from ..cli.errors import OptionError, one_line
 from ..cli.parser import read_yaml
-from ..cli.text import csv_text, write_text
+from ..cli.text import csv_text, write_table
 from ..report.runs import find_runs
 from ..runs import files, timing
 from ..runs.sameness import NOT_COMPARED, data_name
@@ -34,7 +34,7 @@ def pack(root: str, path: str) -> int:
         How many runs there are.
 
     Raises:
-        OptionError: There are none, one cannot be read, or the file cannot be written.
+        OptionError: There are none, one cannot be read, or the file cannot be written, or holds something else.
     """
     folders = sorted(find_runs([root]))
     options = {folder: _options(folder) for folder in folders}
@@ -46,12 +46,8 @@ def pack(root: str, path: str) -> int:
         run = os.path.relpath(folder, root)
         rows += [(run, files.ARGS, key, _text(value)) for key, value in args.items() if key not in common]
         for name in sorted(_names(folder)):
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                if name in _LINES:
-                    rows += [(run, name, number, line.rstrip("\n")) for number, line in enumerate(f)]
-                else:  # of an evaluation
-                    rows.append((run, name, "", _text(_portable(json.load(f)))))
-    write_text(path, csv_text(HEADER, rows), "--to")
+            rows += [(run, name, *line) for line in _content(folder, name)]
+    write_table(path, csv_text(HEADER, rows), "--to")
     return len(folders)
 
 
@@ -77,19 +73,27 @@ def unpack(path: str, root: str) -> int:
         if row["run"] != _ALL:
             runs.setdefault(row["run"], {}).setdefault(row["file"], []).append(row)
     try:
+        # of all runs before anything is written
+        options = {run: _options_again({**common, **{row["key"]: row["value"] for row in parts.pop(files.ARGS, [])}})
+                   for run, parts in runs.items()}
+    except ValueError as e:
+        raise OptionError(f"{path}: {one_line(e)}; give a file that pack has written") from e
+    try:
         for run, parts in runs.items():
             folder = os.path.join(root, run)
-            os.makedirs(folder)
-            own = {row["key"]: row["value"] for row in parts.pop(files.ARGS, [])}
-            args = {key: json.loads(value) for key, value in {**common, **own}.items()}
-            _write(folder, files.ARGS, [yaml.safe_dump(args, default_flow_style=False).rstrip("\n")])
+            os.makedirs(folder, exist_ok=True)  # a run may lie in another one
+            _write(folder, files.ARGS, [options[run]])
             for name, lines in parts.items():
                 _write(folder, name, [row["value"] for row in lines])
     except OSError as e:
         raise OptionError(f"{root} cannot be written ({e.strerror}): name another folder") from e
-    except ValueError as e:
-        raise OptionError(f"{path}: {one_line(e)}; give a file that pack has written") from e
     return len(runs)
+
+
+def _options_again(values: Mapping[str, str]) -> str:
+    """What ``args.yaml`` is to hold, of values as :func:`_text` has written them."""
+    return yaml.safe_dump({key: json.loads(value) for key, value in values.items()},
+                          default_flow_style=False).rstrip("\n")
 
 
 def _names(folder: str) -> list[str]:
@@ -108,11 +112,25 @@ def _portable(value: Any) -> Any:
     return os.path.join(*value.split(os.sep)[-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
 
+def _content(folder: str, name: str) -> list[tuple[object, str]]:
+    """The lines of a table with their numbers, or all of a JSON file in one."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            if name in _LINES:
+                return [(number, line.rstrip("\n")) for number, line in enumerate(f)]
+            return [("", _text(_portable(json.load(f))))]  # of an evaluation
+    except (OSError, ValueError, RecursionError) as e:
+        raise OptionError(f"{folder}: {name} cannot be read: {one_line(e)}; remove the file, or the folder") from e
+
+
 def _options(folder: str) -> dict[str, Any]:
     """What the run was asked for, without what is of the machine."""
     try:
         found = read_yaml(os.path.join(folder, files.ARGS))
-    except (OSError, ValueError) as e:
+        if not isinstance(found, dict):
+            raise ValueError("it holds no options of a training")
+        _text(found)
+    except (OSError, ValueError, TypeError, RecursionError) as e:  # dates and sets are no option's value
         raise OptionError(f"{folder}: {files.ARGS} cannot be read: {one_line(e)}; remove the folder") from e
     kept = {key: value for key, value in found.items() if key not in NOT_COMPARED or key == "seed"}
     return {**kept, "data_dir": data_name(found.get("data_dir"))}
@@ -130,7 +148,9 @@ def _read(path: str) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as e:
         raise OptionError(f"{path} cannot be read: {one_line(e)}; give a file that pack has written") from e
     names = {(row.get("run") or "", row.get("file") or "") for row in rows}
-    if not rows or tuple(rows[0]) != HEADER or not all(map(_is_inside, (part for pair in names for part in pair))):
+    # a line that is torn has fewer fields, which are None, and one that is none of ours more, under the key None
+    whole = all(tuple(row) == HEADER and None not in row.values() for row in rows)
+    if not rows or not whole or not all(map(_is_inside, (part for pair in names for part in pair))):
         raise OptionError(f"{path} is no file that pack has written: give one")
     return [{**row, "value": row["value"].removeprefix("'") if row["value"].startswith("'-") else row["value"]}
             for row in rows]

@@ -1,10 +1,11 @@
 """The paper's figures of runs: by the report, or by an analysis."""
 import os
 
-from ..cli.errors import OptionError
+from ..cli.errors import OptionError, one_line
 from ..cli.text import say
 from ..jobs.job import ANALYZE, Job
 from ..report.__main__ import main as write_report
+from ..report.runs import FINISHED, read_run
 from ..runs import files
 from .exhibits import NORMS, REPORT, Exhibit
 from .plan import Plan
@@ -12,7 +13,7 @@ from .results import Found
 
 
 def norms_job(plan: Plan, exhibit: Exhibit) -> Job:
-    """The analysis of all checkpoints of an exhibit that are there; one of older checkpoints is made again.
+    """The analysis of the last checkpoints of an exhibit's finished runs; one of older checkpoints is made again.
 
     Raises:
         OptionError: There are none.
@@ -20,12 +21,14 @@ def norms_job(plan: Plan, exhibit: Exhibit) -> Job:
     labels, paths = [], []
     for entry in exhibit.entries:
         for seed in range(plan.seeds) if entry.config is not None else ():
-            path = os.path.join(plan.folder(entry.config, seed), files.LAST)  # type: ignore[arg-type]
-            if os.path.isfile(path):
+            folder = plan.folder(entry.config, seed)  # type: ignore[arg-type]
+            path = os.path.join(folder, files.LAST)
+            # a run that failed has left one too, of an epoch on the way, or of NaN
+            if os.path.isfile(path) and read_run(folder).status == FINISHED:
                 labels.append(" ".join(filter(None, entry.labels)))
                 paths.append(path)
     if not paths:
-        raise OptionError(f"{exhibit.name}: none of its runs has left a checkpoint; see why they failed")
+        raise OptionError(f"{exhibit.name}: none of its runs has finished and left a checkpoint; see why they failed")
     folder = os.path.join(plan.out, exhibit.name)
     result = os.path.join(folder, "norms.json")
     if os.path.isfile(result) and os.path.getmtime(result) < max(map(os.path.getmtime, paths)):
@@ -34,19 +37,27 @@ def norms_job(plan: Plan, exhibit: Exhibit) -> Job:
     return Job(exhibit.name, exhibit.name, folder, argv, ANALYZE, True, result)
 
 
-def draw(plan: Plan, exhibit: Exhibit, found: Found) -> None:
+def draw(plan: Plan, exhibit: Exhibit, found: Found) -> int:
     """Draws a figure of the runs that are there, and says where; of tables there is nothing to draw.
 
+    Returns:
+        The exit code: 0, or 2 where the report has said, in a line of its own, what it cannot write.
+
     Raises:
-        OptionError: The folder cannot be written.
+        OptionError: A table cannot be read, or stdout not be written.
     """
     folder = os.path.join(plan.out, exhibit.name)
     if exhibit.kind == REPORT and found.folders:
-        write_report([*found.folders, "--out", folder])
+        return write_report([*found.folders, "--out", folder])
     if exhibit.kind == NORMS:
         table = os.path.join(folder, "norms.md")
         if os.path.isfile(table):
-            with open(table, encoding="utf-8") as f:
-                say(f"{f.read().strip()}\n\nFigures and tables in {folder}")
+            try:
+                with open(table, encoding="utf-8") as f:
+                    text = f.read().strip()
+            except (OSError, UnicodeDecodeError) as e:
+                raise OptionError(f"{table} cannot be read: {one_line(e)}; remove it, and run {exhibit.name}") from None
+            say(f"{text}\n\nFigures and tables in {folder}")
         else:
             say(f"{exhibit.name} is not made yet: {exhibit.name} wants run")
+    return 0

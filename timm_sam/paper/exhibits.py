@@ -61,8 +61,9 @@ class Evaluation:
         name: Of the file of its results.
         command: ``validate`` or ``analyze``.
         words: Before all flags: the name of an analysis.
-        flags: Of the command; ``{root}`` stands for the folder of all evaluation sets.
+        flags: Of the command.
         passes: Images that pass forward and backward, at most.
+        sets: Published evaluation sets that it reads, by their names; empty: it reads the run's own images.
     """
 
     name: str
@@ -70,11 +71,7 @@ class Evaluation:
     words: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     passes: int = 0
-
-    @property
-    def many_sets(self) -> bool:
-        """Whether it reads the published evaluation sets."""
-        return "{root}" in self.flags
+    sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ _VIT = [(optimizer, selection) for optimizer in ("AdamW", "Lion") for selection 
 _SETS = ("imagenet", "imagenetv2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
 # one evaluation for both tables: images are attacked once
 _ROBUST = Evaluation("evaluation", "validate", (), (
-    "--eval-root", "{root}", "--attack", "l2=0.25,0.5,1", "linf=0.25/255,0.5/255,1/255"), 5000 * 6 * 1000)
+    "--attack", "l2=0.25,0.5,1", "linf=0.25/255,0.5/255,1/255"), 5000 * 6 * 1000, _SETS)
 _RADII = {name: [f"{name} {radius}" for radius in radii] for name, radii in (
     ("l2", ("0.25", "0.5", "1")), ("linf", ("0.25/255", "0.5/255", "1/255")))}
 

@@ -1,12 +1,14 @@
 """From an exhibit to jobs: which folders of runs, which command lines, and whether the data can be what they need."""
 import argparse
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cli.errors import OptionError
 from ..cli.image_folders import split_root
-from ..cli.parser import OptionParser
+from ..cli.parser import OptionParser, program
+from ..evaluation.sets.folders import find_suites
 from ..jobs.job import Job
 from ..runs import files
 from ..training.checks import check_surroundings
@@ -52,10 +54,10 @@ class Plan:
     def train(self, config: Config, seed: int) -> Job:
         """The training of a run."""
         name = f"{config.name}/seed{seed}"
-        device = () if any(word in ("-b", "--batch-size") for word in self.flags) else config.device
-        hist = () if "--checkpoint-hist" in self.flags else ("--checkpoint-hist", "1")
-        argv = (*self.recipe(config), *device, "--data-dir", self.data(config.data), *hist, *self.flags, "--seed",
-                str(seed), "--output", os.path.join(self.out, RUNS), "--experiment", name, "--resume", "auto")
+        device = config.device if self._given.batch_size is None else ()
+        argv = (*self.recipe(config), *device, "--data-dir", self.data(config.data), "--checkpoint-hist", "1",
+                *self.flags, "--seed", str(seed), "--output", os.path.join(self.out, RUNS), "--experiment", name,
+                "--resume", "auto")
         return Job(name, config.name, self.folder(config, seed), argv, keep=True)
 
     def evaluate(self, config: Config, evaluation: Evaluation, train: Job) -> Job:
@@ -63,28 +65,37 @@ class Plan:
         checkpoint = os.path.join(train.folder, files.LAST)
         result = os.path.join(train.folder, f"{evaluation.name}.json")
         data = self.data(config.data)
-        flags = [word.format(root=self.eval_root) for word in evaluation.flags]
         if evaluation.command == "validate":
-            where = [] if evaluation.many_sets else [
-                "--eval", f"{config.data.folder}={split_root(data, 'validation', '--data-dir')}"]
+            sets = self._sets(evaluation) if evaluation.sets else {
+                config.data.folder: split_root(data, "validation", "--data-dir")}
+            where = ["--eval", *(f"{name}={folder}" for name, folder in sets.items())] if sets else []
             more = [*where, "--results-file", result, "--skip-existing"]
         else:
             # its files are called by the name of the analysis
             out = os.path.join(train.folder, evaluation.name)
             result = os.path.join(out, f"{evaluation.words[0]}.json")
             more = ["--data-dir", data, "--out", out, "--skip-existing"]
-        argv = (*evaluation.words, "--checkpoint", checkpoint, *more, *flags, *self.passed_on())
+        argv = (*evaluation.words, "--checkpoint", checkpoint, *more, *evaluation.flags, *self.passed_on())
         return Job(f"{train.name} {evaluation.name}", (config.name, evaluation.name), train.folder, argv,
                    evaluation.command, True, result, train)
 
+    def _sets(self, evaluation: Evaluation) -> dict[str, str]:
+        """The evaluation's published sets that are there, and their folders: others may be, and take days."""
+        found = find_suites(self.eval_root)[0] if self.eval_root else {}
+        return {name: found[name] for name in evaluation.sets if name in found}
+
     def passed_on(self) -> list[str]:
         """Of the flags of train.py those of execution that evaluations have, too."""
-        found: list[str] = []
-        for name in ("--device", "--workers"):
-            if name in self.flags:
-                place = self.flags.index(name)
-                found += self.flags[place:place + 2]
-        return found
+        return [word for flag, value in (("--device", self._given.device), ("--workers", self._given.workers))
+                if value is not None for word in (flag, value)]
+
+    @functools.cached_property
+    def _given(self) -> argparse.Namespace:
+        """What ``flags`` say of execution, however it is written; None: nothing."""
+        parser = OptionParser(prog=f"{program('timm_sam.paper')} run", add_help=False)
+        for names in (("--device",), ("-j", "--workers"), ("-b", "--batch-size")):
+            parser.add_argument(*names)
+        return parser.parse_known_args(self.flags)[0]
 
     def jobs(self, exhibit: Exhibit, only: Sequence[str] = ()) -> list[Job]:
         """All of an exhibit; seed by seed, so that the whole of it is there early, though with fewer seeds."""
@@ -113,9 +124,13 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
         for variant in only:
             if variant not in known:
                 raise OptionError(f"--only {variant}: {exhibit.name} has {', '.join(known) or 'nothing to run'}")
-        if any(evaluation.many_sets for _, evaluation in exhibit.evaluations) and not os.path.isdir(plan.eval_root):
+        sets = {name for _, evaluation in exhibit.evaluations for name in evaluation.sets}
+        if sets and not os.path.isdir(plan.eval_root):
             raise OptionError(f"--eval-root {plan.eval_root or 'is missing'}: {exhibit.name} needs the folder of the "
                               f"published evaluation sets, see docs/evaluation.md")
+        if "imagenet" in sets and "imagenet" not in find_suites(plan.eval_root)[0]:
+            raise OptionError(f"--eval-root {plan.eval_root}: {exhibit.name} needs ImageNet's validation images in it, "
+                              f"as imagenet/val: it is they that are attacked")
     configs = dict.fromkeys(config for exhibit in exhibits for config in exhibit.configs
                             if not only or config.variant in only)
     parsed: dict[Data, tuple[OptionParser, argparse.Namespace]] = {}

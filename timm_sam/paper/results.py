@@ -71,6 +71,9 @@ def collect(plan: Plan, exhibit: Exhibit) -> Found:
     Args:
         plan: Without flags over the recipes: what differs from those is noted.
         exhibit: Which.
+
+    Raises:
+        OptionError: A run is there, and its recipe is not, or cannot be read.
     """
     printed = numbers.read(exhibit.name)
     found = Found(printed.header or exhibit.header or ("run",))
@@ -79,7 +82,7 @@ def collect(plan: Plan, exhibit: Exhibit) -> Found:
         values, why = [], []
         for job in _jobs(plan, entry):
             if job.folder not in seen:
-                seen[job.folder] = _accuracy(job, found)
+                seen[job.folder] = _accuracy(entry, job, found)
             # distributions are drawn of all runs together, and no number of one
             own = entry.evaluation is None or exhibit.kind == NORMS
             value, reason = seen[job.folder] if own else _measured(plan, entry, job)
@@ -99,7 +102,7 @@ def _jobs(plan: Plan, entry: Entry) -> Iterable[Job]:
     return [] if entry.config is None else [plan.train(entry.config, seed) for seed in range(plan.seeds)]
 
 
-def _accuracy(job: Job, found: Found) -> tuple[float | None, str]:
+def _accuracy(entry: Entry, job: Job, found: Found) -> tuple[float | None, str]:
     """What a run reached in its last epoch; a run of other options than its recipe is noted."""
     if not os.path.isdir(job.folder):
         return None, "not run"
@@ -109,8 +112,10 @@ def _accuracy(job: Job, found: Found) -> tuple[float | None, str]:
     found.folders.append(job.folder)
     try:
         wanted = options_of(job)
-    except OptionError:  # a recipe that leaves its radius open
-        wanted = {}
+    except OptionError:
+        if entry.config is None or not entry.config.needs:
+            raise  # else nobody would be told that a run has other options
+        wanted = {}  # a recipe that leaves its radius open
     for key in changed_options(run.args, wanted):
         if key not in ("data_dir", "seed"):
             found.other.setdefault(key, set()).add(str(run.args.get(key)))
@@ -126,7 +131,8 @@ def _measured(plan: Plan, entry: Entry, train: Job) -> tuple[float | None, str]:
         value = _number(read_evaluations([job.result]), *entry.measure)
     except OptionError as e:
         return None, one_line(e)
-    return (value, "") if value is not None else (None, f"{os.path.basename(job.result)} has no {entry.measure[1]}")
+    wanted = " ".join(filter(None, entry.measure))
+    return (value, "") if value is not None else (None, f"{os.path.basename(job.result)} has no {wanted}")
 
 
 def _number(evaluated: Sequence[Evaluated], dataset: str, measure: str) -> float | None:

@@ -84,10 +84,6 @@ def table_text(exhibit: Exhibit, found: Found) -> str:
     return "\n\n".join([*parts, *_missing(exhibit)])
 
 
-
-
-
-
 def _missing(exhibit: Exhibit) -> list[str]:
     return [f"Not here: {markdown_text(reason)}." for reason in exhibit.missing]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cli.errors import OptionError
-from ..cli.text import markdown, write_text
+from ..cli.text import markdown, say, write_text
 from ..digits import __main__ as digits
 from ..fashion import __main__ as fashion
 from ..jobs.job import VALIDATE, Job
@@ -165,7 +165,7 @@ def _report(small: Small) -> int:
     text = "\n\n".join([
         f"Radii with the highest accuracy on {100 * float(HELD_OUT):g} % of the training images, which were held out, "
         f"one run each:", markdown(["model", "variant", "perturbs", "rho", "held-out accuracy in %"], rows)])
-    print(f"{text}\n", flush=True)
+    say(f"{text}\n")
     os.makedirs(os.path.join(small.out, "report"), exist_ok=True)
     write_text(os.path.join(small.out, "report", "radii.md"), f"{text}\n", "--out")
     evaluations = [job.result for job in small.second(chosen) if job.command == VALIDATE and os.path.isfile(job.result)]

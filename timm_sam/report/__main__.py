@@ -11,7 +11,7 @@ from ..cli.document import Document, Figure, as_markdown
 from ..cli.errors import OptionError, one_line, report
 from ..cli.escape import printable
 from ..cli.parser import OptionParser, program
-from ..cli.text import replace_file, why_not_writable
+from ..cli.text import replace_file, say, why_not_writable
 from ..evaluation.evaluated import read_cards, read_evaluations
 from . import evaluation_tables, flatness, run_tables
 from .differences import PLAIN, Difference, check_baseline, differences
@@ -68,7 +68,8 @@ def make_report(args: argparse.Namespace) -> None:
     """Reads the runs, writes ``args.out``, prints the tables.
 
     Raises:
-        OptionError: No runs there, or the folder cannot be written or holds something else under our names.
+        OptionError: No runs there, or the folder cannot be written or holds something else under our names, or stdout
+            cannot be written.
     """
     folders = find_runs(args.runs)
     evaluations, cards = read_evaluations(args.evaluations), read_cards(args.cards)
@@ -116,9 +117,8 @@ def make_report(args: argparse.Namespace) -> None:
             replace_file(os.path.join(args.out, name), text)
     except OSError as e:
         raise OptionError(f"--out {args.out} cannot be written ({e.strerror or e}): name another folder") from e
-    print(shown.strip())
-    for line in [*notes, f"Wrote {', '.join(os.path.join(args.out, name) for name in [*texts, *drawn])}"]:
-        print(printable(line))
+    wrote = f"Wrote {', '.join(os.path.join(args.out, name) for name in [*texts, *drawn])}"
+    say("\n".join([shown.strip(), *map(printable, [*notes, wrote])]))
 
 
 def _document(tables: Sequence[Table], runs: Sequence[Run], args: argparse.Namespace,

@@ -113,13 +113,17 @@ class _Reader:
         self._known: dict[str, Saved | None] = {}
 
     def compared(self, joined: Joined, cell: Cell, base: Cell, key: Key) -> Interval | None:
-        """The paired bootstrap of two cells, image by image, seeds averaged; None where outputs are missing."""
+        """The paired bootstrap of two cells, image by image, seeds averaged; None where outputs are missing, of some
+        seeds, too: the interval would be that of another difference."""
         if key.measure != "top1":
             return None
         sides = [[self._read(path) for path in joined.details(side, key) if isinstance(path, str)]
                  for side in (cell, base)]
         whole = [[saved for saved in side if saved is not None] for side in sides]
         if not all(whole):
+            return None
+        if any(len(saved) < len(joined.of(side, key).values) for saved, side in zip(whole, (cell, base))):
+            self._note(f"outputs on {key.dataset} are not those of all runs: not compared image by image")
             return None
         names = sorted(whole[0][0].names)
         means = []

@@ -69,11 +69,14 @@ def values_of(table: Table, cards: Joined, joined: Joined | None, epoch: str) ->
         epoch: Which accuracy of training counts, ``"last"`` or ``"best"``.
     """
     runs = [run for cell in table.cells for run in cell.runs if run.path in cards.numbers]
+    several = len({key.dataset for run in runs for key in cards.numbers[run.path]}) > 1
     measures: dict[str, dict[str, float]] = {}
     for run in runs:
         for key, number in cards.numbers[run.path].items():
             if key.measure not in _NO_MEASURE:
-                measures.setdefault(key.measure, {})[run.path] = number.value
+                # of other images it is another measure
+                name = f"{key.measure} ({key.dataset})" if several else key.measure
+                measures.setdefault(name, {})[run.path] = number.value
     return Values(measures, _targets(runs, cards, joined, epoch) if measures else {}, runs)
 
 
@@ -94,23 +97,27 @@ def _targets(runs: Sequence[Run], cards: Joined, joined: Joined | None, epoch: s
     """Target -> its value of each run that has one."""
     found = {VALIDATION: {run.path: run.accuracy(epoch) for run in runs}}
     if joined is not None:
+        # those of other tables may be of other data sets
+        keys = [key for key in joined.keys if any(key in joined.numbers.get(run.path, {}) for run in runs)]
         for group in ("ID", "OOD", "adversarial"):
             means = {run.path: mean for run in runs
-                     if (mean := _mean_accuracy(joined.numbers.get(run.path, {}), joined.keys, group)) is not None}
+                     if (mean := _mean_accuracy(joined.numbers.get(run.path, {}), keys, group)) is not None}
             if means:
                 found[f"{group}{ACCURACY}"] = means
     gaps = {}
     for run in runs:
-        losses = [number.value for key, number in cards.numbers[run.path].items() if key.measure == _LOSS]
-        if losses and "eval_loss" in run.rows[-1]:
-            gaps[run.path] = run.rows[-1]["eval_loss"] - losses[0]
+        losses = {key.dataset: number.value for key, number in cards.numbers[run.path].items() if key.measure == _LOSS}
+        # of cards of several sets that of the training images
+        loss = losses.get(run.args["train_split"]) if len(losses) > 1 else next(iter(losses.values()), None)
+        if loss is not None and "eval_loss" in run.rows[-1]:
+            gaps[run.path] = run.rows[-1]["eval_loss"] - loss
     if gaps:
         found[GAP] = gaps
     return found
 
 
 def _mean_accuracy(numbers: Mapping[Key, Number], keys: Sequence[Key], group: str) -> float | None:
-    """Over all data sets (or radii) of a group that any run was evaluated on; None: one of them is missing."""
+    """Over all data sets (or radii) of a group that any run of the table has; None: one of them is missing."""
     wanted = [key for key in keys if key.group == group and (
         key.measure == "top1" if group != "adversarial" else key.measure != "clean")]
     values = [numbers[key].value for key in wanted if key in numbers]

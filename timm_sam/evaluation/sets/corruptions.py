@@ -23,6 +23,8 @@ ALEXNET: dict[str, float] = {
 }
 # the folders that the archives are named after, which some copies keep
 _AROUND = ("", "noise", "blur", "weather", "digital")
+# the names of its parts as sets
+PARTS = tuple(f"{NAME}/{corruption}/{severity}" for corruption in ALEXNET for severity in SEVERITIES)
 MCE = "mce"
 
 
@@ -60,7 +62,7 @@ def parts(folder: str, flag: str, allow_partial: bool) -> dict[str, str]:
                 missing.append(f"{corruption}/{severity}")
     if not found or (missing and not allow_partial):
         raise OptionError(
-            f"{flag}: {len(missing)} of {len(ALEXNET) * len(SEVERITIES)} folders of {NAME} are not there: "
+            f"{flag}: {len(missing)} of {len(PARTS)} folders of {NAME} are not there: "
             f"{some(missing)}; complete the set" + (", or add --allow-partial to score the others" if found else ""))
     return found
 
@@ -87,7 +89,7 @@ def summary(measures: Sequence[Measure]) -> list[Measure]:
         found.append(_summed(name, together, statistics.fmean(values.values())))
         if name != "top1":
             continue
-        if len(together) == len(ALEXNET) * len(SEVERITIES):
+        if len(together) == len(PARTS):
             found.append(_summed(MCE, together, mce(values)))
         for corruption, severities in corruptions.items():
             row = _summed(corruption, list(severities.values()), values[corruption])
@@ -113,13 +115,13 @@ def rows(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     found = {pair for pair in pairs if pair not in ours} | {(NAME, name) for _, name in ours}
     scored = {dataset for dataset, name in ours if name == "top1"}
     found |= {(NAME, dataset.split("/")[1]) for dataset in scored}
-    return found | ({(NAME, MCE)} if len(scored) == len(ALEXNET) * len(SEVERITIES) else set())
+    return found | ({(NAME, MCE)} if len(scored) == len(PARTS) else set())
 
 
 def _summed(name: str, together: Sequence[Measure], value: float) -> Measure:
     flags = list(dict.fromkeys(flag for m in together for flag in m.flags))
-    parts_there, parts_all = len({m.dataset for m in together}), len(ALEXNET) * len(SEVERITIES)
-    if parts_there < parts_all and name not in ALEXNET:
+    parts_there, parts_all = len({m.dataset for m in together}), len(SEVERITIES if name in ALEXNET else PARTS)
+    if parts_there < parts_all:
         flags.append(f"partial: {parts_there} of {parts_all} folders")
     first = together[0]
     return Measure(first.group, NAME, name, sum(m.images for m in together), flags, [value],

@@ -185,19 +185,13 @@ def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batch
     """
     indices = [i for place in places for i in batches[place]]
     dataset = SuiteDataset(suite, _img_mode(args, subject), indices)
-    loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw,
-                     crop_pct(args, suite))
+    loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw, suite.crop_pct)
     return Loaded(loader, list(places), indices)
 
 
 def crop_border(args: argparse.Namespace, suite: Suite) -> int:
     """Pixels to cut from each side of a suite's images: what the options say, else what the suite needs."""
     return suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
-
-
-def crop_pct(args: argparse.Namespace, suite: Suite) -> float | None:
-    """Share of a suite's images that the crop keeps, if it is the suite's own; None: the options' or the model's."""
-    return None if args.crop_pct is not None else suite.crop_pct
 
 
 def _img_mode(args: argparse.Namespace, subject: Subject) -> str:

@@ -1,5 +1,6 @@
 """Names of evaluation sets: those of published ones in any case, and names that are almost one."""
 from ...cli.errors import OptionError
+from . import corruptions
 from .folders import PUBLISHED
 from .suites import REAL
 
@@ -7,8 +8,8 @@ KNOWN = (*PUBLISHED, REAL)
 
 
 def canonical(name: str) -> str:
-    """A name as tables have it: that of a published set in lower case, any other as it is."""
-    return name.lower() if name.lower() in KNOWN else name
+    """A name as tables have it: that of a published set, or of a part of one, in lower case, any other as it is."""
+    return name.lower() if name.lower() in KNOWN or corruptions.is_part(name.lower()) else name
 
 
 def meant(name: str, origin: str) -> str:
@@ -20,9 +21,13 @@ def meant(name: str, origin: str) -> str:
 
     Raises:
         OptionError: It is that of a published set but for what stands between its letters: its own label space is
-            what this set would miss.
+            what this set would miss. Or it is that of a part of ImageNet-C which there is not.
     """
     found = canonical(name)
+    if corruptions.is_part(found) and found not in corruptions.PARTS:
+        whole = corruptions.NAME
+        raise OptionError(f"{origin}: {whole} has no such part: write {whole}/CORRUPTION/SEVERITY, such as "
+                          f"{corruptions.PARTS[0]}, {whole}=DIR for all of it, or another name")
     same = [known for known in KNOWN if _letters(known) == _letters(name) and known != found]
     if same and found not in KNOWN:
         raise OptionError(f"{origin}: is this {same[0]}, which has a label space of its own? Write {same[0]}=..., or "

@@ -35,7 +35,7 @@ def relabelled(suite: Suite, path: str) -> Suite:
         lists = [tuple(sorted({int(label) for label in several})) for several in labels]
         if not lists or any(several and not 0 <= several[0] <= several[-1] < IMAGENET_CLASSES for several in lists):
             raise ValueError("labels out of range")
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         raise OptionError(f"{flag}: it is no JSON list of one list of ImageNet's outputs per image; give the published "
                           f"real.json") from None
     accepted: list[tuple[str, tuple[int, ...]]] = []

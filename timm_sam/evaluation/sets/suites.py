@@ -31,8 +31,8 @@ class Suite:
         kind: ``id`` or ``ood``: in or out of the training distribution.
         num_classes: Of ``space``; more than ``samples`` have where the set is partial.
         crop_border_pixels: What ``create_loader`` is to cut off each side before it resizes.
-        crop_pct: Share of the image that the crop keeps, if it is not the model's own: of images that are cropped
-            already.
+        crop_pct: Share of the image that the crop keeps, if it is not the options' or the model's own: of images that
+            are cropped already.
         flags: What makes its numbers not those of the whole set.
         notes: What is worth knowing and changes no number.
         origin: The flags that the set is from, with their values; empty: ``--eval NAME=DIR``.
