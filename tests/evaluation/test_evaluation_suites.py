@@ -99,7 +99,7 @@ def test_published_sets_in_their_label_spaces(run, root, tmp_path):
     found, content = read(tmp_path / 'r.json')
     assert {key: row['values'] for key, row in found.items()} == {key: [100 * v] for key, v in BY_HAND.items()}
     assert list(found) == list(BY_HAND)  # in distribution first, then by the order of the sets
-    assert [row['group'] for row in found.values()] == ['ID'] * 2 + ['OOD'] * 11
+    assert [row['group'] for row in found.values()] == ['ID'] * 4 + ['OOD'] * 9
     assert {row['dataset']: row['images'] for row in found.values()} == {
         'imagenet': 8, 'imagenetv2': 4, 'imagenet-r': 4, 'imagenet-a': 4, 'objectnet': 4}
     assert line == {'model': 'test_resnet', 'checkpoint': content['protocol']['checkpoints'][0]['path'],

@@ -177,7 +177,7 @@ def test_imagenetv2_labels_are_the_folders_numbers(published):
     for folder in (root, os.path.dirname(root)):
         suite = open_suite('imagenetv2', folder, 1000)
         assert suite.samples == [(f'{root}/{i}/1.png', i) for i in range(1000)]
-        assert suite.flags == [] and suite.kind == 'ood' and not suite.space.differs
+        assert suite.flags == [] and suite.kind == 'id' and not suite.space.differs
 
 
 @pytest.mark.parametrize('ids', [IDS, [str(i) for i in range(1000)]], ids=['wordnet', 'numbers'])

@@ -113,7 +113,8 @@ def open_suite(name: str, folder: str, num_classes: int, class_to_idx: Mapping[s
     ``class_to_idx``; without it as ImageNet, if the model has 1000 outputs and the folders are WordNet ids; else in
     timm's natural order, if there are as many folders as outputs.
 
-    ``imagenet`` and the names in ``ID_NAMES`` are in distribution, all others out of it (but see ``open_suites``).
+    ImageNet, also with reassessed labels, ImageNetV2 (as in the SAM-ON paper's Table 4) and the names in ``ID_NAMES``
+    are in distribution, all others out of it (but see ``open_suites``).
 
     Args:
         name: Of the set.
@@ -195,7 +196,7 @@ def _collect(name: str, root: str, folders: Sequence[str], classes: Classes, all
         root=root,
         samples=samples,
         space=classes.space,
-        kind="id" if name in ("imagenet", REAL) or name.lower() in ID_NAMES else "ood",
+        kind="id" if name in ("imagenet", "imagenetv2", REAL) or name.lower() in ID_NAMES else "ood",
         num_classes=len(classes.names),
         crop_border_pixels=2 if name == "objectnet" else 0,  # its images have a red border one pixel wide
         crop_pct=1.0 if corruptions.is_part(name) else None,  # its images are centre crops of 224 pixels
