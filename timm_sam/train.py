@@ -22,15 +22,16 @@ from timm import utils
 from timm.models import safe_model_name
 
 from .cli.device import Process, set_up
-from .cli.errors import OptionError, report
+from .cli.errors import OptionError, one_line, report
 from .cli.escape import setup_logging
 from .cli.image_folders import NothingReadable
 from .cli.models import check_naflex
 from .cli.parser import OptionParser, dump_args, program
 from .cli.processes import end_failed_rank, leave_process_group
+from .cli.rules import apply, device_is_there
 from .cli.text import say
 from .runs import files, timing
-from .training import averaging, checkpoint, factory, states, workers
+from .training import averaging, checkpoint, factory, failed, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
 from .training.diverged import EXIT_DIVERGED, Diverged, Watch
@@ -101,7 +102,12 @@ def train(args: argparse.Namespace) -> None:
     """
     process = prepare_process(args)
     with Output(args, process) as output:
-        train_in(args, process, output)
+        try:
+            train_in(args, process, output)
+        except RuntimeError as e:
+            if (mistake := failed.short_of_memory(args, process.device, e)) is not None:
+                raise mistake from e
+            raise
 
 
 def train_in(args: argparse.Namespace, process: Process, output: Output) -> None:
@@ -131,6 +137,9 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
 
     # task and optimizer; the order of resume, EMA, compile and DDP matters: each sees the module of the one before
     task = factory.create_task(args, process, model, create_loss(args), model_dtype)
+    if args.kd_model_name is not None:
+        teacher: Any = task.teacher
+        check_naflex(args, args.kd_model_name, teacher.model, "--kd-model-name")
     optimizer = factory.create_optimizer(args, process, factory.trained(task), resolved.lr)
     start_epoch = None
     if resume:
@@ -191,17 +200,21 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             states.restore(process, random_states, tracked, data.loaders)
             states.restore_buffers(process, saved.get("buffers"), run.modules)
             averaging.restore_rounding(task, saved.get("ema_rounding"))
-        failed = True
+        unfinished = True
         try:
             fit(run, eval_model, eval_metric, start_epoch, end_epoch, place)
-            failed = False
+            unfinished = False
         except NothingReadable as e:
             kept = "what was saved is kept, go on with --resume auto" if saver is None else saver.kept
             raise OptionError(f"{e}; {kept}") from e
+        except (AssertionError, LookupError, RuntimeError, ValueError) as e:
+            if (mistake := failed.explained(args, process.device, task, model, data_config, e)) is not None:
+                raise mistake from e
+            raise
         finally:
             workers.dismiss(data.loaders)
             if loggers is not None:
-                loggers.close(failed)
+                loggers.close(unfinished)
 
 
 def prepare_process(args: argparse.Namespace) -> Process:
@@ -209,8 +222,11 @@ def prepare_process(args: argparse.Namespace) -> Process:
     for module in args.device_modules or ():
         try:
             importlib.import_module(module)
-        except ImportError as e:
-            raise OptionError(f"--device-modules {module} cannot be imported: {e}; install it") from e
+        except Exception as e:  # of a backend whose driver is missing, say
+            raise OptionError(f"--device-modules {module} cannot be imported: {one_line(e)}; install it, or mend the "
+                              f"name") from e
+    if args.device_modules:
+        apply(args, device_is_there)  # it may be theirs
     process = set_up(args.device, fuser=args.fuser, fast_norm=args.fast_norm)
     if process.primary:
         _logger.info(f"{process.world_size} process(es), one device each, this one on {process.device}; weights in "

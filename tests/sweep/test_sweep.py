@@ -1,4 +1,6 @@
 """A sweep from its line to the printed table: what it refuses, what it runs, what it goes on with."""
+import errno
+import fcntl
 import shlex
 
 import pytest
@@ -6,8 +8,9 @@ from support.reports import rows
 from support.running import in_process
 
 from timm_sam.jobs.pool import locked
-from timm_sam.sweep.__main__ import main
+from timm_sam.sweep.__main__ import jobs, main
 from timm_sam.sweep.grid import cells
+from timm_sam.training.options import build_train_parser
 
 
 def test_cells_are_all_combinations_in_the_order_of_the_line():
@@ -50,6 +53,22 @@ def test_mistake_is_one_line_that_names_the_cell_and_nothing_is_written(tmp_path
     done = in_process(main, shlex.split(f'--out out --data-dir images --device cpu {line}'), tmp_path)
     assert done.code == 2 and said in done.err and done.err.count('\n') == 1, done.err
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flags, kept', [
+    ([], 1), (['--checkpoint-hist=3'], 3), (['--checkpoint-hist', '3'], 3)])
+def test_runs_keep_one_checkpoint_unless_more_are_asked_for(flags, kept):
+    job, = jobs(cells(['lr=0.1'], plain=False), flags, 1, 'out')
+    assert build_train_parser().parse_args(job.argv).checkpoint_hist == kept
+
+
+def test_file_system_without_locks_is_no_other_process(monkeypatch, tmp_path, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
+    with locked(str(tmp_path)):
+        pass
+    assert 'has no locks (No locks available)' in capsys.readouterr().out
 
 
 @pytest.mark.full

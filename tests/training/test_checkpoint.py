@@ -100,6 +100,19 @@ def test_resume_without_an_average_starts_it_from_the_weights(run_train, monkeyp
     assert differences(found, dict(saved['state_dict'])) == []
 
 
+@pytest.mark.parametrize('before, after, named', [
+    ('adamw', 'sgd', 'momentum'), ('adamw', 'lamb', 'bias_correction'), ('sgd', 'lookahead_sgd', '')])
+def test_state_of_another_optimizer_is_refused_before_its_first_step(run_train, before, after, named):
+    run_train(f'--opt {before}')
+    done = run_train(f'--opt {after} --epochs 2 --resume out/run/last.pth.tar --experiment other')
+    if not named:  # Lookahead starts anew around the state of what it wraps
+        assert done.code == 0
+        return
+    assert done.code == 2 and 'Traceback' not in done.err and not done.folder('other').exists()
+    assert 'is of another optimizer, one without' in done.last_line and named in done.last_line
+    assert '--no-resume-opt' in done.last_line
+
+
 def test_no_resume_opt_starts_with_a_fresh_optimizer(run_train, monkeypatch):
     saved = run_train().checkpoint()
     found = {}

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from support.command_lines import NAFLEX
 from support.images import COLORS, PER_CLASS, write_image_folder
 from support.places import ROOT
 from support.processes import errors, python, run, torchrun
@@ -80,13 +81,23 @@ ROWS = [
     ('--cutmix-minmax 0.1', ['--cutmix-minmax', '0.1', 'two numbers']),
     ('--smoothing 2', ['--smoothing 2']),
     ('--in-chans 4', ['--in-chans 4', '--input-img-mode']),
+    ('--input-img-mode RGBA', ['--input-img-mode RGBA has 4 channels', 'takes 3', '--in-chans']),
+    ('--in-chans 1 --input-img-mode RGB', ['--input-img-mode RGB has 3 channels', 'takes 1']),
+    ('--in-chans 1 --input-img-mode F', ['--input-img-mode F:', '--no-aug', '--color-jitter 0']),
     ('--mean 0.5 0.5', ['--mean', '3 channels']),
     ('--decay-epochs 0', ['--decay-epochs 0']),
     ('--reprob 0.5 --remode foo', ['--remode foo', 'pixel']),
     ('--experiment ..', ['--experiment ..']),
     ('--device-modules nope', ['--device-modules nope', 'install']),
+    ("--device-modules ''", ['--device-modules', 'Empty module name']),
+    ('--device-modules .x', ['--device-modules .x', 'relative import']),
+    ('--device foo --device-modules json', ['--device foo is no device of torch']),
+    ('--save-images --in-chans 4 --input-img-mode RGBA', ['--save-images', '1 or 3 channels', 'not 4']),
+    ('--mixup 0.2 --mixup-mode half --no-prefetcher', ['--mixup-mode half', '--no-prefetcher']),
     ('--mixup 0.2 --mixup-mode foo', ['--mixup-mode foo', 'batch, pair, elem']),
     ('--mixup 0.2 -b 7', ['--batch-size 7']),  # timm's mixup needs pairs
+    ('--mixup 0.2 -b 7 --train-img-sizes 24 32', ['--batch-size 7']),
+    ('--mixup 0.2 -b 7 --train-img-sizes 24 32 --train-batch-sizes 8 5', ['--train-batch-sizes 5', 'pairs']),
     # model
     ('--model test_resnot', ['--model test_resnot', 'did you mean', 'test_resnet']),
     ('--model qqq', ['--model qqq', 'list_models']),
@@ -100,6 +111,14 @@ ROWS = [
     ('--input-size 3 32', ['--input-size', '3 arguments']),
     ('--kd-model-name test_resnot', ['--kd-model-name test_resnot', 'test_resnet']),
     ('--split-bn', ['--split-bn', '--aug-splits']),
+    ('--split-bn --resplit -b 5', ['--split-bn', '--batch-size 5', 'even']),
+    ('--split-bn --resplit -b 6 --mixup 1 --mixup-mode half', ['--split-bn', '--batch-size 6 gives 3']),
+    (f'{SAM} --split-bn --resplit --sam-m 3', ['--split-bn', '--sam-m 3', 'even']),
+    (f'{SAM} --split-bn --resplit --sam-ascent-fraction 0.6', ['--sam-ascent-fraction 0.6', '5 samples of 8']),
+    (f'--torchscript {NAFLEX.replace("--naflex-loader", "")}', ['--torchscript: naflexvit_base_patch16', 'scripted']),
+    (f'{NAFLEX} --aug-repeats 3', ['the training loader refuses', 'repeats']),
+    (f'{NAFLEX} --aa foo', ['the training loader refuses', 'foo']),
+    ('--torchscript --kd-model-name test_resnet', ['--kd-model-name test_resnet', '--torchscript']),
     ('--torchscript --torchcompile', ['--torchscript', '--torchcompile']),
     ('--torchcompile nosuch', ['--torchcompile', 'nosuch']),
     ('--torchcompile --torchcompile-mode nosuch', ['--torchcompile-mode', 'nosuch']),
@@ -111,9 +130,14 @@ ROWS = [
     # optimizer and schedule
     ('--opt nosuch', ['--opt nosuch', 'list_optimizers']),
     ('--opt-kwargs foo=1', ['--opt-kwargs', "'foo'"]),
+    ('--opt adamw --opt-kwargs fused=True foreach=True', ['--opt adamw', 'cannot be `True` together', '--opt-kwargs']),
+    ('--opt adamw --opt-betas 0.9', ['--opt-betas 0.9', '--opt adamw has 2']),
+    ('--opt adamw --opt-betas 0.9 0.99 0.9', ['--opt-betas 0.9 0.99 0.9', '--opt adamw has 2']),
     ('--lr -1', ['--lr -1', '>= 0']),
     ('--lr nan', ['--lr nan', 'finite']),
     ('--sched nosuch', ['--sched nosuch']),
+    ('--sched multistep --decay-milestones 180 90', ['--decay-milestones 180 90', 'rising order']),
+    ('--lr-noise 0.9 0.4', ['--lr-noise [0.9, 0.4]', 'ends before it starts']),
     ('--clip-mode foo', ['--clip-mode foo', 'agc']),
     ('--epochs 0', ['--epochs 0', '>= 1']),
     ('--epochs x', ['--epochs', "'x'", 'int']),
@@ -172,6 +196,12 @@ def test_mistake_ends_in_one_line_that_names_it(refused, tmp_path, shifted, extr
     (tmp_path / 'extra').symlink_to(extra)
     message = refused(command)
     assert [word for word in words if word not in message] == [], message
+
+
+def test_teacher_that_takes_images_of_one_size_is_refused_with_patches(run_train, teacher):
+    done = run_train(f'{NAFLEX} --kd-model-name local-dir:{teacher}')
+    assert done.code == 2 and 'Traceback' not in done.err and not done.folder().exists()
+    assert f'--naflex-loader: --kd-model-name local-dir:{teacher} takes images of one size' in done.last_line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')

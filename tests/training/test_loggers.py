@@ -110,6 +110,42 @@ def test_logger_that_is_not_installed_is_off_with_one_line(run_in, monkeypatch, 
         assert f'{name} is not installed, nothing is logged there; pip install {name}' in line
 
 
+def test_logger_that_cannot_be_imported_is_one_line(run_in, monkeypatch, tmp_path):
+    (tmp_path / 'trackio.py').write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'trackio', raising=False)
+    done = run_in(tmp_path, '--log-trackio')
+    assert done.code == 2 and 'Traceback' not in done.err
+    assert '--log-trackio: trackio is installed, but cannot be imported (Descriptors cannot' in done.last_line
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_logger_that_fails_in_the_middle_does_not_end_the_run(run_in, recorded, tmp_path, name):
+    def broken(*args, **options):
+        recorded.calls[name].append(('broken', args, options))
+        raise BrokenPipeError('its process is gone')
+    sys.modules[name].log = broken
+    done = run_in(tmp_path, f'{ALL} --epochs 3')
+    assert done.code == 0 and len(summary(tmp_path / 'out' / 'run')) == 3 and done.out.startswith('--result')
+    line, = (line for line in done.err.splitlines() if f'--log-{name} has failed' in line)
+    assert 'BrokenPipeError: its process is gone' in line and 'from epoch 0 on' in line
+    assert len(recorded.named(name, 'broken')) == 1 and recorded.named('tensorboard', 'close')
+
+
+def test_logger_that_cannot_be_closed_leaves_the_run_as_it_ended(run_in, recorded, tmp_path):
+    def broken(**options):
+        raise ConnectionError('too late')
+    sys.modules['wandb'].finish = broken
+    done = run_in(tmp_path, ALL)
+    assert done.code == 0 and '--log-wandb has failed (ConnectionError: too late)' in done.err
+    assert recorded.named('trackio', 'finish')
+
+
+def test_slash_behind_the_experiment_is_no_part_of_the_runs_name(run_in, recorded, tmp_path):
+    assert run_in(tmp_path, '--log-wandb --log-trackio --experiment run/').code == 0
+    assert [recorded.named(name, 'init')[0][1]['name'] for name in ('wandb', 'trackio')] == ['run', 'run']
+
+
 def test_folder_of_wandbs_own_runs_is_not_the_package(run_in, monkeypatch, tmp_path):
     (tmp_path / 'wandb').mkdir()
     monkeypatch.delitem(sys.modules, 'wandb', raising=False)

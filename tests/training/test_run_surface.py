@@ -11,7 +11,7 @@ from timm.models import resolve_pretrained_cfg
 from timm_sam import train
 from timm_sam.cli.device import Process
 from timm_sam.cli.errors import OptionError
-from timm_sam.training import factory
+from timm_sam.training import engine, factory
 from timm_sam.training.options import parse_args, read_args
 from timm_sam.training.schedule import create_schedule
 
@@ -237,3 +237,17 @@ def test_config_takes_values_as_the_command_line_does(tmp_path):
         path.write_text(wrong)
         with pytest.raises(OptionError, match=wrong.partition(':')[0]):
             read_args(train.build_parser(), ['-c', str(path)])
+
+
+# --mixup-mode half
+
+def test_halves_of_a_batch_are_mixed_into_one(run_train, monkeypatch):
+    seen = []
+
+    class Spy(engine.Weigher):
+        def __init__(self, data, process, batch_size, accum_steps):
+            seen.append(batch_size)
+            super().__init__(data, process, batch_size, accum_steps)
+    monkeypatch.setattr(engine, 'Weigher', Spy)
+    assert run_train(f'--mixup 0.2 --mixup-mode half {SAM_ON} --sam-m 2').code == 0
+    assert seen == [4] * 5

@@ -103,6 +103,22 @@ def test_recovery_that_had_no_name_yet_gets_it(tmp_path):
     assert auto(tmp_path) == str(tmp_path / 'recovery-3-4.pth.tar')
 
 
+def test_recoveries_of_earlier_starts_make_room_for_newer_ones(tmp_path):
+    """A run that is stopped again and again would fill the disk."""
+    def begin(path, *places):
+        made = save_all(tmp_path, (), path and str(tmp_path / path))
+        for epoch, update in places:
+            made.save_recovery(epoch, update, {'position': {'epoch': epoch, 'batch': update + 1}})
+        return {path.name.removeprefix('recovery-').split('.')[0] for path in tmp_path.glob('recovery*')}
+
+    save_all(tmp_path)
+    assert begin(None, (3, 4), (3, 6), (3, 10)) == {'1-0', '2-0', '3-6', '3-10'}
+    # what is further than the checkpoint that is gone on with is not this start's to remove
+    assert begin('recovery-3-6.pth.tar', (3, 8)) == {'3-6', '3-8', '3-10'}
+    assert begin('recovery-3-10.pth.tar', (3, 12)) == {'3-10', '3-12'}
+    assert begin('last.pth.tar', (3, 2)) == {'3-2', '3-10', '3-12'}
+
+
 def test_list_of_checkpoints_is_timms(tmp_path):
     """What timm's saver goes on with after ours, and ours after it."""
     save_all(tmp_path)

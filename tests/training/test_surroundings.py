@@ -1,4 +1,5 @@
 """What a run meets around it: images that cannot be read, folders that cannot be written, odd files in its folder."""
+import argparse
 import os
 import shutil
 import struct
@@ -11,6 +12,7 @@ import torch
 from support.states import tree
 
 from timm_sam.cli.errors import OptionError
+from timm_sam.cli.rules import device_is_there
 from timm_sam.training.model_checks import check_filter
 
 SAM_ON = '--sam-variant sam --sam-rho 0.05'
@@ -110,6 +112,18 @@ def test_pipe_in_the_runs_folder_is_not_waited_for(run_train, tmp_path, name):
     for options in ('', '--resume auto'):
         done = run_train(options)
         assert done.code == 2 and f'{name} is no regular file' in done.last_line and tree(tmp_path) == before
+
+
+# The device
+
+def test_device_that_a_module_is_to_bring_is_looked_for_once_the_module_is_there(run_train, tmp_path, monkeypatch):
+    args = argparse.Namespace(device='foo:0')
+    assert not any(broken for broken, _ in device_is_there(args, ['brings_foo']))
+    (tmp_path / 'brings_foo.py').write_text('there = True')  # but no device
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run_train('--device foo:0 --device-modules brings_foo')
+    assert done.code == 2 and '--device foo:0 is no device of torch' in done.last_line
+    assert sys.modules.pop('brings_foo').there
 
 
 # The options and the model

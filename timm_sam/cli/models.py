@@ -19,14 +19,14 @@ def check_model_name(flag: str, name: str) -> None:
         raise OptionError(f"{flag} {name} is not a model of timm {timm.__version__}; {hint}")
 
 
-def check_naflex(args: argparse.Namespace, name: str, model: nn.Module) -> None:
+def check_naflex(args: argparse.Namespace, name: str, model: nn.Module, flag: str = "--model") -> None:
     """Looks whether the model takes the batches of --naflex-loader.
 
     Raises:
         OptionError: It takes images.
     """
     if args.naflex_loader and not isinstance(model, NaFlexVit):
-        raise OptionError(f"--naflex-loader: --model {name} takes images of one size; leave it out, or use a NaFlex "
+        raise OptionError(f"--naflex-loader: {flag} {name} takes images of one size; leave it out, or use a NaFlex "
                           f"model such as naflexvit_base_patch16_gap")
 
 

@@ -17,7 +17,7 @@ KNOWN: dict[str, Collection[Any]] = {
     "model_dtype": (None, "float32", *LOWER_PRECISIONS),
     "interpolation": ("", *INTERPOLATIONS),
     "input_img_mode": (None, *Image.MODES),
-    "fuser": ("", "te", "old", "nvfuser"),
+    "fuser": ("", "te", "old", "legacy", "nvfuser", "nvf"),
 }
 
 Rules = Iterator[tuple[bool, str]]  # (is broken, what to say)
@@ -86,8 +86,10 @@ def amp_takes_float32(args: argparse.Namespace) -> Rules:
 
 
 def device_is_there(args: argparse.Namespace, others: Collection[str] | None = None) -> Rules:
-    """The device is one of torch's, and the machine has it; ``others`` are modules that may bring it."""
+    """The device is one of torch's, and the machine has it; ``others`` are modules that may bring it, even its name."""
     device = _device(args.device)
+    if device is None and others:
+        return
     yield device is None, f"--device {args.device} is no device of torch: use cuda, cuda:1, cpu, mps, ..."
     assert device is not None
     yield (device.type == "meta",

@@ -39,9 +39,12 @@ def locked(out: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise OptionError(
                 f"--out {out} is in use by another process: wait for it, or name another folder") from None
+        except OSError as e:
+            print(f"--out {out}: the file system has no locks ({e.strerror}): see to it that no second process works "
+                  f"there.", flush=True)
         yield
     finally:
         os.close(lock)

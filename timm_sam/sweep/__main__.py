@@ -50,10 +50,9 @@ def jobs(found: Sequence[Cell], flags: Sequence[str], seeds: int, out: str) -> l
     for seed in range(seeds):
         for cell in found:
             name = f"{cell.name}/seed{seed}"
-            argv = [*flags, *cell.flags, "--seed", str(seed), "--output", runs, "--experiment", name,
-                    "--resume", "auto"]
-            if "--checkpoint-hist" not in flags:
-                argv += ["--checkpoint-hist", "1"]
+            # whoever asks for more checkpoints does so behind it
+            argv = ["--checkpoint-hist", "1", *flags, *cell.flags, "--seed", str(seed), "--output", runs,
+                    "--experiment", name, "--resume", "auto"]
             made.append(Job(name, cell.name, os.path.join(runs, name), tuple(argv), keep=True))
     return made
 

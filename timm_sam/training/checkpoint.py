@@ -39,7 +39,9 @@ def resume(
         weights, entry = weights_in(saved)
         task.load_checkpoint_state(weights, saved.get("task_state") if entry == "state_dict" else None)
         if optimizer is not None and "optimizer" in saved:
+            own = [set(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
+            _check_options(optimizer, own)
         if scaler is not None and scaler.state_dict_key in saved:
             scaler.load_state_dict(saved[scaler.state_dict_key])
         epoch = None
@@ -56,6 +58,22 @@ def resume(
         if scaler is not None and scaler.state_dict_key not in saved:
             _logger.warning(f"--resume {path} has no loss scale, which starts anew.")
     return epoch
+
+
+def _check_options(optimizer: torch.optim.Optimizer, own: list[set[str]]) -> None:
+    """Groups are replaced as they are, so that those of another optimizer would be noticed in the first step.
+
+    Args:
+        optimizer: It has loaded a state.
+        own: Names in each of its groups before that.
+
+    Raises:
+        ValueError: Options of the optimizer are gone.
+    """
+    lost = {name for before, group in zip(own, optimizer.param_groups)
+            for name in optimizer.defaults if name in before and name not in group}
+    if lost:
+        raise ValueError(f"the state is of another optimizer, one without {', '.join(sorted(lost))}")
 
 
 def resume_ema(path: str, task: TrainingTask) -> None:

@@ -1,9 +1,12 @@
 """Checks of the options against each other and the machine, before anything is built or written."""
 import argparse
+import math
 import os
 import re
 from collections.abc import Collection
 from typing import Any
+
+from PIL import Image, ImageMode
 
 from ..cli.errors import OptionError, one_line, shown
 from ..cli.models import channels
@@ -28,6 +31,9 @@ from .losses import create_loss, loss_type, mixup_active
 from .ranges import RANGES
 from .schedule import check_epochs, last_epoch, planned_epochs
 
+# modes in which PIL neither blends images nor knows what is grey
+_WITHOUT_COLORS = ("La", "LAB", "P", "PA", "RGBa",
+                   *(mode for mode in Image.MODES if ImageMode.getmode(mode).typestr != "|u1"))
 _MOST_EPOCHS = 10 ** 9  # of a schedule: cycles that grow come to any number
 
 
@@ -103,7 +109,7 @@ def _choices(args: argparse.Namespace) -> Rules:
         **KNOWN,
         "clip_mode": ("norm", "value", "agc"),
         "dist_bn": ("", "broadcast", "reduce"),
-        "mixup_mode": ("batch", "pair", "elem"),
+        "mixup_mode": ("batch", "pair", "elem", "half"),
         "remode": ("const", "rand", "pixel"),
         "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
         "train_interpolation": ("", "random", *INTERPOLATIONS),
@@ -120,12 +126,21 @@ def _lengths(args: argparse.Namespace) -> Rules:
     yield from in_order(args, ("scale", "ratio", "cutmix_minmax"))
     yield (args.lr_noise is not None and len(args.lr_noise) > 2,
            f"--lr-noise {args.lr_noise} must be where it starts, and where it ends")
+    yield (args.lr_noise is not None and len(args.lr_noise) == 2 and args.lr_noise[0] >= args.lr_noise[1],
+           f"--lr-noise {args.lr_noise} ends before it starts: give the earlier fraction of the schedule first")
+    milestones = args.decay_milestones
+    yield (args.sched == "multistep" and list(milestones) != sorted(milestones),
+           f"--decay-milestones {' '.join(map(str, milestones))} must be in rising order")
     yield from per_channel(args)
     yield from crop_has_size(args)
     count = channels(args)
     yield (count not in (1, 3) and args.input_img_mode is None,
            f"--in-chans {count}: images are read as RGB or L; name what gives {count} channels by "
            f"--input-img-mode, e.g. RGBA for 4")
+    colors = args.aa or args.color_jitter or args.grayscale_prob or args.gaussian_blur_prob
+    yield (args.input_img_mode in _WITHOUT_COLORS and bool(colors) and not args.no_aug,
+           f"--input-img-mode {args.input_img_mode}: the augmentation of colors does not take such images; add "
+           f"--no-aug or --color-jitter 0, or use L or RGB")
     probs, sizes = args.naflex_patch_size_probs or (), args.naflex_patch_sizes or ()
     yield from weights(args, ("train_size_probs", "naflex_patch_size_probs"))
     yield (bool(probs) and len(probs) != len(sizes),
@@ -162,15 +177,24 @@ def _conflicts(args: argparse.Namespace) -> Rules:
            f"--pretrained-path {args.pretrained_path} is not loaded without --pretrained: add it")
     yield from amp_takes_float32(args)
     yield splits == 1, f"--aug-splits {splits} splits nothing: use 0, or 2 and more"
+    yield (mixup and args.mixup_mode == "half" and args.no_prefetcher,
+           "--mixup-mode half is the prefetcher's: leave out --no-prefetcher, or choose batch, pair or elem")
+    count = channels(args)
+    yield (args.save_images and not args.naflex_loader and count not in (1, 3),
+           f"--save-images writes JPEG files, which have 1 or 3 channels, not {count}: leave it out")
     yield (args.split_bn and splits < 2 and not args.resplit,
            f"--split-bn needs splits, got --aug-splits {splits}: add --aug-splits 2")
+    if args.split_bn and splits < 2:
+        yield from _halves(args)
     yield args.split_bn and args.sync_bn, "--split-bn and --sync-bn exclude each other: leave one out"
     yield (mixup and splits > 1,
            f"--aug-splits {splits} and --mixup/--cutmix do not go together: leave one of the two out")
     yield (splits > 1 and args.no_prefetcher,
            f"--aug-splits {splits} are put together by the prefetcher: leave out --no-prefetcher")
-    yield (mixup and not args.naflex_loader and args.batch_size % 2 == 1 and args.train_img_sizes is None,
-           f"--batch-size {args.batch_size} cannot be mixed in pairs by --mixup/--cutmix: use an even number")
+    name, batches = _batches(args)
+    odd = [batch for batch in batches if batch % 2 == 1]
+    yield (mixup and not args.naflex_loader and bool(odd),
+           f"{name} {' '.join(map(str, odd))} cannot be mixed in pairs by --mixup/--cutmix: use an even number")
     yield (args.naflex_loader and splits > 1,
            f"--aug-splits {splits} does not work with --naflex-loader: leave one of the two out")
     yield (args.naflex_loader and args.train_img_sizes is not None,
@@ -193,9 +217,38 @@ def _conflicts(args: argparse.Namespace) -> Rules:
            "--resume auto needs --experiment NAME: the folder whose newest checkpoint is resumed")
     yield (args.torchscript and args.torchcompile is not None,
            "--torchscript and --torchcompile exclude each other: leave one out")
+    yield (args.torchscript and args.kd_model_name is not None,
+           f"--kd-model-name {args.kd_model_name}: timm's distillation takes no scripted model; leave out "
+           f"--torchscript")
     yield args.torchscript and args.sync_bn, "--sync-bn cannot be scripted: leave out --torchscript or --sync-bn"
     yield (bool(args.wandb_resume_id) and not args.resume,
            f"--wandb-resume-id {args.wandb_resume_id} continues a run: add --resume CHECKPOINT")
+
+
+def _batches(args: argparse.Namespace) -> tuple[str, list[int]]:
+    """The sizes of training batches, and the flag that gives them."""
+    if args.train_img_sizes is not None and args.train_batch_sizes is not None:
+        return "--train-batch-sizes", args.train_batch_sizes
+    return "--batch-size", [args.batch_size]
+
+
+def _halves(args: argparse.Namespace) -> Rules:
+    """Without augmentation splits, the layers of --split-bn take the halves of whatever goes through the model."""
+    name, batches = _batches(args)
+    for batch in batches:
+        size = batch // 2 if mixup_active(args) and args.mixup_mode == "half" else batch
+        yield (size % 2 == 1,
+               f"--split-bn halves each batch, and {name} {batch} gives {size}: use an even number")
+        if args.sam_variant is None:
+            continue
+        chunk = min(args.sam_m or size, size)
+        yield (chunk % 2 == 1,
+               f"--split-bn halves what shares a perturbation, and --sam-m {args.sam_m} is odd: use an even number")
+        for part in {chunk, size % chunk or chunk}:
+            first = math.ceil(args.sam_ascent_fraction * part)
+            yield (first % 2 == 1,
+                   f"--split-bn halves what gives eps, and --sam-ascent-fraction {args.sam_ascent_fraction} takes "
+                   f"{first} samples of {part}: use one that gives an even number")
 
 
 def _surroundings(args: argparse.Namespace) -> Rules:

@@ -2,7 +2,8 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,11 @@ from timm.data import (
 from torchvision.datasets import ImageFolder
 
 from ..cli.device import Process
-from ..cli.errors import OptionError
+from ..cli.errors import OptionError, one_line
 from ..cli.image_folders import class_to_idx, open_files, open_named
 from ..cli.rules import reads_files
 from ..cli.tasks import is_multilabel, target_transform
-from . import cifar_policy
+from . import cifar_policy, posterize
 from .holdout import hold_out
 from .losses import mixup_active
 
@@ -267,12 +268,22 @@ def augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> di
     )
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Makes one line of what timm's loaders have against their options."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as e:
+        raise OptionError(f"the training loader refuses its options: {one_line(e)}; see the flags it names in "
+                          f"--help") from e
+
+
 def _train_loader(args: argparse.Namespace, process: Process, dataset: Any, data_config: Mapping[str, Any],
                   collate: Callable | None, common: Mapping[str, Any]) -> Any:
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     progressive = args.train_size_schedule == "progressive"
-    try:
+    with _refusals(), posterize.down_to_no_bit():
         loader = create_loader(
             dataset,
             input_size=data_config["input_size"],
@@ -290,8 +301,6 @@ def _train_loader(args: argparse.Namespace, process: Process, dataset: Any, data
             **common,
             **augmentation(args, data_config),
         )
-    except (ValueError, AssertionError) as e:
-        raise OptionError(f"the training loader refuses its options: {e}; see the flags it names in --help") from e
     if hasattr(dataset, "__len__") and len(dataset) and len(loader) == 0:
         raise OptionError(
             f"--batch-size {args.batch_size}: the training split has {len(dataset)} images for {process.world_size} "
@@ -320,18 +329,19 @@ def _naflex_train_loader(args: argparse.Namespace, process: Process, dataset: An
     if process.primary:
         _logger.info(f"NaFlex loader, patch sizes {args.naflex_patch_sizes or patch_size}, sequence lengths "
                      f"{args.naflex_train_seq_lens}.")
-    return create_naflex_loader(
-        dataset=dataset,
-        channels=data_config["input_size"][0],
-        train_seq_lens=args.naflex_train_seq_lens,
-        mixup_fn=mixup,
-        rank=process.rank,
-        world_size=process.world_size,
-        patchify_channels_last=not args.naflex_patchify_channels_first,
-        **patches,
-        **common,
-        **augmentation(args, data_config),
-    )
+    with _refusals(), posterize.down_to_no_bit():
+        return create_naflex_loader(
+            dataset=dataset,
+            channels=data_config["input_size"][0],
+            train_seq_lens=args.naflex_train_seq_lens,
+            mixup_fn=mixup,
+            rank=process.rank,
+            world_size=process.world_size,
+            patchify_channels_last=not args.naflex_patchify_channels_first,
+            **patches,
+            **common,
+            **augmentation(args, data_config),
+        )
 
 
 def _eval_loader(args: argparse.Namespace, process: Process, dataset: Any, data_config: Mapping[str, Any],

@@ -1,6 +1,7 @@
 """Options -> model, loss, task, optimizer, SAM and schedule, through timm's factories."""
 import argparse
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import ImageMode
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, resolve_model_input_args, safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -100,13 +102,8 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
         check_pretrained(args.pretrained_path, args.model, model, loaded)
     if args.initial_checkpoint:
         load_initial(args.initial_checkpoint, args.model, model)
+    _init_head(args, model)
     built: Any = model
-    if args.head_init_scale is not None:
-        with torch.no_grad():
-            built.get_classifier().weight.mul_(args.head_init_scale)
-            built.get_classifier().bias.mul_(args.head_init_scale)
-    if args.head_init_bias is not None:
-        nn.init.constant_(built.get_classifier().bias, args.head_init_bias)
     if args.grad_checkpointing:
         try:
             built.set_grad_checkpointing(enable=True)
@@ -116,6 +113,28 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
         count = sum(p.numel() for p in model.parameters())
         _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters")
     return model
+
+
+def _init_head(args: argparse.Namespace, model: Any) -> None:
+    """Scales the classifier, and sets its bias; distilled models have two."""
+    given = {"--head-init-scale": args.head_init_scale, "--head-init-bias": args.head_init_bias}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    if not given:
+        return
+    found = model.get_classifier()
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    weights, biases = ([p for head in heads if isinstance(p := getattr(head, name, None), nn.Parameter)]
+                       for name in ("weight", "bias"))
+    for flag, value in given.items():
+        if not (biases if flag == "--head-init-bias" else weights):
+            raise OptionError(f"{flag} {value}: the classifier of {args.model} has no such parameter; leave it out")
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            for p in (*weights, *biases):
+                p.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            for p in biases:
+                p.fill_(args.head_init_bias)
 
 
 def _set_model_flags(args: argparse.Namespace) -> str:
@@ -147,7 +166,11 @@ def place_model(args: argparse.Namespace, process: Process, model: nn.Module, dt
             _logger.info("Batch normalization is synchronized over all ranks.")
     alter_norms(args, model)
     if args.torchscript:
-        model = torch.jit.script(model)
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:  # torch has many ways to say what of Python it does not know
+            raise OptionError(f"--torchscript: {args.model} cannot be scripted ({one_line(e)}); leave it out, or use "
+                              f"--torchcompile") from e
     return model
 
 
@@ -184,10 +207,15 @@ def data_config(args: argparse.Namespace, process: Process, model: nn.Module) ->
         OptionError: The model takes no images of this size or number of channels.
     """
     try:
-        return resolve_input_data_config(model, vars(args), verbose=process.primary)
+        config = resolve_input_data_config(model, vars(args), verbose=process.primary)
     except ValueError as e:
         raise OptionError(f"--model {args.model}: {one_line(e)}; check --img-size, --input-size, --in-chans, --mean "
                           f"and --std") from e
+    channels, mode = config["input_size"][0], args.input_img_mode
+    if mode is not None and len(ImageMode.getmode(mode).bands) != channels:
+        raise OptionError(f"--input-img-mode {mode} has {len(ImageMode.getmode(mode).bands)} channels, and --model "
+                          f"{args.model} takes {channels}: mend one of them, or --in-chans")
+    return config
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
@@ -246,10 +274,13 @@ def create_optimizer(args: argparse.Namespace, process: Process, module: nn.Modu
         OptionError: The factory does not know the name or refuses an option.
     """
     options = {**optimizer_kwargs(cfg=args), "lr": lr}
+    _check_betas(args)
     groups = decay_groups(args, process, {**options, **args.opt_kwargs})
     try:
         optimizer = create_optimizer_v2(module, param_group_fn=groups, **options, **args.opt_kwargs)
-    except (ValueError, TypeError, AssertionError) as e:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AssertionError, ImportError, LookupError, RuntimeError) as e:
         if args.layer_decay is not None and args.layer_decay_no_opt_scale is not None and "empty parameter" in str(e):
             raise OptionError(
                 f"--layer-decay-no-opt-scale {args.layer_decay_no_opt_scale:g}: with --layer-decay "
@@ -261,3 +292,15 @@ def create_optimizer(args: argparse.Namespace, process: Process, module: nn.Modu
         values = ", ".join(f"{k}: {v}" for k, v in defaults.items())
         _logger.info(f"Optimizer {type(optimizer).__name__} ({args.opt}): {values}")
     return optimizer
+
+
+def _check_betas(args: argparse.Namespace) -> None:
+    """Some optimizers take them apart in the first step only."""
+    try:
+        optimizer = get_optimizer_class(args.opt.lower().split("_")[-1], bind_defaults=False)
+        own = inspect.signature(optimizer).parameters["betas"].default
+    except (ValueError, AssertionError, ImportError, LookupError):  # it has none, or the factory says what is wrong
+        return
+    if args.opt_betas is not None and isinstance(own, tuple) and len(args.opt_betas) != len(own):
+        raise OptionError(f"--opt-betas {' '.join(map(str, args.opt_betas))}: --opt {args.opt} has {len(own)} of them; "
+                          f"give as many")

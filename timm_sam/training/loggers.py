@@ -57,26 +57,40 @@ class Loggers:
     """
 
     def __init__(self, args: argparse.Namespace, resolved: Resolved, folder: str, start_epoch: int) -> None:
-        self._open: list[_Open] = []
+        self._open: dict[str, _Open] = {}
         for name, kind in _KINDS.items():
             if not getattr(args, f"log_{name}"):
                 continue
-            module = _imported(kind.module)
+            module = _imported(kind.module, f"--log-{name}")
             if module is None:
                 _logger.warning(f"--log-{name}: {kind.package} is not installed, nothing is logged there; pip install "
                                 f"{kind.package}")
                 continue
-            self._open.append(kind.start(module, args, resolved, folder, start_epoch))
+            self._open[name] = kind.start(module, args, resolved, folder, start_epoch)
 
     def log(self, row: Row) -> None:
-        """Hands on the figures of an epoch."""
-        for logger in self._open:
-            logger.log(row)
+        """Hands on the figures of an epoch.
+
+        Raises:
+            OptionError: The run's folder cannot be written any more.
+        """
+        for name, logger in list(self._open.items()):
+            self._try(name, f"nothing is logged there from epoch {row['epoch']} on", logger.log, row)
 
     def close(self, failed: bool) -> None:
         """Writes what is left to write, and tells how the run ended."""
-        for logger in self._open:
-            logger.close(failed)
+        for name, logger in list(self._open.items()):
+            self._try(name, "its last figures may be missing", logger.close, failed)
+
+    def _try(self, name: str, consequence: str, call: Callable[[Any], None], argument: Any) -> None:
+        """Does without a logger that fails: its process or its network is no reason to end a training."""
+        try:
+            call(argument)
+        except OptionError:
+            raise
+        except Exception as e:
+            _logger.warning(f"--log-{name} has failed ({type(e).__name__}: {one_line(e)}): {consequence}")
+            del self._open[name]
 
 
 def row_of(epoch: int, train: Mapping[str, Any], evaluated: Mapping[str, Any] | None, lr: float) -> dict[str, Any]:
@@ -85,14 +99,22 @@ def row_of(epoch: int, train: Mapping[str, Any], evaluated: Mapping[str, Any] | 
             **{f"eval_{name}": value for name, value in (evaluated or {}).items()}, "lr": lr}
 
 
-def _imported(name: str) -> ModuleType | None:
-    """The module; None where it is not installed."""
+def _imported(name: str, flag: str) -> ModuleType | None:
+    """The module; None where it is not installed. ``flag`` is what asks for it."""
     try:
         module = importlib.import_module(name)
     except ImportError:
         return None
+    except Exception as e:  # of packages whose own needs are of another version than they can use
+        raise OptionError(f"{flag}: {name} is installed, but cannot be imported ({one_line(e)}); mend the "
+                          f"installation, or leave {flag} out") from e
     # the folder ./wandb of its runs can be imported too, as a namespace
     return None if hasattr(module, "__path__") and getattr(module, "__file__", None) is None else module
+
+
+def _name(folder: str) -> str:
+    """The folder's own name, also where it was given with a slash behind it."""
+    return os.path.basename(os.path.normpath(folder))
 
 
 def _to_stderr(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -112,7 +134,7 @@ def _starting(name: str, project: str, instead: str, refusals: tuple[type[Except
 
 def _wandb(wandb: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str, start_epoch: int) -> _Open:
     with _starting("wandb", args.wandb_project, "set WANDB_MODE=offline", (OSError, ValueError, wandb.Error)):
-        wandb.init(project=args.wandb_project, name=os.path.basename(folder), config=vars(resolved.namespace(args)),
+        wandb.init(project=args.wandb_project, name=_name(folder), config=vars(resolved.namespace(args)),
                    tags=args.wandb_tags, id=args.wandb_resume_id or None,
                    resume="must" if args.wandb_resume_id else None)
     # left to the end of the process it would print below the results
@@ -138,7 +160,7 @@ def _tensorboard(tensorboard: ModuleType, args: argparse.Namespace, resolved: Re
 def _trackio(trackio: ModuleType, args: argparse.Namespace, resolved: Resolved, folder: str,
              start_epoch: int) -> _Open:
     with _starting("trackio", args.trackio_project, "choose another --trackio-project", (OSError, ValueError)):
-        _to_stderr(trackio.init, project=args.trackio_project, name=os.path.basename(folder),
+        _to_stderr(trackio.init, project=args.trackio_project, name=_name(folder),
                    config=vars(resolved.namespace(args)), resume="allow" if resolved.resume else "never")
     return _Open(lambda row: _to_stderr(trackio.log, {name: value for name, value in row.items() if name != "epoch"},
                                         step=row["epoch"]), lambda failed: _to_stderr(trackio.finish))

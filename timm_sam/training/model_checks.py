@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..cli.errors import OptionError, one_line, shown
+from .losses import mixup_active
 
 SECONDS = 5.0  # for a pattern and all names; it takes milliseconds, or grows with 2 to the power of a name's length
 
@@ -119,6 +120,10 @@ def _single_sample(args: argparse.Namespace) -> str | None:
     if args.aug_splits > 1:
         return None
     batch = min([args.batch_size, *(args.train_batch_sizes or ())])
+    if args.mixup_mode == "half" and mixup_active(args):
+        if batch == 2:
+            return f"--batch-size {batch} with --mixup-mode half"
+        batch //= 2
     if batch == 1:
         return f"--batch-size {batch}"
     chunk = batch

@@ -8,6 +8,7 @@ import argparse
 import logging
 import math
 import os
+import re
 from contextlib import suppress
 from typing import Any, TypeGuard
 
@@ -21,6 +22,7 @@ from ..runs.checkpoints import NotWhole, read
 
 _logger = logging.getLogger(__name__)
 
+_RECOVERY = re.compile(re.escape(files.RECOVERY).replace(r"\{\}", r"(\d+)"))
 _VERSION = 2  # of timm's format: the epoch is that which is done
 
 
@@ -57,7 +59,8 @@ class Saver:
         """
         self._newest = os.path.basename(path)
         try:
-            saved = read(path).get("saver")
+            checkpoint = read(path)
+            saved = checkpoint.get("saver")
         except (AttributeError, NotWhole):
             saved = None
         if not isinstance(saved, dict):
@@ -69,6 +72,7 @@ class Saver:
         self._best = (metric, epoch) if _is_epoch(epoch) and _is_metric(metric) else None
         epoch, metric = saved.get("pending") or (None, None)
         try:
+            self._recoveries = self._superseded(path, checkpoint.get("epoch"))
             if _is_epoch(epoch) and _is_metric(metric):
                 self._rank(path, epoch, metric)
             self._mend_best(path)
@@ -100,7 +104,7 @@ class Saver:
         return self._best or (None, None)
 
     def save_recovery(self, epoch: int, update: int, extras: dict[str, Any]) -> None:
-        """Writes a checkpoint inside an epoch; the two newest of this process stay.
+        """Writes a checkpoint inside an epoch; the two newest stay, of earlier starts, too.
 
         Raises:
             OptionError: As :meth:`save`.
@@ -121,6 +125,17 @@ class Saver:
             files.duplicate(self._path(files.LAST), self._path(files.MILESTONE.format(epochs)))
         except OSError as e:
             raise self._failed(e) from e
+
+    def _superseded(self, path: str, epoch: Any) -> list[str]:
+        """The recovery checkpoints that are no further than the one that is resumed, the older first.
+
+        Each start leaves two of them, and a run may be stopped many times.
+        """
+        resumed = _RECOVERY.fullmatch(os.path.basename(path))
+        last = (int(resumed[1]), int(resumed[2])) if resumed else (epoch if _is_epoch(epoch) else -1, math.inf)
+        found = filter(None, map(_RECOVERY.fullmatch, os.listdir(self._folder)))
+        places = {(int(name[1]), int(name[2])): name[0] for name in found}
+        return [places[place] for place in sorted(places) if place <= last]
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
