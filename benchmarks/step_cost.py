@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +93,7 @@ def build_parser() -> OptionParser:
     add("--forms", nargs="+", default=None, metavar="NAME", help="only these forms, by a part of their names")
     add("--methods", nargs="+", default=[], metavar="NAME", choices=tuple(METHODS),
         help="these methods too, each on all parameters and on normalization layers: " + ", ".join(METHODS))
-    add("--markdown", default=None, metavar="FILE", help="write the table there, too")
+    add("--markdown", default=None, metavar="FILE", help="write the table there, too, after each method")
     return parser
 
 
@@ -258,9 +258,14 @@ def count(form: Form) -> int:
     return round(counter.get_total_flops() / form.updates)
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], str]:
-    """What was measured of all forms, and a line on what SAM-ON takes beside its passes, if it is one of them."""
-    rows, said = [], ""
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[list[Row], str]]:
+    """What was measured so far: of the forms of SAM, then of one method after the other.
+
+    Yields:
+        All rows, and a line on what SAM-ON takes beside its passes, if it is one of them.
+    """
+    rows: list[Row] = []
+    said = ""
     for method in ("", *args.methods):
         plain, *others = measure_in_turns(args, device, method)
         for form in others if rows else (plain, *others):
@@ -270,7 +275,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], 
                 own = own_arithmetic(form.sam, device)
                 said = (f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, "
                         f"{100 * own / rows[-1].seconds:.2f} % of its update.")
-    return rows, said
+        yield rows, said
 
 
 def measure_in_turns(args: argparse.Namespace, device: torch.device, method: str) -> list[Form]:
@@ -362,17 +367,22 @@ def main() -> int:
                 torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        text = table(*measure(args, device), args, device)
+        for rows, said in measure(args, device):  # large networks take minutes a method, and may be stopped
+            text = table(rows, said, args, device)
+            if args.markdown:
+                write(text, args.markdown)
     except (OptionError, ValueError) as e:
         report(parser.prog, e)
         return 2
     print(text)
-    if args.markdown:
-        with open(args.markdown, "w", encoding="utf-8") as f:
-            given = sys.argv[1:]
-            at = given.index("--markdown")
-            f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(given[:at] + given[at + 2:])}`\n")
     return 0
+
+
+def write(text: str, path: str) -> None:
+    given = sys.argv[1:]
+    at = given.index("--markdown")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(given[:at] + given[at + 2:])}`\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The paper's tables by one command: what each needs, what it says of mistakes, and one from its line to the print."""
+import csv
 import re
 import shlex
 
@@ -281,8 +282,10 @@ def test_table_is_drawn_again_from_one_file(finished, tmp_path):
     packed = in_process(main, ['pack', str(folder / 'out' / 'runs'), '--to', 'runs.csv'], tmp_path)
     assert packed.code == 0 and '2 runs in runs.csv' in packed.out, packed.err
     assert not re.search(r'/tmp|/home', (tmp_path / 'runs.csv').read_text())
+    limit = csv.field_size_limit()
     unpacked = in_process(main, shlex.split('unpack runs.csv again/runs'), tmp_path)
     assert unpacked.code == 0, unpacked.err
+    assert csv.field_size_limit() == limit  # is of the whole process
     again = in_process(main, shlex.split('show table6 --seeds 1 --out again'), tmp_path)
     assert again.out == shown.out
     refused = in_process(main, shlex.split('unpack runs.csv again/runs'), tmp_path)

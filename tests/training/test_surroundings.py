@@ -174,7 +174,8 @@ def test_looking_for_single_samples_changes_nothing(image_folder):
     model = timm.create_model('test_resnet', num_classes=4).eval()
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     args = argparse.Namespace(batch_size=1, train_batch_sizes=None, sam_m=None, sam_ascent_fraction=1.0, aug_splits=0,
-                              naflex_loader=False, split_bn=False, sync_bn=False, train_img_sizes=None)
+                              naflex_loader=False, split_bn=False, sync_bn=False, train_img_sizes=None,
+                              mixup_mode='batch')
     check_single_samples(args, model, {'input_size': (3, 64, 64)})
     with pytest.raises(OptionError, match='--batch-size 1'):
         check_single_samples(args, model, {'input_size': (3, 32, 32)})

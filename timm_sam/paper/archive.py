@@ -141,12 +141,14 @@ def _text(value: Any) -> str:
 
 
 def _read(path: str) -> list[dict[str, str]]:
-    csv.field_size_limit(1 << 28)
+    limit = csv.field_size_limit(1 << 28)  # of the whole process
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
     except (OSError, ValueError, csv.Error) as e:
         raise OptionError(f"{path} cannot be read: {one_line(e)}; give a file that pack has written") from e
+    finally:
+        csv.field_size_limit(limit)
     names = {(row.get("run") or "", row.get("file") or "") for row in rows}
     # a line that is torn has fewer fields, which are None, and one that is none of ours more, under the key None
     whole = all(tuple(row) == HEADER and None not in row.values() for row in rows)
