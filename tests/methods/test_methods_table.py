@@ -96,7 +96,7 @@ def test_radius_is_that_with_the_highest_mean_among_those_with_most_seeds(monkey
     assert lines[2] == '| sam | all | 2.00 | 0.1 | 72.00 ± 1.41 | 2 | 1 |'
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_docs_have_the_table_of_the_stored_runs(tmp_path):
     unpack(str(ROOT / 'benchmarks' / 'results' / 'methods_table_packed.csv'), str(tmp_path / 'runs'))
     methods = list(methods_table.FLAGS)
