@@ -81,8 +81,12 @@ class Plan:
 
     def _sets(self, evaluation: Evaluation) -> dict[str, str]:
         """The evaluation's published sets that are there, and their folders: others may be, and take days."""
-        found = find_suites(self.eval_root)[0] if self.eval_root else {}
-        return {name: found[name] for name in evaluation.sets if name in found}
+        return {name: self.published[name] for name in evaluation.sets if name in self.published}
+
+    @functools.cached_property
+    def published(self) -> dict[str, str]:
+        """The published evaluation sets below ``eval_root``, and their folders; looked for once, not for every run."""
+        return find_suites(self.eval_root)[0] if self.eval_root else {}
 
     def passed_on(self) -> list[str]:
         """Of the flags of train.py those of execution that evaluations have, too."""
@@ -128,7 +132,7 @@ def check(plan: Plan, exhibits: Sequence[Exhibit], only: Sequence[str], prog: st
         if sets and not os.path.isdir(plan.eval_root):
             raise OptionError(f"--eval-root {plan.eval_root or 'is missing'}: {exhibit.name} needs the folder of the "
                               f"published evaluation sets, see docs/evaluation.md")
-        if "imagenet" in sets and "imagenet" not in find_suites(plan.eval_root)[0]:
+        if "imagenet" in sets and "imagenet" not in plan.published:
             raise OptionError(f"--eval-root {plan.eval_root}: {exhibit.name} needs ImageNet's validation images in it, "
                               f"as imagenet/val: it is they that are attacked")
     configs = dict.fromkeys(config for exhibit in exhibits for config in exhibit.configs
