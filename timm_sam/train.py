@@ -208,7 +208,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
             kept = "what was saved is kept, go on with --resume auto" if saver is None else saver.kept
             raise OptionError(f"{e}; {kept}") from e
         except (AssertionError, LookupError, RuntimeError, ValueError) as e:
-            if (mistake := failed.explained(args, process.device, task, model, data_config, e)) is not None:
+            if (mistake := failed.explained(args, task, model, data_config, e)) is not None:
                 raise mistake from e
             raise
         finally:

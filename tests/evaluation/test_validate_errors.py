@@ -276,7 +276,7 @@ def test_model_that_cannot_be_scripted_is_refused(tmp_path, fitted, monkeypatch)
         raise RuntimeError('no such statement\nin this language')
     monkeypatch.setattr(torch.jit, 'script', no)
     message = refused(tmp_path, f'--data-dir {fitted.data} --torchscript', fitted.base)
-    assert '--torchscript: --model test_resnet cannot be scripted: no such statement in this language; ' in message
+    assert '--torchscript: --model test_resnet cannot be scripted (no such statement in this language); ' in message
 
 
 @pytest.mark.parametrize('labels, known', [([[1], []], True), ([[1], 5], False), ({'0': [1], '1': 'x'}, False)])

@@ -47,6 +47,7 @@ def test_images_that_the_teacher_does_not_take_name_it(run_train, tmp_path):
 
 @pytest.mark.full
 def test_compiler_that_fails_is_named(run_train, monkeypatch):
+    _dynamo.list_backends()  # they are registered when somebody asks, and would be in the copy alone
     monkeypatch.setattr(_dynamo.backends.registry, '_COMPILER_FNS', dict(_dynamo.backends.registry._COMPILER_FNS))
     monkeypatch.setattr(_dynamo.backends.registry, '_BACKENDS', dict(_dynamo.backends.registry._BACKENDS))
     _dynamo.register_backend(raising(FileNotFoundError('there is no g++')), name='broken')

@@ -62,6 +62,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def host_is_full(error: BaseException) -> bool:
+    """Whether torch found no memory on the host: it has a class of its own for devices only."""
+    return "DefaultCPUAllocator" in str(error)
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of an error without line breaks, cut at ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__

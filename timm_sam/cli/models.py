@@ -3,10 +3,11 @@ import argparse
 import difflib
 
 import timm
+import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from .errors import OptionError
+from .errors import OptionError, one_line
 
 
 def check_model_name(flag: str, name: str) -> None:
@@ -28,6 +29,23 @@ def check_naflex(args: argparse.Namespace, name: str, model: nn.Module, flag: st
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f"--naflex-loader: {flag} {name} takes images of one size; leave it out, or use a NaFlex "
                           f"model such as naflexvit_base_patch16_gap")
+
+
+def scripted(model: nn.Module, name: str) -> nn.Module:
+    """The model in TorchScript, for ``--torchscript``.
+
+    Args:
+        model: The model.
+        name: Of the model, for the error.
+
+    Raises:
+        OptionError: It cannot be scripted.
+    """
+    try:
+        return torch.jit.script(model)
+    except Exception as e:  # torch has many ways to say what of Python it does not know
+        raise OptionError(f"--torchscript: --model {name} cannot be scripted ({one_line(e)}); leave it out, or use "
+                          f"--torchcompile") from e
 
 
 def channels(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name, check_naflex
+from ..cli.models import check_model_name, check_naflex, scripted
 from ..runs.checkpoints import AVERAGED
 from .weights import Hashes, load_weights, weights_sha256
 
@@ -177,10 +177,7 @@ def _transformed(args: argparse.Namespace, model: nn.Module, name: str) -> nn.Mo
         OptionError: It cannot be scripted.
     """
     if args.torchscript:
-        try:
-            model = torch.jit.script(model)
-        except Exception as e:  # of the language that it is written in: not every model is
-            raise OptionError(f"--torchscript: --model {name} cannot be scripted: {one_line(e)}; leave it out") from e
+        model = scripted(model, name)
     elif args.torchcompile:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)

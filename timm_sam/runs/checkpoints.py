@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from timm.models import clean_state_dict
 
-from ..cli.errors import one_line
+from ..cli.errors import host_is_full, one_line
 from . import files
 
 _logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def read(path: str, mapped: bool = True) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as e:
-        if "DefaultCPUAllocator" in str(e):
+        if host_is_full(e):
             raise MemoryError(one_line(e)) from e
         raise NotWhole(why_unreadable(e)) from e
 

@@ -27,7 +27,7 @@ from torch import nn
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name
+from ..cli.models import check_model_name, scripted
 from ..cli.tasks import is_multilabel
 from ..runs.checkpoints import why_unreadable
 from .ablations import alter_norms, decay_groups
@@ -166,11 +166,7 @@ def place_model(args: argparse.Namespace, process: Process, model: nn.Module, dt
             _logger.info("Batch normalization is synchronized over all ranks.")
     alter_norms(args, model)
     if args.torchscript:
-        try:
-            model = torch.jit.script(model)
-        except Exception as e:  # torch has many ways to say what of Python it does not know
-            raise OptionError(f"--torchscript: {args.model} cannot be scripted ({one_line(e)}); leave it out, or use "
-                              f"--torchcompile") from e
+        model = scripted(model, args.model)
     return model
 
 

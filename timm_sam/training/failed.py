@@ -9,12 +9,12 @@ import torch
 from timm.task import TrainingTask
 from torch import nn
 
-from ..cli.errors import OptionError, one_line
+from ..cli.errors import OptionError, host_is_full, one_line
 
 
 def short_of_memory(args: argparse.Namespace, device: torch.device, error: BaseException) -> OptionError | None:
     """What is said where memory is short; None: it is another failure."""
-    of_the_machine = "DefaultCPUAllocator" in str(error)
+    of_the_machine = host_is_full(error)
     if not isinstance(error, torch.OutOfMemoryError) and not of_the_machine:
         return None
     where = "this machine" if of_the_machine else device
@@ -24,15 +24,14 @@ def short_of_memory(args: argparse.Namespace, device: torch.device, error: BaseE
         f"saved is kept")
 
 
-def explained(args: argparse.Namespace, device: torch.device, task: TrainingTask, model: nn.Module,
-              data_config: Mapping[str, Any], error: Exception) -> OptionError | None:
-    """What is said where memory is short, the compiler fails, or a model does not take the images.
+def explained(args: argparse.Namespace, task: TrainingTask, model: nn.Module, data_config: Mapping[str, Any],
+              error: Exception) -> OptionError | None:
+    """What is said where the compiler fails, or a model does not take the images.
 
     Whether it takes them is tried afterwards, on the CPU: a run that goes well pays nothing.
 
     Args:
         args: All options.
-        device: Of this process.
         task: What was trained, with its teacher if there is one.
         model: As it was before it was compiled.
         data_config: Of ``timm.data.resolve_input_data_config``.
@@ -41,10 +40,8 @@ def explained(args: argparse.Namespace, device: torch.device, task: TrainingTask
     Returns:
         The mistake, or None where the options are not to blame.
     """
-    if isinstance(error, OptionError):
+    if isinstance(error, (OptionError, torch.OutOfMemoryError)) or host_is_full(error):
         return None
-    if (mistake := short_of_memory(args, device, error)) is not None:
-        return mistake
     dynamo = sys.modules.get("torch._dynamo.exc")
     if dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed):
         reason = one_line(RuntimeError(str(error).split("\n\nSet TORCH")[0]))
