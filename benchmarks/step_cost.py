@@ -9,7 +9,9 @@ All forms run in one process on the same batch, in turns; a ratio is that of a f
 round, reported as median with minimum and maximum. The two forms of each method take turns with a plain update of their
 own, so that no more than a few copies of the model are there at a time. The FLOP bound is what torch.utils.flop_counter
 counts in the form's update over what it counts in a plain one: no implementation that does this arithmetic can be
-cheaper. The peer is ``SAM`` of the package pytorch-optimizer, used as its documentation says (extra ``benchmark``).
+cheaper. What a form takes beside its forward and backward passes, over what a plain update does (the base optimizer's
+step), is timed in the same updates: it is small, and unlike the ratio hardly moves with the machine's speed. The peer
+is ``SAM`` of the package pytorch-optimizer, used as its documentation says (extra ``benchmark``).
 """
 import argparse
 import copy
@@ -19,7 +21,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,19 +61,67 @@ class Form:
     updates: int = 1  # of which time and FLOPs are the mean
     params: str = ""
     times: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)  # of the same updates, the seconds outside of the passes
     flops: int = 0
     memory: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a form: seconds of an update, and over a plain one its time in each round, FLOPs, memory."""
+    """What was measured of a form: seconds of an update, and over a plain one its time in each round, FLOPs, memory.
+
+    ``beside`` are the seconds that it takes beside the passes and the base optimizer's step.
+    """
 
     name: str
     seconds: float
     ratios: list[float]
     bound: float
+    beside: float
     memory: float
+
+
+class Passes:
+    """Tells the time of forward and backward passes from that of all else in an update.
+
+    Attributes:
+        seconds: Of the passes in the last :meth:`timed` block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._on = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Around a forward pass, whenever it is."""
+        if not self._on:
+            yield
+            return
+        synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        synchronize(self._device)
+        self.seconds += time.perf_counter() - start
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around updates. Backward passes are known by the two functions of torch that begin them."""
+        def known(function: Callable) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.one():
+                    return function(*args, **kwargs)
+            return run
+
+        backward, grad = torch.autograd.backward, torch.autograd.grad
+        torch.autograd.backward, torch.autograd.grad = known(backward), known(grad)  # type: ignore[assignment]
+        self.seconds, self._on = 0.0, True
+        try:
+            yield
+        finally:
+            self._on = False
+            torch.autograd.backward, torch.autograd.grad = backward, grad
 
 
 def build_parser() -> OptionParser:
@@ -97,15 +147,18 @@ def build_parser() -> OptionParser:
     return parser
 
 
-def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, method: str = "") -> list[Form]:
+def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, method: str = "",
+                passes: Passes | None = None) -> list[Form]:
     """Plain and the forms of a method, each with its own copy of the same model, on the same batch.
 
     Args:
         args, device: What is measured where.
         compiled: Whether by ``torch.compile``.
+        passes: What times forward passes.
         method: A key of ``METHODS``; empty: the forms of SAM without one, and the peer.
     """
     torch.manual_seed(0)
+    passes = passes or Passes(device)
     late = args.late or LATE.get(args.model)
     if late is None:
         raise OptionError(f"--late is missing: name the late norm layers of {args.model} by a regular expression")
@@ -127,11 +180,11 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, 
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
         def loss(n: int | None = None) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+            with passes.one(), precision(args, device):
                 return F.cross_entropy(called(x[:n]), y[:n])
 
         def losses(rows: Tensor | None = None) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+            with passes.one(), precision(args, device):
                 inputs, labels = (x, y) if rows is None else (x[rows], y[rows])
                 return F.cross_entropy(called(inputs), labels, reduction="none")
 
@@ -171,7 +224,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, 
         make("SAM-ON, ascent on a quarter of the batch", fraction=quarter, rho=0.5),
     ]
     if pytorch_optimizer is not None:
-        forms.append(peer(original, x, y, args, device, compiled))
+        forms.append(peer(original, x, y, args, device, compiled, passes))
     return _chosen(forms, args.forms)
 
 
@@ -179,8 +232,12 @@ def _chosen(forms: list[Form], parts: list[str] | None) -> list[Form]:
     return [f for i, f in enumerate(forms) if i == 0 or parts is None or any(part in f.name for part in parts)]
 
 
+def precision(args: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
+
+
 def peer(original: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, device: torch.device,
-         compiled: bool) -> Form:
+         compiled: bool, passes: Passes) -> Form:
     """SAM of pytorch-optimizer, by the example of its documentation."""
     model = copy.deepcopy(original)
     called = torch.compile(model) if compiled else model
@@ -188,7 +245,7 @@ def peer(original: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, de
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+        with passes.one(), precision(args, device):
             loss = F.cross_entropy(called(x), y)
         loss.backward()
         return loss
@@ -258,32 +315,26 @@ def count(form: Form) -> int:
     return round(counter.get_total_flops() / form.updates)
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[list[Row], str]]:
-    """What was measured so far: of the forms of SAM, then of one method after the other.
-
-    Yields:
-        All rows, and a line on what SAM-ON takes beside its passes, if it is one of them.
-    """
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
+    """All rows measured so far: of the forms of SAM, then of one method after the other."""
     rows: list[Row] = []
-    said = ""
     for method in ("", *args.methods):
         plain, *others = measure_in_turns(args, device, method)
         for form in others if rows else (plain, *others):
-            rows.append(Row(form.name, statistics.median(form.times), [t / p for t, p in zip(form.times, plain.times)],
-                            form.flops / plain.flops, form.memory / plain.memory))
-            if form.name == "SAM-ON" and form.sam is not None and form.sam.sharing is not None:
-                own = own_arithmetic(form.sam, device)
-                said = (f"SAM-ON beside its passes and the base step: {own * 1e3:.1f} ms, "
-                        f"{100 * own / rows[-1].seconds:.2f} % of its update.")
-        yield rows, said
+            rows.append(Row(
+                form.name, statistics.median(form.times), [t / p for t, p in zip(form.times, plain.times)],
+                form.flops / plain.flops, statistics.median(form.beside) - statistics.median(plain.beside),
+                form.memory / plain.memory))
+        yield rows
 
 
 def measure_in_turns(args: argparse.Namespace, device: torch.device, method: str) -> list[Form]:
-    counted = build_forms(args, device, compiled=False, method=method)
+    passes = Passes(device)
+    counted = build_forms(args, device, compiled=False, method=method, passes=passes)
     for form in counted:
         form.flops = count(form)
         form.memory = measure_memory(form, device)
-    forms = build_forms(args, device, compiled=True, method=method) if args.torchcompile else counted
+    forms = build_forms(args, device, True, method, passes) if args.torchcompile else counted
     for form, by_count in zip(forms, counted):
         form.flops, form.memory = by_count.flops, by_count.memory
         for _ in range(args.warmup):
@@ -293,41 +344,33 @@ def measure_in_turns(args: argparse.Namespace, device: torch.device, method: str
     for i in range(args.rounds):
         order = forms if i % 2 == 0 else forms[::-1]  # a drift of the machine's speed favours no form
         for form in order:
-            form.times.append(timed(form.update, device, args.repeats) / form.updates)
+            if device.type != "cpu":  # telling the passes from the rest means waiting for the device
+                form.times.append(timed(form.update, device, args.repeats) / form.updates)
+            repeats = args.repeats if device.type == "cpu" else 1
+            with passes.timed():
+                seconds = timed(form.update, device, repeats)
+            if device.type == "cpu":
+                form.times.append(seconds / form.updates)
+            form.beside.append((seconds - passes.seconds / repeats) / form.updates)
     return forms
 
 
 def timed(update: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one update; ``repeats`` of them run without waiting for the device, as in training."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         update()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
-def own_arithmetic(sam: SAM, device: torch.device, rounds: int = 30) -> float:
-    """Seconds that SAM takes beside the passes: of an update whose loss is a sum of weights, less two such passes."""
-    def stub() -> Tensor:
-        return torch.stack([p.sum() for _, p in sam.selected]).sum()
-
-    def passes() -> None:
-        for _ in range(2):
-            stub().backward()
-
-    differences = []
-    for i in range(rounds):
-        whole = timed(lambda: sam.backward(stub), device)
-        difference = whole - timed(passes, device)
-        if i >= 3:
-            differences.append(difference)
-    return statistics.median(differences)
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def table(rows: list[Row], said: str, args: argparse.Namespace, device: torch.device) -> str:
+def table(rows: list[Row], args: argparse.Namespace, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kind = "allocated" if device.type == "cuda" else "saved for backward"
     options = [o for o, on in (("bf16 autocast", args.amp), ("channels last", args.channels_last),
@@ -337,16 +380,18 @@ def table(rows: list[Row], said: str, args: argparse.Namespace, device: torch.de
         f"{', '.join(options) or 'eager float32'}; {name}; torch {torch.__version__}, timm {timm.__version__}, "
         f"Python {platform.python_version()}; {args.rounds} rounds of {args.repeats} update(s)",
         "",
-        f"| update | time (ms) | ratio to plain: median (min-max) | FLOP bound | ratio / bound | peak memory {kind} |",
-        "|---|---|---|---|---|---|",
+        "| update | time (ms) | ratio to plain: median (min-max) | FLOP bound | ratio / bound "
+        f"| beside passes and base step (ms, % of plain) | peak memory {kind} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratio = statistics.median(row.ratios)
         lines.append(
             f"| {row.name.replace('|', chr(92) + '|')} | {row.seconds * 1e3:.1f} "
             f"| {ratio:.3f} ({min(row.ratios):.3f}-{max(row.ratios):.3f}) "
-            f"| {row.bound:.3f} | {ratio / row.bound:.3f} | {row.memory:.3f}x |")
-    return "\n".join([*lines, "", said] if said else lines)
+            f"| {row.bound:.3f} | {ratio / row.bound:.3f} "
+            f"| {row.beside * 1e3:.1f} ({row.beside / rows[0].seconds:.1%}) | {row.memory:.3f}x |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -367,8 +412,8 @@ def main() -> int:
                 torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
-        for rows, said in measure(args, device):  # large networks take minutes a method, and may be stopped
-            text = table(rows, said, args, device)
+        for rows in measure(args, device):  # large networks take minutes a method, and may be stopped
+            text = table(rows, args, device)
             if args.markdown:
                 write(text, args.markdown)
     except (OptionError, ValueError) as e:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 SMALL = 8192  # elements of a tensor, in the mean
+PIECE = 32768  # elements, whose copy in float64 stays in the cache of a core
 _HALVES = (torch.float16, torch.bfloat16)
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -63,13 +64,39 @@ def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         torch._foreach_add_(list(targets), list(others))
 
 
+def _in_memory(t: Tensor) -> Tensor:
+    """All elements of a tensor in one dimension, in the order that they have in memory if there are no gaps."""
+    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.as_strided((t.numel(),), (1,))
+    return t.reshape(-1)
+
+
+def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, large ones of float32 on the CPU cut up, for what sums over all of their elements in float64.
+
+    To sum in another type than theirs, torch converts whole tensors first.
+    """
+    result: list[Tensor] = []
+    for t in tensors:
+        if t.numel() > PIECE and t.is_cpu and t.dtype is torch.float32:
+            result += _in_memory(t).split(PIECE)
+        else:
+            result.append(t)
+    return result
+
+
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product over all elements of all tensors, as a 0-dim tensor of the widest type.
 
     The products are taken in float32 or wider, the sum in float64 where there is one.
     """
     device = a[0].device
-    products = torch._foreach_mul(at_least_float32(a), at_least_float32(b))
+    a, b = at_least_float32(a), at_least_float32(b)
+    if all(x.is_cpu and x.dtype == y.dtype for x, y in zip(a, b)) and not together(a):
+        in_order = [(x, y) if x.stride() == y.stride() else (x.contiguous(), y.contiguous()) for x, y in zip(a, b)]
+        a, b = (pieces(tensors) for tensors in zip(*in_order))
+        return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b)]).sum()
+    products = torch._foreach_mul(a, b)
     flat = torch.cat([t.reshape(-1).to(device, non_blocking=True) for t in products])
     return flat.sum(dtype=widest(device))
 

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .multi_tensor import at_least_float32, by_factor, constants_like, flat, parts, together, widest, zero_unless_
+from .multi_tensor import (
+    at_least_float32,
+    by_factor,
+    constants_like,
+    flat,
+    parts,
+    pieces,
+    together,
+    widest,
+    zero_unless_,
+)
 
 Tensors = list[Tensor]
 
@@ -97,7 +107,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     if len(tensors) == 1 or together(tensors):
         return torch.linalg.vector_norm(tensors[0] if len(tensors) == 1 else flat(tensors), dtype=widest(device))
-    norms = torch._foreach_norm(list(tensors), 2, widest(device))
+    norms = torch._foreach_norm(pieces(tensors), 2, widest(device))
     return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
 
 

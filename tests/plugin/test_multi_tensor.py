@@ -5,16 +5,19 @@ import torch
 
 from timm_sam import multi_tensor
 from timm_sam.multi_tensor import (
+    PIECE,
     Backup,
     at_least_float32,
     by_factor,
     constants_like,
     converted,
     copy_,
+    inner,
+    pieces,
     widest,
     zero_unless_,
 )
-from timm_sam.perturbation import VARIANTS, perturbation
+from timm_sam.perturbation import VARIANTS, global_norm, perturbation
 
 KINDS = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
 
@@ -113,3 +116,42 @@ def test_small_tensors_as_one_give_what_each_by_itself_gives(monkeypatch):
         assert float(other_norm) == pytest.approx(float(norm), rel=1e-14)
         assert all(a.dtype == b.dtype and torch.allclose(a, b, rtol=exact, atol=exact) for a, b in zip(eps, other))
         assert any(e.abs().sum() > 0 for e in eps)
+
+
+def large(dtype, kind):
+    """A tensor of more than two pieces, in one of the layouts that gradients and weights have."""
+    torch.manual_seed(0)
+    whole = torch.randn(9, 5, 41, 41, dtype=torch.float64).to(dtype)
+    assert whole.numel() > 2 * PIECE
+    return {'contiguous': whole, 'channels last': whole.to(memory_format=torch.channels_last),
+            'transposed': whole.transpose(0, 2), 'part': whole[:, 1:4, 2:], 'from the middle': whole.flatten()[7:],
+            'expanded': whole[:, :1].expand(9, 5, 41, 41)}[kind]
+
+
+LAYOUTS = ['contiguous', 'channels last', 'transposed', 'part', 'from the middle', 'expanded']
+
+
+@pytest.mark.parametrize('kind', LAYOUTS)
+def test_pieces_hold_every_element_once(kind):
+    tensor = large(torch.float32, kind)
+    found = pieces([tensor, torch.ones(3)])
+    assert len(found) > 2 and max(p.numel() for p in found) <= PIECE and torch.equal(found[-1], torch.ones(3))
+    assert torch.equal(torch.cat(found[:-1]).sort().values, tensor.flatten().sort().values)
+    assert pieces([tensor.double()])[0].shape == tensor.shape  # nothing to convert
+
+
+@pytest.mark.parametrize('kind', LAYOUTS)
+@pytest.mark.parametrize('other', LAYOUTS)
+def test_sums_over_large_tensors_are_those_in_float64_whatever_their_layouts(kind, other):
+    a = large(torch.float32, kind)
+    b = large(torch.float32, other).flip(0)
+    b = b if a.shape == b.shape else a.sin()
+    few = torch.tensor([1e30, 2.0])
+    norm = torch.cat([a.double().flatten(), few.double()]).norm()
+    assert float(global_norm([a, few])) == pytest.approx(float(norm), rel=1e-13)
+    assert float(global_norm([a])) == pytest.approx(float(a.double().norm()), rel=1e-13)
+    product = float((a.double() * b.double()).sum())
+    scale = float(a.double().norm() * b.double().norm())
+    assert float(inner([a, few], [b, torch.tensor([0.0, 3.0])])) == pytest.approx(product + 6, abs=1e-9 * scale)
+    assert inner([a], [b]).dtype == global_norm([a]).dtype == torch.float64
+    assert float(inner([a], [b.double()])) == pytest.approx(product, abs=1e-9 * scale)
