@@ -26,7 +26,7 @@ class Rounding:
         self._warned = False
 
     def add(self, params: Sequence[Tensor], eps: list[Tensor], before: Sequence[Tensor],
-            norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm) -> Tensor:
+            norm_of: Callable[[Sequence[Tensor]], Tensor] = global_norm, length: Tensor | None = None) -> Tensor:
         """Adds eps to the weights, without gradients.
 
         Args:
@@ -34,6 +34,7 @@ class Rounding:
             eps: One tensor per parameter; emptied, so that its memory is free.
             before: Copies of the weights.
             norm_of: Computes the l2 norm over all elements.
+            length: That of eps, if it is known, 0-dim.
 
         Returns:
             l2 norm of the change, 0-dim: that of eps, where nothing is rounded away.
@@ -41,15 +42,16 @@ class Rounding:
         self._count += 1
         rounds = is_half(params)
         looks = rounds and not self._warned and self._count > 1 and self._count & (self._count - 1) == 0
-        asked = norm_of(eps) if looks or not rounds else None
+        if length is None and (looks or not rounds):
+            length = norm_of(eps)
         add_(params, converted(eps, [p.dtype for p in params]) if rounds else eps)
         eps.clear()
         if not rounds:
-            assert asked is not None
-            return asked
+            assert length is not None
+            return length
         norm = norm_of(torch._foreach_sub(list(params), list(before)))
-        if asked is not None:
-            self._compare(float(norm), float(asked), params)
+        if looks and length is not None:
+            self._compare(float(norm), float(length), params)
         return norm
 
     def _compare(self, norm: float, asked: float, params: Sequence[Tensor]) -> None:

@@ -1,4 +1,5 @@
 """Where the selected parameters are, and what the two passes do to them there."""
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class Store:
         self.tensors: list[Tensor] = list(params)
         self._group = group
         self._weights = Backup()
+        self._length: Tensor | None = None  # of eps, where no norm has to be taken to know it
         self._rounding = Rounding()
 
     def at_w(self) -> AbstractContextManager[None]:
@@ -75,7 +77,13 @@ class Store:
     def eps(self, variant: str, g: Sequence[Tensor], rho: float, eta: float | None, is_weight: Sequence[bool],
             **how: Any) -> tuple[list[Tensor], Tensor]:
         """eps and the norm of g, of g as :meth:`grads` gave it; see :func:`perturbation`."""
-        return perturbation(variant, self.tensors, g, rho, eta, is_weight, **how)
+        eps, norm = perturbation(variant, self.tensors, g, rho, eta, is_weight, **how)
+        plain = how.get("direction") is None and how.get("masked") is None and how.get("normalized", 1.0) == 1
+        if plain and variant == "sam":
+            self._length = torch.full_like(norm, rho).mul_((norm > 0) & (norm < math.inf))
+        else:
+            self._length = None
+        return eps, norm
 
     def save(self) -> None:
         """Keeps w."""
@@ -90,7 +98,7 @@ class Store:
         Returns:
             The l2 norm of the change.
         """
-        return self._rounding.add(self.tensors, eps, self._weights.values)
+        return self._rounding.add(self.tensors, eps, self._weights.values, length=self._length)
 
     def restore(self) -> None:
         """Back at w, bit by bit."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..multi_tensor import at_least_float32, constants_like, is_half, widest
+from ..multi_tensor import at_least_float32, constants_like, widest
 from ..perturbation import VARIANTS, of_length
 from ..store import Store, version_of
 from .units import Units
@@ -107,8 +107,7 @@ class Shards(Store):
         return of_length(scaled, t, norm if definition.p == 2 else None, usable, rho, normalized), grad_norm
 
     def add(self, eps: list[Tensor]) -> Tensor:
-        norm_of = self._norm if is_half(self.tensors) else lambda eps: self._eps_norm
-        return self._rounding.add(self.tensors, eps, self._weights.values, norm_of)
+        return self._rounding.add(self.tensors, eps, self._weights.values, self._norm, self._eps_norm)
 
 
 @torch.no_grad()
