@@ -143,9 +143,26 @@ def perturbation(
         ``eps``, one tensor per parameter (shape of the parameter, float32 or wider), and ``||g||_2`` over all of them
         as a 0-dim tensor. ``eps`` is exactly zero where ``||T g||`` is zero or g is not finite.
     """
+    is_weight = [True] * len(params) if is_weight is None else is_weight
+    return with_length(variant, params, grads, rho, eta, is_weight, direction, masked, full_norm, normalized)[:2]
+
+
+@torch.no_grad()
+def with_length(
+        variant: str,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        rho: float,
+        eta: float | None,
+        is_weight: Sequence[bool],
+        direction: Sequence[Tensor] | None = None,
+        masked: Sequence[Tensor] | None = None,
+        full_norm: bool = True,
+        normalized: float = 1.0,
+) -> tuple[Tensors, Tensor, Tensor | None]:
+    """As :func:`perturbation`, and ``||eps||_2`` where it is known without taking another norm, else None."""
     definition = VARIANTS[variant]
     eta = definition.eta if eta is None else eta
-    is_weight = [True] * len(params) if is_weight is None else is_weight
     # half-precision tensors are widened: squares of half-precision gradients under- and overflow
     params, grads = at_least_float32(params), at_least_float32(grads)
     t = definition.normalizer(params, grads, 0.0 if eta is None else eta, is_weight)
@@ -159,7 +176,8 @@ def perturbation(
     grad_norm = global_norm(grads)
     norm: Tensor | None = None
     if packed and definition.p == 2 and direction is None and masked is None and normalized == 1:
-        return parts(_of_one(grads[0], grad_norm, rho, None if t is None else t[0]), params), grad_norm
+        length = _length(grad_norm, (grad_norm > 0) & (grad_norm < math.inf), rho) if t is None else None
+        return parts(_of_one(grads[0], grad_norm, rho, None if t is None else t[0]), params), grad_norm, length
     if definition.p == 2:
         scaled = along if t is None else list(torch._foreach_mul(along, t))
         if masked is not None and full_norm:
@@ -171,9 +189,20 @@ def perturbation(
         usable = grad_norm < math.inf
         scaled = list(torch._foreach_sign(along))
     if direction is not None:
-        usable = usable & (grad_norm < math.inf) & (global_norm(d) < math.inf)
+        usable = usable & (grad_norm < math.inf)
+        if norm is None or scaled is not d:  # else that is looked at already
+            usable = usable & (global_norm(d) < math.inf)
+    # lengths of a mask's part are not those of what is normalized
+    known = None if norm is None or t is not None or masked is not None else _length(norm, usable, rho, normalized)
     eps = of_length(scaled, t, norm, usable, rho, normalized)
-    return parts(eps[0], params) if packed else eps, grad_norm
+    return parts(eps[0], params) if packed else eps, grad_norm, known
+
+
+def _length(norm: Tensor, usable: Tensor, rho: float, normalized: float = 1.0) -> Tensor:
+    """``||eps||`` of T = 1 and a direction with this norm."""
+    if normalized == 1:
+        return torch.full_like(norm, rho).mul_(usable)
+    return torch.where(usable, rho * (normalized + (1 - normalized) * norm), torch.zeros_like(norm))
 
 
 def _of_one(g: Tensor, grad_norm: Tensor, rho: float, t: Tensor | None) -> Tensor:
@@ -196,14 +225,17 @@ def of_length(scaled: Sequence[Tensor], t: Tensors | None, norm: Tensor | None, 
         rho: Radius.
         normalized: lam.
     """
-    eps = list(scaled)
-    if norm is not None:
-        # in this order no factor overflows: Tg / norm is at most 1, while rho / norm is infinite for a subnormal norm
-        eps = by_factor(torch._foreach_div, eps, torch.where(usable, norm, 1.0))
-        if normalized != 1:
-            torch._foreach_mul_(eps, normalized)
-            torch._foreach_add_(eps, list(scaled), alpha=1 - normalized)
-    torch._foreach_mul_(eps, rho)
+    if norm is not None and normalized == 0:
+        eps = list(torch._foreach_mul(list(scaled), rho))
+    else:
+        eps = list(scaled)
+        if norm is not None:
+            # in this order no factor overflows: Tg / norm is at most 1; rho / norm is infinite for a subnormal norm
+            eps = by_factor(torch._foreach_div, eps, torch.where(usable, norm, 1.0))
+            if normalized != 1:
+                torch._foreach_mul_(eps, normalized)
+                torch._foreach_add_(eps, list(scaled), alpha=1 - normalized)
+        torch._foreach_mul_(eps, rho)
     if t is not None:
         torch._foreach_mul_(eps, t)
     zero_unless_(usable, eps)

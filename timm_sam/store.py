@@ -1,5 +1,4 @@
 """Where the selected parameters are, and what the two passes do to them there."""
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from .group import Group
 from .multi_tensor import Backup, dense
-from .perturbation import perturbation
+from .perturbation import with_length
 from .rounding import Rounding
 
 
@@ -77,12 +76,7 @@ class Store:
     def eps(self, variant: str, g: Sequence[Tensor], rho: float, eta: float | None, is_weight: Sequence[bool],
             **how: Any) -> tuple[list[Tensor], Tensor]:
         """eps and the norm of g, of g as :meth:`grads` gave it; see :func:`perturbation`."""
-        eps, norm = perturbation(variant, self.tensors, g, rho, eta, is_weight, **how)
-        plain = how.get("direction") is None and how.get("masked") is None and how.get("normalized", 1.0) == 1
-        if plain and variant == "sam":
-            self._length = torch.full_like(norm, rho).mul_((norm > 0) & (norm < math.inf))
-        else:
-            self._length = None
+        eps, norm, self._length = with_length(variant, self.tensors, g, rho, eta, is_weight, **how)
         return eps, norm
 
     def save(self) -> None:

@@ -1,9 +1,11 @@
 """The perturbations as pure functions, at the edges of floating point."""
+import math
+
 import pytest
 import torch
 
 from timm_sam import multi_tensor
-from timm_sam.perturbation import VARIANTS, global_norm, perturbation
+from timm_sam.perturbation import VARIANTS, global_norm, perturbation, with_length
 
 SHAPES = ((4, 3), (4,), (1, 1, 5))
 
@@ -88,3 +90,20 @@ def test_norm_of_zero_makes_every_eps_zero(variant, scale):
     params, grads = params_and_grads(scale, torch.float64)
     eps, grad_norm = perturbation(variant, params, grads, 0.5)
     assert grad_norm == 0 and all(torch.equal(e, torch.zeros_like(e)) for e in eps)
+
+
+@pytest.mark.parametrize('kind', ['g', 'direction', 'masked', 'not finite', 'zero'])
+@pytest.mark.parametrize('variant, normalized', [
+    (name, lam) for name, variant in VARIANTS.items() for lam in ((0.0, 0.3, 1.0) if variant.p == 2 else (1.0,))])
+def test_length_that_is_known_without_a_norm_is_the_norm_of_eps(variant, kind, normalized):
+    torch.manual_seed(0)
+    params, grads, other = ([torch.randn(n, dtype=torch.float64) for n in (5, 3)] for _ in range(3))
+    if kind in ('not finite', 'zero'):
+        grads = [g * (math.inf if kind == 'not finite' else 0) for g in grads]
+    direction = other if kind == 'direction' else None
+    masked = [g * (g > 0) for g in grads] if kind == 'masked' else None
+    eps, _, length = with_length(variant, params, grads, 0.3, None, [True, True], direction, masked, True, normalized)
+    assert (length is not None) == (variant == 'sam' and kind != 'masked')
+    if length is not None:
+        assert float(length) == pytest.approx(float(torch.cat(eps).norm()), rel=1e-14, abs=0)
+        assert (float(length) == 0) == (kind in ('not finite', 'zero'))
