@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from .group import Group
 from .methods.stages import At, Stages
-from .multi_tensor import add_, at_least_float32, by_factor, copy_, dense
+from .multi_tensor import add_, at_least_float32, by_factor, copy_, dense, global_norm
 from .passes import Passes
-from .perturbation import global_norm
 
 
 class Descent:

@@ -85,12 +85,27 @@ def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """l2 norm over all elements of all tensors, as a 0-dim float64 tensor on the device of the first.
+
+    Squares of float32 gradients leave float32's range long before the gradients do. Where there is no float64 (mps),
+    the result is float32.
+    """
+    device = tensors[0].device
+    if len(tensors) == 1 or together(tensors):
+        return torch.linalg.vector_norm(tensors[0] if len(tensors) == 1 else flat(tensors), dtype=widest(device))
+    norms = torch._foreach_norm(pieces(tensors), 2, widest(device))
+    return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
+
+
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product over all elements of all tensors, as a 0-dim tensor of the widest type.
 
     The products are taken in float32 or wider, the sum in float64 where there is one.
     """
     device = a[0].device
+    if a is b:
+        return global_norm(at_least_float32(a)).square()
     a, b = at_least_float32(a), at_least_float32(b)
     if all(x.is_cpu and x.dtype == y.dtype for x, y in zip(a, b)) and not together(a):
         in_order = [(x, y) if x.stride() == y.stride() else (x.contiguous(), y.contiguous()) for x, y in zip(a, b)]

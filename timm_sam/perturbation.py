@@ -22,10 +22,9 @@ from .multi_tensor import (
     by_factor,
     constants_like,
     flat,
+    global_norm,
     parts,
-    pieces,
     together,
-    widest,
     zero_unless_,
 )
 
@@ -96,19 +95,6 @@ VARIANTS: Mapping[str, Variant] = {
 def is_named_weight(name: str) -> bool:
     """Whether a parameter of this name is a weight for ``elementwise_l2_orig``: ``in_proj_weight`` is one, too."""
     return "weight" in name.rsplit(".", 1)[-1]
-
-
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """l2 norm over all elements of all tensors, as a 0-dim float64 tensor on the device of the first.
-
-    Squares of float32 gradients leave float32's range long before the gradients do. Where there is no float64 (mps),
-    the result is float32.
-    """
-    device = tensors[0].device
-    if len(tensors) == 1 or together(tensors):
-        return torch.linalg.vector_norm(tensors[0] if len(tensors) == 1 else flat(tensors), dtype=widest(device))
-    norms = torch._foreach_norm(pieces(tensors), 2, widest(device))
-    return torch.linalg.vector_norm(torch.stack([n.to(device, non_blocking=True) for n in norms]))
 
 
 @torch.no_grad()

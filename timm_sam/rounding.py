@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .multi_tensor import add_, converted, is_half
-from .perturbation import global_norm
+from .multi_tensor import add_, converted, global_norm, is_half
 
 TOLERANCE = 0.1
 

@@ -12,12 +12,13 @@ from timm_sam.multi_tensor import (
     constants_like,
     converted,
     copy_,
+    global_norm,
     inner,
     pieces,
     widest,
     zero_unless_,
 )
-from timm_sam.perturbation import VARIANTS, global_norm, perturbation
+from timm_sam.perturbation import VARIANTS, perturbation
 
 KINDS = [(torch.float32, torch.float32), (torch.float32, torch.float64)]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from timm_sam import multi_tensor
-from timm_sam.perturbation import VARIANTS, global_norm, perturbation, with_length
+from timm_sam.multi_tensor import global_norm
+from timm_sam.perturbation import VARIANTS, perturbation, with_length
 
 SHAPES = ((4, 3), (4,), (1, 1, 5))
 
