@@ -100,10 +100,7 @@ class Ascent:
             rho = stages.radius(at, rho, groups)
         d = None if stages.direction is None else stages.direction(at_least_float32(g))
         masked = None if stages.mask is None else stages.mask.apply(at_least_float32(g if d is None else d))
-        eps, norm = self._store.eps(
-            variant, g, rho, eta, self._is_weight, direction=d, masked=masked,
+        return self._store.eps(
+            variant, g, -rho if away else rho, eta, self._is_weight, direction=d, masked=masked,
             full_norm=stages.mask is None or stages.mask.full,
             normalized=1.0 if stages.normalization is None else stages.normalization(at))
-        if away:
-            torch._foreach_neg_(eps)
-        return eps, norm

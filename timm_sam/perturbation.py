@@ -146,7 +146,10 @@ def with_length(
         full_norm: bool = True,
         normalized: float = 1.0,
 ) -> tuple[Tensors, Tensor, Tensor | None]:
-    """As :func:`perturbation`, and ``||eps||_2`` where it is known without taking another norm, else None."""
+    """As :func:`perturbation`, and ``||eps||_2`` where it is known without taking another norm, else None.
+
+    With a negative radius eps is the opposite of that of its absolute value.
+    """
     definition = VARIANTS[variant]
     eta = definition.eta if eta is None else eta
     # half-precision tensors are widened: squares of half-precision gradients under- and overflow
@@ -187,8 +190,8 @@ def with_length(
 def _length(norm: Tensor, usable: Tensor, rho: float, normalized: float = 1.0) -> Tensor:
     """``||eps||`` of T = 1 and a direction with this norm."""
     if normalized == 1:
-        return torch.full_like(norm, rho).mul_(usable)
-    return torch.where(usable, rho * (normalized + (1 - normalized) * norm), torch.zeros_like(norm))
+        return torch.full_like(norm, abs(rho)).mul_(usable)
+    return torch.where(usable, abs(rho) * (normalized + (1 - normalized) * norm), torch.zeros_like(norm))
 
 
 def _of_one(g: Tensor, grad_norm: Tensor, rho: float, t: Tensor | None) -> Tensor:

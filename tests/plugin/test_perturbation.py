@@ -105,6 +105,10 @@ def test_length_that_is_known_without_a_norm_is_the_norm_of_eps(variant, kind, n
     masked = [g * (g > 0) for g in grads] if kind == 'masked' else None
     eps, _, length = with_length(variant, params, grads, 0.3, None, [True, True], direction, masked, True, normalized)
     assert (length is not None) == (variant == 'sam' and kind != 'masked')
+    opposite, *_, other = with_length(variant, params, grads, -0.3, None, [True, True], direction, masked, True,
+                                      normalized)
+    assert all(torch.equal(a, -b) for a, b in zip(opposite, eps))
+    assert other is length is None or torch.equal(other, length)
     if length is not None:
         assert float(length) == pytest.approx(float(torch.cat(eps).norm()), rel=1e-14, abs=0)
         assert (float(length) == 0) == (kind in ('not finite', 'zero'))

@@ -103,7 +103,7 @@ class Shards(Store):
             length = length * (1 - normalized + normalized / norm)
         else:
             usable = torch.isfinite(grad_norm)
-        self._eps_norm = torch.where(usable, rho * length, torch.zeros_like(length))
+        self._eps_norm = torch.where(usable, abs(rho) * length, torch.zeros_like(length))
         return of_length(scaled, t, norm if definition.p == 2 else None, usable, rho, normalized), grad_norm
 
     def add(self, eps: list[Tensor]) -> Tensor:
