@@ -57,7 +57,6 @@ class Form:
     name: str
     update: Callable[[], Any]
     model: nn.Module
-    sam: SAM | None = None
     updates: int = 1  # of which time and FLOPs are the mean
     params: str = ""
     times: list[float] = field(default_factory=list)
@@ -207,7 +206,7 @@ def build_forms(args: argparse.Namespace, device: torch.device, compiled: bool, 
                 wrapped.begin(0, update)
                 wrapped.minimize(loss_fn, ascent_fn=ascent)
 
-        return Form(name, several, model, wrapped, updates, sam.get("params", "onlynorm"))
+        return Form(name, several, model, updates, sam.get("params", "onlynorm"))
 
     if method:
         options, updates = METHODS[method]
