@@ -115,7 +115,7 @@ ROWS = [
     ('--split-bn --resplit -b 6 --mixup 1 --mixup-mode half', ['--split-bn', '--batch-size 6 gives 3']),
     (f'{SAM} --split-bn --resplit --sam-m 3', ['--split-bn', '--sam-m 3', 'even']),
     (f'{SAM} --split-bn --resplit --sam-ascent-fraction 0.6', ['--sam-ascent-fraction 0.6', '5 samples of 8']),
-    (f'--torchscript {NAFLEX.replace("--naflex-loader", "")}', ['--torchscript: naflexvit_base_patch16', 'scripted']),
+    (f'--torchscript {NAFLEX.replace("--naflex-loader", "")}', ['--torchscript: --model naflexvit_base', 'scripted']),
     (f'{NAFLEX} --aug-repeats 3', ['the training loader refuses', 'repeats']),
     (f'{NAFLEX} --aa foo', ['the training loader refuses', 'foo']),
     ('--torchscript --kd-model-name test_resnet', ['--kd-model-name test_resnet', '--torchscript']),
