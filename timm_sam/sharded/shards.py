@@ -34,7 +34,6 @@ class Shards(Store):
         super().__init__(params, group)
         self._units = group
         self._held: tuple[Tensor, int] | None = None
-        self._eps_norm = torch.zeros(())
 
     @contextmanager
     def at_w(self) -> Iterator[None]:
@@ -103,11 +102,11 @@ class Shards(Store):
             length = length * (1 - normalized + normalized / norm)
         else:
             usable = torch.isfinite(grad_norm)
-        self._eps_norm = torch.where(usable, abs(rho) * length, torch.zeros_like(length))
+        self._length = torch.where(usable, abs(rho) * length, torch.zeros_like(length))
         return of_length(scaled, t, norm if definition.p == 2 else None, usable, rho, normalized), grad_norm
 
     def add(self, eps: list[Tensor]) -> Tensor:
-        return self._rounding.add(self.tensors, eps, self._weights.values, self._norm, self._eps_norm)
+        return self._rounding.add(self.tensors, eps, self._weights.values, self._norm, self._length)
 
 
 @torch.no_grad()

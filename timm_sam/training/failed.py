@@ -12,12 +12,15 @@ from torch import nn
 from ..cli.errors import OptionError, host_is_full, one_line
 
 
+def _is_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or host_is_full(error)
+
+
 def short_of_memory(args: argparse.Namespace, device: torch.device, error: BaseException) -> OptionError | None:
     """What is said where memory is short; None: it is another failure."""
-    of_the_machine = host_is_full(error)
-    if not isinstance(error, torch.OutOfMemoryError) and not of_the_machine:
+    if not _is_of_memory(error):
         return None
-    where = "this machine" if of_the_machine else device
+    where = "this machine" if host_is_full(error) else device
     return OptionError(
         f"--batch-size {args.batch_size} is too large for the memory of {where} ({one_line(error, 80)}); use a "
         f"smaller one, with --grad-accum-steps for as large an update, or --grad-checkpointing or --amp; what was "
@@ -40,7 +43,7 @@ def explained(args: argparse.Namespace, task: TrainingTask, model: nn.Module, da
     Returns:
         The mistake, or None where the options are not to blame.
     """
-    if isinstance(error, (OptionError, torch.OutOfMemoryError)) or host_is_full(error):
+    if isinstance(error, OptionError) or _is_of_memory(error):  # of memory the caller says it, wherever it was short
         return None
     dynamo = sys.modules.get("torch._dynamo.exc")
     if dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed):
