@@ -8,9 +8,10 @@ import pytest
 import torch
 from support.fsdp_models import network
 from support.fsdp_pitfalls import BETWEEN, PARTS
-from support.fsdp_ranks import BREAKS, CORE, COUNTED, MATRIX, METHODS, NETS, REFUSED, SHARDS_TAKE, UNITS, is_core
+from support.fsdp_ranks import BREAKS, CORE, COUNTED, MATRIX, METHODS, NETS, REFUSED, SHARDS_TAKE, UNITS, is_always
 from support.models import WAYS, TinyNet
 from support.processes import RANKS
+from support.scenarios import of_both_ranks
 from torch.utils._pytree import register_pytree_node
 
 from timm_sam import select_parameters
@@ -23,13 +24,20 @@ SELECTIONS = ['onlynorm', 'all']
 NAMES = {name for name, _ in TinyNet().named_parameters()}
 
 
+@pytest.fixture(scope='module')
+def always(tmp_path_factory):
+    return of_both_ranks('support.fsdp_ranks', tmp_path_factory.mktemp('always'), 'always')
+
+
+@pytest.fixture(scope='module')
+def others(tmp_path_factory):
+    return of_both_ranks('support.fsdp_ranks', tmp_path_factory.mktemp('others'), 'others', timeout=3600)  # slow tests
+
+
 @pytest.fixture
 def scenario(request):
-    """What both ranks found: with those of other tests, or in a start of its own that takes minutes."""
-    def of(name):
-        always = is_core(name) or name.startswith(('ddp reference', 'broken off never'))
-        return request.getfixturevalue('wrapped_models' if always else 'sharded_models')(name)
-    return of
+    """What both ranks found; what slow tests need besides takes minutes, in a start of its own."""
+    return lambda name: request.getfixturevalue('always' if is_always(name) else 'others')(name)
 
 
 def cases(names):

@@ -1,12 +1,13 @@
 """Models that are sharded, or wrapped after SAM was built, on two ranks: one sentence, never wrong in silence."""
 import pytest
 from support.models import assert_identical
+from support.scenarios import of_both_ranks
 from support.wrapped_ranks import LATE, SHARDED
 
 
-@pytest.fixture
-def scenario(wrapped_models):
-    return wrapped_models
+@pytest.fixture(scope='module')
+def scenario(tmp_path_factory):
+    return of_both_ranks('support.wrapped_ranks', tmp_path_factory.mktemp('wrapped'))
 
 
 WORDS = {

@@ -1,7 +1,10 @@
 """What each of two ranks does for `test_fsdp.py`: updates of sharded models, and the same under DDP.
 
-The few in `CORE` run with those of `wrapped_ranks`, to save a start; all others here.
+    torchrun --standalone --nproc-per-node 2 -m support.fsdp_ranks FOLDER always|others
+
+Those that are always run take half a minute; all others take many, and only slow tests need them.
 """
+import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -135,7 +138,7 @@ CORE = {
     'broken off at eps loss onlynorm', 'broken off at eps forward all', 'closure onlynorm',
     'counted whole default', 'counted shards default', 'messages',
 }
-REFERENCES = {f'reference {params}' for params in WAY}  # quick, and for both starts
+REFERENCES = {f'reference {params}' for params in WAY}  # what slow tests compare with, too
 
 
 def scenarios():
@@ -194,21 +197,11 @@ def scenarios():
         yield f'counted {name} ddp', counted, ('ddp', None, COUNTED[name]), {}
 
 
-def is_core(name):
-    return name.removeprefix('fsdp ').removeprefix('ddp ') in CORE
-
-
-def is_reference(name):
-    return name.removeprefix('ddp ') in REFERENCES or name.startswith('broken off never')
-
-
-def core():
-    return (scenario for scenario in scenarios() if is_core(scenario[0]) or is_reference(scenario[0]))
-
-
-def others():
-    return (scenario for scenario in scenarios() if not is_core(scenario[0]))
+def is_always(name):
+    """Whether a scenario is run with the tests that are not slow."""
+    return (name.removeprefix('fsdp ').removeprefix('ddp ') in CORE | REFERENCES
+            or name.startswith('broken off never'))
 
 
 if __name__ == '__main__':
-    main(others)
+    main(lambda: (s for s in scenarios() if is_always(s[0]) == (sys.argv[2] == 'always')))

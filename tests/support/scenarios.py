@@ -32,9 +32,9 @@ def main(scenarios):
     distributed.destroy_process_group()
 
 
-def of_both_ranks(module, folder, timeout=TIMEOUT):
+def of_both_ranks(module, folder, *arguments, timeout=TIMEOUT):
     """Runs the scenarios of a module; returns what gives the results of both ranks for the name of one."""
-    done = run(torchrun('-m', module, folder), folder, timeout)
+    done = run(torchrun('-m', module, folder, *arguments), folder, timeout)
     assert done.code == 0, done.err[-3000:]
     results = [torch.load(folder / f'rank{i}.pt') for i in range(RANKS)]
 

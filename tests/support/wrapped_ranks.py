@@ -1,5 +1,4 @@
 """What each of two ranks does for `test_wrapped.py`: models that are wrapped or sharded in ways that SAM must notice.
-Then comes what `test_fsdp.py` always needs.
 
 A scenario returns the message of the error that SAM raised, or an empty string, and the weights afterwards.
 """
@@ -14,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from support.fsdp_ranks import core
 from support.models import OPTIMIZERS, TinyNet, batch, weights
 from support.scenarios import main
 from timm_sam import SAM
@@ -183,7 +181,6 @@ def scenarios():
     yield 'others', others, (), {}
     yield 'in a trainer', in_a_trainer, (), {}
     yield 'around', around_the_wrapper, (), {}
-    yield from core()
 
 
 if __name__ == '__main__':
