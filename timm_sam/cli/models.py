@@ -1,9 +1,12 @@
 """Models by their options: names, channels."""
 import argparse
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
+from PIL import ImageMode
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
@@ -51,3 +54,26 @@ def scripted(model: nn.Module, name: str) -> nn.Module:
 def channels(args: argparse.Namespace) -> int:
     """Channels of the images: ``--in-chans``, else those of ``--input-size``, else 3."""
     return args.in_chans or (args.input_size[0] if args.input_size else 3)
+
+
+def image_mode(args: argparse.Namespace, name: str, data_config: Mapping[str, Any]) -> str:
+    """PIL's mode that images are converted to: ``--input-img-mode``, else RGB or L.
+
+    Args:
+        args: All options.
+        name: Of the model, for the error.
+        data_config: Of ``timm.data.resolve_input_data_config``, for the number of channels.
+
+    Raises:
+        OptionError: Images of that mode have more or fewer channels than the model takes.
+    """
+    count = data_config["input_size"][0]
+    mode = args.input_img_mode or ("RGB" if count == 3 else "L")
+    bands = len(ImageMode.getmode(mode).bands)
+    if bands != count and args.input_img_mode is None:
+        raise OptionError(f"--model {name} takes {count} channels (--in-chans), and images are read as RGB or L; name "
+                          f"what gives {count} channels by --input-img-mode, e.g. RGBA for 4")
+    if bands != count:
+        raise OptionError(f"--input-img-mode {mode} has {bands} channels, and --model {name} takes {count}: mend one "
+                          f"of them, or --in-chans")
+    return mode

@@ -80,6 +80,13 @@ def crop_has_size(args: argparse.Namespace) -> Rules:
            f"--crop-pct {args.crop_pct} is no share of an image: 1 keeps all, 0.875 cuts its border; use 0.01 to 4")
 
 
+def integers_are_normalized(args: argparse.Namespace) -> Rules:
+    """Images of whole numbers of 32 bits stay so in timm's loader without prefetching."""
+    yield (args.input_img_mode == "I" and args.no_prefetcher,
+           "--input-img-mode I: without prefetching such images are not normalized; use F, or leave out "
+           "--no-prefetcher")
+
+
 def amp_takes_float32(args: argparse.Namespace) -> Rules:
     yield (args.amp and args.model_dtype in LOWER_PRECISIONS,
            f"--amp needs float32 weights, got --model-dtype {args.model_dtype}: leave one of the two out")

@@ -69,6 +69,7 @@ def values(args: argparse.Namespace) -> Rules:
     })
     yield from rules.per_channel(args)
     yield from rules.crop_has_size(args)
+    yield from rules.integers_are_normalized(args)
     yield from rules.device_is_there(args)
     there, device = torch.cuda.device_count(), torch.device(args.device)
     # where there is none, DataParallel does nothing

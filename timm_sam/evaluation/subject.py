@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name, check_naflex, scripted
+from ..cli.models import check_model_name, check_naflex, image_mode, scripted
 from ..runs.checkpoints import AVERAGED
 from .weights import Hashes, load_weights, weights_sha256
 
@@ -105,6 +105,7 @@ def build_subject(args: argparse.Namespace, checkpoint: str | None, device: torc
     except ValueError as e:
         raise OptionError(f"--model {name}: {one_line(e)}; check --img-size, --input-size, --in-chans, --mean and "
                           f"--std") from e
+    image_mode(args, name, data_config)
     for key in ("mean", "std"):  # as timm's loader would: the attack normalizes by the same numbers
         data_config[key] = tuple(adapt_to_chs(data_config[key], data_config["input_size"][0]))
     num_classes, crop_pct = cast(int, model.num_classes), data_config["crop_pct"]

@@ -22,6 +22,7 @@ from ..cli.rules import (
     crop_has_size,
     device_is_there,
     flag,
+    integers_are_normalized,
     known,
     per_channel,
     reads_files,
@@ -133,10 +134,7 @@ def _lengths(args: argparse.Namespace) -> Rules:
            f"--decay-milestones {' '.join(map(str, milestones))} must be in rising order")
     yield from per_channel(args)
     yield from crop_has_size(args)
-    count = channels(args)
-    yield (count not in (1, 3) and args.input_img_mode is None,
-           f"--in-chans {count}: images are read as RGB or L; name what gives {count} channels by "
-           f"--input-img-mode, e.g. RGBA for 4")
+    yield from integers_are_normalized(args)
     colors = args.aa or args.color_jitter or args.grayscale_prob or args.gaussian_blur_prob
     yield (args.input_img_mode in _WITHOUT_COLORS and bool(colors) and not args.no_aug,
            f"--input-img-mode {args.input_img_mode}: the augmentation of colors does not take such images; add "

@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
 from ..cli.image_folders import class_to_idx, open_files, open_named
+from ..cli.models import image_mode
 from ..cli.rules import reads_files
 from ..cli.tasks import is_multilabel, target_transform
 from . import cifar_policy, posterize
@@ -141,9 +142,9 @@ def create_data(
 
 def _datasets(args: argparse.Namespace, process: Process, data_config: Mapping[str, Any],
               num_classes: int) -> tuple[Any, Any]:
-    img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
-    common = dict(class_map=args.class_map, input_key=args.input_key, img_mode=img_mode, target_key=args.target_key,
-                  target_format=args.target_format, target_transform=target_transform(args, num_classes))
+    common = dict(class_map=args.class_map, input_key=args.input_key, target_key=args.target_key,
+                  img_mode=image_mode(args, args.model, data_config), target_format=args.target_format,
+                  target_transform=target_transform(args, num_classes))
 
     def create(flag: str, split: str, **streamed: Any) -> Any:
         origin = f"{flag} {split}"

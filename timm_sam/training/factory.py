@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import ImageMode
 from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, resolve_model_input_args, safe_model_name
@@ -27,7 +26,7 @@ from torch import nn
 from .. import models as models  # registers the paper's CIFAR networks with timm
 from ..cli.device import Process
 from ..cli.errors import OptionError, one_line
-from ..cli.models import check_model_name, scripted
+from ..cli.models import check_model_name, image_mode, scripted
 from ..cli.tasks import is_multilabel
 from ..runs.checkpoints import why_unreadable
 from .ablations import alter_norms, decay_groups
@@ -207,10 +206,7 @@ def data_config(args: argparse.Namespace, process: Process, model: nn.Module) ->
     except ValueError as e:
         raise OptionError(f"--model {args.model}: {one_line(e)}; check --img-size, --input-size, --in-chans, --mean "
                           f"and --std") from e
-    channels, mode = config["input_size"][0], args.input_img_mode
-    if mode is not None and len(ImageMode.getmode(mode).bands) != channels:
-        raise OptionError(f"--input-img-mode {mode} has {len(ImageMode.getmode(mode).bands)} channels, and --model "
-                          f"{args.model} takes {channels}: mend one of them, or --in-chans")
+    image_mode(args, args.model, config)
     return config
 
 

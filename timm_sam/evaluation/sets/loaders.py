@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ...cli import rules
 from ...cli.errors import OptionError, one_line
 from ...cli.image_folders import class_to_idx, open_files, open_named
+from ...cli.models import image_mode
 from ...cli.tasks import target_transform
 from ..ranks import Ranks, batches_of
 from ..subject import Subject
@@ -98,7 +99,7 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
     Raises:
         OptionError: It is missing, or has more classes than the model.
     """
-    origin, img_mode = f"--split {args.split}", _img_mode(args, subject)
+    origin, img_mode = f"--split {args.split}", image_mode(args, subject.name, subject.data_config)
     transform = target_transform(args, subject.num_classes)
     if rules.reads_files(args):
         dataset: Any = open_files(args.data_dir, args.split, origin, class_map=args.class_map, input_key=args.input_key,
@@ -184,7 +185,7 @@ def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batch
         raw: Leave images in [0, 1] instead of normalizing them.
     """
     indices = [i for place in places for i in batches[place]]
-    dataset = SuiteDataset(suite, _img_mode(args, subject), indices)
+    dataset = SuiteDataset(suite, image_mode(args, subject.name, subject.data_config), indices)
     loader = _loader(args, subject, dataset, max(map(len, batches)), crop_border(args, suite), raw, suite.crop_pct)
     return Loaded(loader, list(places), indices)
 
@@ -192,11 +193,6 @@ def suite_loader(args: argparse.Namespace, subject: Subject, suite: Suite, batch
 def crop_border(args: argparse.Namespace, suite: Suite) -> int:
     """Pixels to cut from each side of a suite's images: what the options say, else what the suite needs."""
     return suite.crop_border_pixels if args.crop_border_pixels is None else args.crop_border_pixels
-
-
-def _img_mode(args: argparse.Namespace, subject: Subject) -> str:
-    """PIL mode of the images."""
-    return args.input_img_mode or ("RGB" if subject.data_config["input_size"][0] == 3 else "L")
 
 
 def _loader(args: argparse.Namespace, subject: Subject, dataset: Any, batch_size: int, border: int | None = None,
