@@ -81,6 +81,18 @@ def check_variant(stages: Stages, names: str, variant: str) -> None:
         raise ValueError(f"method: {names} with variant={variant!r}, whose eps has no norm in it; use another variant")
 
 
+def check_ascent_fn(stages: Stages, names: str) -> None:
+    """Looks at methods beside a loss of its own for the pass at w.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if stages.ahead is not None:
+        raise ValueError(f"ascent_fn: {names} has no pass at w; leave it out")
+    if stages.whole_batch:
+        raise ValueError(f"ascent_fn: {names} needs the gradient of the whole batch at w")
+
+
 def check_methods(stages: Stages, names: str, variant: str, optimizer: torch.optim.Optimizer,
                   second_order: bool) -> None:
     """Looks at methods beside the variant and the base optimizer.

@@ -52,6 +52,22 @@ class Ascent:
             return self.params
         return [p for p, taken in zip(self.params, self._drawn) if taken]
 
+    def check(self, loss: Tensor) -> None:
+        """Looks at the loss at w.
+
+        Raises:
+            ValueError: Nothing can be differentiated.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("SAM computes gradients, which torch.inference_mode() rules out: call it outside of that")
+        if not any(p.requires_grad for p in self.params):
+            raise ValueError(f"model: all {len(self.params)} perturbed parameters ({self._first}, ...) are frozen by "
+                             f"now: unfreeze them, or build SAM anew, with another selection")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss does not depend on any of the {len(self.params)} perturbed parameters "
+                f"({self._first}, ...): select others by params or filter")
+
     def of_selected(self, wanted: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the selected parameters, None where none arrived or none was asked for.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .group import Group
 from .methods.stages import At, Stages
-from .multi_tensor import add_, at_least_float32, by_factor, copy_, dense, global_norm
+from .multi_tensor import add_, as_real, at_least_float32, by_factor, copy_, dense, global_norm
 from .passes import Passes
 
 
@@ -36,6 +36,9 @@ class Descent:
         self._scale: float | Tensor | None = None
         self._weight: Tensor | None = None
         self._mean: list[Tensor] = []
+        self._unweighed = False  # the m-batch: nothing is known of its share in the update
+        self._count = 0  # of such m-batches in the mean
+        self._corrected: list[nn.Parameter] = []
 
     @property
     def needs_g(self) -> bool:
@@ -54,7 +57,9 @@ class Descent:
         """
         self._params = list(params)
         self._used = [grad is not None for grad in grads]
-        g = at_least_float32([torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)])
+        g = at_least_float32(as_real(
+            [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]))
+        self._unweighed = weight is None
         if self._sync:
             weight = torch.ones((), device=g[0].device) if weight is None else weight
             *g, weight = self._group.mean([*g, weight.reshape(1)])
@@ -64,6 +69,7 @@ class Descent:
     def weigh(self, share: Tensor | None) -> None:
         """The share of the m-batch, where it is known only after the pass at w + eps; None: it was known."""
         if share is not None and self._g:
+            self._unweighed = False
             (self._weight,) = self._group.mean([share.reshape(1)]) if self._sync else (share,)
             self._weight = self._weight.reshape(())
 
@@ -101,12 +107,13 @@ class Descent:
             grad = torch.zeros_like(p) if p.grad is None else dense(p.grad)
             p.grad = grad
             found.append(grad)
+        found = as_real(found)
         G = at_least_float32(found)
         if self._sync:
             G = self._group.mean(G)
         copy_(found, self._stages.combine([g[i] for i in used], G))
         kept = [(old, grad) for i, grad in zip(used, found) if (old := before[i]) is not None]
-        add_([old for old, _ in kept], [grad for _, grad in kept])
+        add_(as_real([old for old, _ in kept]), [grad for _, grad in kept])
         for p, old in zip(self._params, before):
             if old is not None:
                 p.grad = old
@@ -132,8 +139,10 @@ class Descent:
                 self._group.average_gradients(self._params)
             self._group.end_of_backward()
         if self._mean:
+            if self._count > 1:  # all alike, where nobody has said what they weigh
+                self._mean = list(torch._foreach_div(self._mean, self._count))
             mean = self._group.mean(self._mean) if self._averages and not self._sync else self._mean
-            self._mean = []
+            self.drop()
             selected = mean[:len(self._passes.params)]
             usable = torch.isfinite(global_norm(selected))
             for slot in stages.observers:
@@ -149,14 +158,25 @@ class Descent:
     def _correct(self, at: At, mean: list[Tensor] | None) -> None:
         if self._stages.correct is None:
             return
-        params = self._passes.trainable()
+        everything = self._passes.trainable()
+        trained = [i for i, p in enumerate(everything) if p.requires_grad]  # of the selected ones some may be frozen
+        params = [everything[i] for i in trained]
+        if self._corrected and list(map(id, params)) != list(map(id, self._corrected)):
+            self._stages.correct.restart()
+        self._corrected = params
+        unused = [p for p in params if p.grad is None]
+        grads = []
         for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        self._stages.correct(at, mean, [p.grad for p in params if p.grad is not None])
+            p.grad = torch.zeros_like(p) if p.grad is None else dense(p.grad)
+            grads.append(p.grad)
+        self._stages.correct(at, None if mean is None else [mean[i] for i in trained], as_real(grads))
+        for p in unused:
+            if p.grad is not None and not p.grad.any():  # without a gradient, a base optimizer leaves it alone
+                p.grad = None
 
     def _add_to_mean(self) -> None:
-        factor = torch.ones(()) if self._weight is None else self._weight
+        self._count += self._unweighed
+        factor = torch.ones((), device=self._g[0].device) if self._weight is None else self._weight
         factor = factor if self._scale is None else factor / self._scale
         share = by_factor(torch._foreach_mul, self._g, factor)
         if self._mean:
@@ -166,4 +186,9 @@ class Descent:
 
     def reset(self) -> None:
         """Forgets an update that was begun."""
-        self._g, self._mean, self._weight = [], [], None
+        self._g, self._weight = [], None
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the m-batches that an update had so far, but not one whose passes are being made."""
+        self._mean, self._count = [], 0

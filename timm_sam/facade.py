@@ -80,13 +80,26 @@ class Facade(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
 
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Registers it with the base optimizer, whose state it is; so do the three below."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer. What is perturbed was fixed at construction and does not change."""
         self.optimizer.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:
-        # schedule-free optimizers have two sets of weights; trainers ask whether these methods are there
-        if name in ("train", "eval") and "optimizer" in self.__dict__:
+        # schedule-free optimizers and Lookahead have two sets of weights; trainers ask whether these methods are there
+        if name in ("train", "eval", "sync_lookahead") and "optimizer" in self.__dict__:
             return getattr(self.optimizer, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

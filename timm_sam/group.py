@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .multi_tensor import as_real
+
 
 def in_group() -> bool:
     """Whether this process is one of several."""
@@ -94,9 +96,10 @@ class Group:
                              f"DistributedDataParallel with find_unused_parameters=True")
         unused = torch.tensor([p.grad is None for p in params], dtype=torch.float32, device=grads[0].device)
         some_unused = any(ddp.find_unused_parameters for ddp in self.ddp)
-        means = self.mean([*grads, unused] if some_unused else grads)
         with torch.no_grad():
-            torch._foreach_copy_(grads, means[:len(grads)])
+            real = as_real(grads)
+            means = self.mean([*real, unused] if some_unused else real)
+            torch._foreach_copy_(real, means[:len(real)])
         if missing:  # a parameter that no rank used keeps having no gradient
             everywhere = means[-1].tolist()
             for i in missing:

@@ -74,7 +74,7 @@ class Losses:
 
 
 def as_loss(value: Any, name: str = "loss_fn") -> Tensor:
-    """What a function returned, if it is a loss.
+    """What a function returned, if it is a loss; 0-dim.
 
     Args:
         value: It.
@@ -84,7 +84,7 @@ def as_loss(value: Any, name: str = "loss_fn") -> Tensor:
         ValueError: It is no tensor of one element.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value
+        return value if value.ndim == 0 else value.reshape(())
     raise ValueError(f"{name} returned {_kind(value)}: it must return the loss and nothing else, a 0-dim tensor")
 
 

@@ -23,8 +23,13 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor with all its elements in memory: itself, if it is not sparse."""
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+    """The tensor with all its elements in memory as they are: itself, if it is not sparse, nor conjugated lazily."""
+    return (tensor if tensor.layout is torch.strided else tensor.to_dense()).resolve_conj()
+
+
+def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex tensors as real ones in the same memory, of twice as many elements; the others as they are."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 def by_factor(operation: Callable[..., Any], tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

@@ -58,8 +58,9 @@ class Passes:
         norms = {id(m) for m in self.norm_layers}
         # the state of other layers, as spectral normalization's vectors, the averages of a codebook, or counters; not
         # their tables of indices, which may be large and do not change
-        self._states = [(m, name) for m in model.modules() if id(m) not in norms
-                        for name, b in m.named_buffers(recurse=False) if b.is_floating_point() or b.numel() == 1]
+        self._states = [
+            (m, name) for m in model.modules() if id(m) not in norms for name, b in m.named_buffers(recurse=False)
+            if b.is_floating_point() or b.is_complex() or b.numel() == 1]
 
     @property
     def devices(self) -> set[torch.device]:
@@ -170,7 +171,7 @@ class Passes:
         with torch.no_grad():
             kept.save([b for _, _, b in states if _is_writable(b)])
         try:
-            with self.group.no_sync():
+            with self.group.no_sync(), without_reentrance(_nothing):
                 yield
         finally:
             with torch.no_grad():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_arguments, check_methods, check_model, in_right_order
+from .arguments import check_arguments, check_ascent_fn, check_methods, check_model, in_right_order
 from .ascent import Ascent, Scale
 from .backward import Backward
 from .closures import check_idle, first_call, holding, loss_of, plain_call, step_of_nothing, updating
@@ -27,7 +27,7 @@ from .descent import Descent
 from .facade import Facade, on_itself
 from .first_update import FirstUpdate
 from .losses import Losses, LossFn
-from .methods.stages import At, Method, Samples, merged, when
+from .methods.stages import At, Method, Samples, merged, of_one_sam, when
 from .norms import NormTypes, checked_types
 from .passes import Passes
 from .perturbation import VARIANTS
@@ -113,7 +113,7 @@ class SAM(Facade):
         self.eta = VARIANTS[variant].eta if eta is None else float(eta)
         self.bn_stats = bn_stats
         self.sync = sync
-        self.methods = [] if method is None else [method] if isinstance(method, Method) else list(method)
+        self.methods = of_one_sam(method)
         self.selected = select_parameters(model, params, filter, norm_types)
         self._nonfinite = NonFinite(self.selected[0][1].device)
         self.stats: Stats | None = None
@@ -198,8 +198,9 @@ class SAM(Facade):
         return self._when.perturbs
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of the base optimizer's parameters."""
+        """Drops the gradients of the base optimizer's parameters, and what an update that was begun has measured."""
         super().zero_grad(set_to_none)
+        self._descent.drop()
         self._when.m_batch = 0
 
     def method_state_dict(self) -> dict[str, Any]:
@@ -322,6 +323,8 @@ class SAM(Facade):
             ValueError: The loss does not depend on any selected parameter, a method does not go with ``ascent_fn``, or
                 the base optimizer not with ``backward_fn`` (it differentiates the gradient again).
         """
+        if ascent_fn is not None:
+            check_ascent_fn(self._stages, self._names)
         how = Backward(weigh, scaler, backward_fn, self._passes.second_order)
         with torch.enable_grad(), nullcontext() if last else self._group.no_sync():
             if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
@@ -334,8 +337,6 @@ class SAM(Facade):
                     loss = self._losses.only(loss_fn)
                     how.descend(loss)
                 return self._record(loss.detach(), loss.detach())
-            if ascent_fn is not None and self._stages.whole_batch:
-                raise ValueError(f"ascent_fn: {self._names} needs the gradient of the whole batch at w")
             recording = None if ascent_fn is not None else self._sharing.record(self._passes)
             loss = self._ascend(ascent_fn or loss_fn, how, recording)
             with self._perturbed(last, accumulate=True):
@@ -350,10 +351,7 @@ class SAM(Facade):
         with self._at_w(how.scale(self._params[0].device), recording) as wanted:
             with nullcontext() if recording is None else recording.record():
                 loss = self._losses.at_w(loss_fn)
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"the loss does not depend on any of the {len(self.selected)} perturbed parameters "
-                    f"({self.selected[0][0]}, ...): select others by params or filter")
+            self._ascent.check(loss)
             how.ascend(loss, wanted, self._store)
             self._weight = how.share(loss) if self._descent.needs_g else None
         return loss.detach()

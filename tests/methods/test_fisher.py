@@ -18,6 +18,7 @@ from support.models import (
     weights,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from timm_sam import SAM, methods
 
@@ -185,3 +186,29 @@ def test_other_buffers_of_layers_are_put_back_too():
     x, y = batch(0, dtype=torch.float32)
     sam.begin(0, 0, lambda n: [lambda: F.cross_entropy(model(x[:1]), y[:1])] * n)
     assert_identical(buffers(model), before)
+
+
+class Checkpointed(TinyNet):
+    """Its head behind a checkpoint of the kind that knows no backward pass to chosen parameters."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_estimate_of_a_model_with_reentrant_checkpoints_is_that_of_one_without():
+    masks = []
+    for model in (TinyNet().double(), Checkpointed().double()):
+        sam = sam_on(model, params='all', method=fisher())
+        torch.manual_seed(0)
+        sam.begin(0, 0, samples_of(model))
+        masks.append(sam.methods[0].mask.flat())
+    assert torch.equal(*masks)
+
+
+def test_parameters_that_are_frozen_by_now_are_none_that_a_mask_keeps():
+    model = TinyNet().double()
+    sam = sam_on(model, params='all', method=fisher())
+    model.conv.requires_grad_(False)
+    sam.begin(0, 0, samples_of(model))
+    live = dict(zip((name for name, _ in sam.selected), sam.methods[0].mask.mask))
+    assert int(live['conv.weight'].sum()) == 0 < int(live['head.weight'].sum())

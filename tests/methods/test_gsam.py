@@ -17,6 +17,7 @@ from support.models import (
     sam_on,
     weights,
 )
+from timm.scheduler import StepLRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, methods
@@ -194,6 +195,28 @@ def test_perturbation_shrinks_with_a_schedule_of_torch_that_was_there_before_sam
         norms.append(float(sam.stats.eps_norm))
         schedule.step()
     assert norms == pytest.approx([0.3, 0.4, 0.5], rel=1e-5)
+
+
+@pytest.mark.parametrize('scheduled', ['before', 'after', 'never'])
+def test_radius_is_rho_at_the_highest_rate_of_a_schedule_with_rates_by_layer(scheduled):
+    optimizer = OPTIMIZERS['sgd'](model := TinyNet())
+    optimizer.param_groups[0].update(lr_scale=0.1, params=[p for n, p in model.named_parameters() if 'norm' not in n])
+    optimizer.add_param_group(dict(params=model.norm.parameters(), lr_scale=1.0))
+
+    def schedule():
+        StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5).step(0)
+
+    if scheduled == 'before':
+        schedule()
+    sam = SAM(optimizer, model, rho=0.5, method=methods.gsam(alpha=0.1, rho_min=0.1))
+    if scheduled == 'after':
+        schedule()
+    one_step('minimize', sam, model)
+    assert float(sam.stats.eps_norm) == pytest.approx(0.5, rel=1e-6)
+    for group in sam.param_groups:
+        group['lr'] /= 2
+    one_step('minimize', sam, model)
+    assert float(sam.stats.eps_norm) == pytest.approx(0.3, rel=1e-6)
 
 
 # Cost, arguments, state

@@ -162,6 +162,16 @@ def test_base_without_a_learning_rate_is_refused_a_plain_step_in_words():
         SAM(Fixed(model.parameters(), {}), model, rho=0.5).step()
 
 
+def test_hooks_of_states_are_those_of_the_base():
+    sam, seen = sam_on(net()), []
+    sam.register_state_dict_pre_hook(lambda optimizer: seen.append(optimizer is sam.optimizer))
+    sam.register_state_dict_post_hook(lambda optimizer, state: seen.append('saved'))
+    sam.register_load_state_dict_pre_hook(lambda optimizer, state: seen.append('loading'))
+    sam.register_load_state_dict_post_hook(lambda optimizer: seen.append('loaded'))
+    sam.load_state_dict(sam.state_dict())
+    assert seen == [True, 'saved', 'loading', 'loaded']
+
+
 def test_copies_of_a_sam_with_a_scheduler_are_optimizers_of_their_own():
     model = net()
     sam = sam_on(model)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.models import TinyNet, assert_identical, batch, one_step, sam_on, weights
 from torch import nn
 
-from timm_sam import SAM
+from timm_sam import SAM, methods
 
 
 def tiny():
@@ -193,6 +193,34 @@ def test_loss_functions_that_return_something_else_are_refused(wrong, kind):
     assert_identical(weights(model), before)
 
 
+@pytest.mark.parametrize('method', [None, methods.friendly(), methods.gsam(0.4)], ids=['sam', 'friendly', 'gsam'])
+def test_a_loss_of_one_element_is_one_whatever_its_shape(method):
+    model, twin = tiny(), tiny()
+    for m, shape in ((model, (1,)), (twin, ())):
+        sam = sam_on(m, method=method)
+        loss = sam.backward(lambda m=m, shape=shape: loss_of(m).reshape(shape), weigh=lambda loss: loss / 2)
+        sam.step()
+        assert loss.shape == sam.stats.loss.shape == ()
+    assert_identical(weights(model), weights(twin))
+
+
+def test_inference_mode_is_named_where_no_gradients_come_of_it():
+    model = tiny()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r'rules out: call it outside'):
+        sam_on(model).minimize(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize('share', [True, False])
+def test_perturbed_layers_that_are_all_frozen_by_now_are_named(share):
+    model = tiny()
+    sam = sam_on(model, share_forward=share)
+    sam.minimize(lambda: loss_of(model))
+    for _, p in sam.selected:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r'model: all 6 perturbed parameters \(bn.weight, ...\) are frozen by now'):
+        sam.minimize(lambda: loss_of(model))
+
+
 def test_a_loss_in_place_of_a_function_is_refused_with_the_right_call():
     model = tiny()
     with pytest.raises(ValueError, match=r'loss_fn must be a function.*minimize\(lambda: criterion\(model\(x\), y\)\)'):
@@ -246,6 +274,9 @@ class TwoModes(torch.optim.SGD):
     def eval(self):
         self.mode = 'eval'
 
+    def sync_lookahead(self):
+        self.mode = 'synchronized'
+
 
 def test_train_and_eval_are_those_of_the_base_optimizer_if_it_has_them():
     model = tiny()
@@ -254,5 +285,7 @@ def test_train_and_eval_are_those_of_the_base_optimizer_if_it_has_them():
     assert sam.optimizer.mode == 'eval'
     sam.train()
     assert sam.optimizer.mode == 'train'
+    sam.sync_lookahead()
+    assert sam.optimizer.mode == 'synchronized'
     plain = sam_on(model)
-    assert not hasattr(plain, 'train') and not hasattr(plain, 'eval') and not hasattr(plain, 'anything')
+    assert not any(hasattr(plain, name) for name in ('train', 'eval', 'sync_lookahead', 'anything'))

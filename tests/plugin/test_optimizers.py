@@ -57,13 +57,14 @@ class Words(nn.Module):
 
 @pytest.mark.parametrize('options', [
     {}, {'variant': 'elementwise_linf'}, {'variant': 'fisher'}, {'method': methods.gsam(0.4, lr_max=0.1)},
-    {'method': methods.random_mask(0.5)},
-], ids=['sam', 'linf', 'fisher', 'gsam', 'mask'])
+    {'method': methods.random_mask(0.5)}, {'method': methods.looksam(2, 0.5)}, {'method': methods.ssam_fisher(0.5)},
+], ids=['sam', 'linf', 'fisher', 'gsam', 'mask', 'looksam', 'ssam_fisher'])
 def test_sparse_gradients_of_embeddings_are_as_dense_ones(options):
     model, twin = Words(sparse=True), Words(sparse=False)
     for m in (model, twin):
         sam = SAM(torch.optim.SGD(m.parameters(), lr=0.1), m, params='all', rho=0.5, **options)
-        for _ in range(2):
+        for update in range(2):
+            sam.begin(0, update, lambda n, m=m: [m] * n)
             sam.minimize(m)
     assert not torch.equal(model.words.weight, Words(sparse=True).words.weight)
     for p, q in zip(model.parameters(), twin.parameters()):

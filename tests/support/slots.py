@@ -34,3 +34,6 @@ class Noting:
         else:
             for grad, t in zip(grads, self.last):
                 grad.add_(t, alpha=0.5)
+
+    def restart(self):
+        self.last = None

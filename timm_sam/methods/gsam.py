@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ..multi_tensor import by_factor, inner, zero_unless_
-from .stages import At, Groups, Method, Tensors
+from .stages import At, Groups, Method, Tensors, first_rate_of, rate_of
 
 
 @dataclass
@@ -27,7 +27,7 @@ class RadiusOfRate:
 
     Args:
         rho_min: The radius at ``lr_min``.
-        lr_max: Learning rate at which the radius is SAM's rho; None: the first group's, as it starts.
+        lr_max: Learning rate at which the radius is SAM's rho; None: the optimizer's, as it starts.
         lr_min: Learning rate at and below which it is ``rho_min``.
     """
 
@@ -39,7 +39,7 @@ class RadiusOfRate:
         if self.rho_min > rho:
             raise ValueError(f"gsam: rho_min={self.rho_min:g} is above rho={rho:g}: lower it, or raise rho")
         if self.lr_max is None:
-            self.lr_max = _rate(groups, "initial_lr" if "initial_lr" in groups[0] else "lr")
+            self.lr_max = first_rate_of(groups)
         if self.lr_min > self.lr_max:
             raise ValueError(f"gsam: lr_min={self.lr_min:g} is above lr_max={self.lr_max:g}: lower it")
 
@@ -47,13 +47,8 @@ class RadiusOfRate:
         assert self.lr_max is not None
         f = 1.0
         if self.lr_max > self.lr_min:
-            f = min(1.0, max(0.0, (_rate(groups, "lr") - self.lr_min) / (self.lr_max - self.lr_min)))
+            f = min(1.0, max(0.0, (rate_of(groups) - self.lr_min) / (self.lr_max - self.lr_min)))
         return self.rho_min + (rho - self.rho_min) * f
-
-
-def _rate(groups: Groups, key: str) -> float:
-    """The rate that the schedule gives, before timm's factor for the layers of the group."""
-    return float(groups[0][key]) / float(groups[0].get("lr_scale", 1.0))
 
 
 @dataclass
@@ -82,7 +77,7 @@ def gsam(alpha: float, rho_min: float = 0.0, lr_max: float | None = None, lr_min
     Args:
         alpha: Share of g_perp that is taken away, >= 0.
         rho_min: Radius at the lowest learning rate of the schedule, 0 to rho.
-        lr_max: Highest learning rate of the schedule; None: that of the optimizer's first group when SAM is built.
+        lr_max: Highest learning rate of the schedule; None: that of the optimizer when SAM is built.
         lr_min: Its lowest.
 
     Raises:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .stages import At, Groups, Method, Timing
+from .stages import At, Groups, Method, Timing, rate_of
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Ramp:
         """Nothing is known yet: the tail has not begun."""
 
     def __call__(self, at: At, rho: float, groups: Groups) -> float:
-        lr = float(groups[0]["lr"]) / float(groups[0].get("lr_scale", 1.0))
+        lr = rate_of(groups)
         if self.lr_start is None:
             self.lr_start = lr
         if self.lr_start <= self.lr_min:

@@ -47,6 +47,9 @@ class Reuse:
         zero_unless_(~usable, self.u)
         torch._foreach_add_(self.u, u)
 
+    def restart(self) -> None:
+        self.u = None
+
     def state_dict(self) -> dict[str, Any]:
         return {"u": self.u}
 

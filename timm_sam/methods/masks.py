@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..multi_tensor import dense
 from .stages import At, Method, Samples, Tensors, Timing, seed_of
 
 NORMS = ("full", "masked")
@@ -76,9 +77,9 @@ class Sparse:
 
     def random(self, seed: int, epoch: int) -> Tensor:
         """K elements drawn at random, flat: a function of seed and epoch, the same on all ranks and devices."""
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        mask = torch.zeros(self.size, dtype=torch.bool)
-        mask[torch.randperm(self.size, generator=generator)[:self.live]] = True
+        generator = torch.Generator("cpu").manual_seed(seed_of(seed, epoch))
+        mask = torch.zeros(self.size, dtype=torch.bool, device="cpu")  # the default device may be another one
+        mask[torch.randperm(self.size, generator=generator, device="cpu")[:self.live]] = True
         return mask
 
     def take(self, flat: Tensor) -> None:
@@ -126,7 +127,6 @@ class Dynamic(Kept):
         super().__init__(sparsity, every, norm)
         self.share, self.epochs = drop, epochs
         self.at: At | None = None  # where the mask is to change, with the gradient of the update to come
-        self.restored = False
 
     def prepare(self, at: At, samples: Samples | None) -> None:
         if not self.mask:
@@ -155,8 +155,8 @@ class Dynamic(Kept):
         size = torch.cat([t.abs().reshape(-1) for t in mean])
         # of the live ones the smallest; the dead are behind them all
         smallest = torch.where(mask, size, torch.full_like(size, math.inf)).topk(count, largest=False).indices
-        generator = torch.Generator().manual_seed(seed_of(at.seed, at.epoch, 1))
-        chance = torch.rand(self.size, generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(seed_of(at.seed, at.epoch, 1))
+        chance = torch.rand(self.size, generator=generator, device="cpu").to(self.device)
         grown = torch.where(mask, torch.full_like(chance, -1), chance).topk(count).indices
         changed = mask.clone()
         changed[smallest] = False
@@ -270,10 +270,11 @@ class Fisher(Kept):
         total = torch.zeros(self.size, device=self.device, dtype=dtype)
         with torch.enable_grad():
             for loss in samples(math.ceil(self.samples / ranks)):
-                grads = torch.autograd.grad(loss(), self.params, allow_unused=True)
+                live = [p for p in self.params if p.requires_grad]
+                grads = dict(zip(map(id, live), torch.autograd.grad(loss(), live, allow_unused=True)))
                 total += torch.cat([
-                    (torch.zeros_like(p) if grad is None else grad).detach().reshape(-1).to(dtype)
-                    for p, grad in zip(self.params, grads)]).square()
+                    (torch.zeros_like(p) if (grad := grads.get(id(p))) is None else dense(grad)).reshape(-1).to(dtype)
+                    for p in self.params]).square()
         if several:
             torch.distributed.all_reduce(total)
         return torch.where(torch.isfinite(total), total, torch.zeros_like(total))

@@ -14,9 +14,10 @@ the model's devices; nothing in a slot may read the device, draw from torch's gl
 given. State is made of values that are the same on all ranks (``observe`` and ``correct`` are given means), so it is
 the same on all ranks; ``state_dict`` and ``load_state_dict`` put it into checkpoints.
 """
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -183,8 +184,12 @@ class Correct(Protocol):
         Args:
             at: Where training is.
             mean: Of g, over m-batches and ranks and all trained parameters; None after a plain update.
-            grads: The gradients that the base optimizer is about to get, with the loss scale, if there is one.
+            grads: The gradients that the base optimizer is about to get, with the loss scale, if there is one; zero
+                where a parameter has none.
         """
+
+    def restart(self) -> None:
+        """Other parameters are trained from now on than before: what was kept is of no use."""
 
 
 @runtime_checkable
@@ -263,6 +268,26 @@ def seed_of(*parts: int) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
+def rate_of(groups: Groups) -> float:
+    """The learning rate that the schedule gives, without timm's factors for layers.
+
+    Of a group with the largest factor, 1 where rates decay by the layer: before the first step of timm's schedule, and
+    under the schedules of others, rates are there without the factors.
+    """
+    group = max(groups, key=_factor)
+    return float(group["lr"]) / _factor(group)
+
+
+def first_rate_of(groups: Groups) -> float:
+    """The rate that the schedule begins with, of the same group; there timm's factors are not in it."""
+    group = max(groups, key=_factor)
+    return float(group["initial_lr"] if "initial_lr" in group else group["lr"])
+
+
+def _factor(group: dict[str, Any]) -> float:
+    return float(group.get("lr_scale", 1.0))
+
+
 def _copied(state: Any, device: torch.device) -> Any:
     """State with tensors of its own on the device: those of a checkpoint may lie in its file."""
     if isinstance(state, Tensor):
@@ -301,11 +326,31 @@ class Method(Stages):
         name: Of the method, and its parameters, as in ``gsam(alpha=0.4, rho_min=0)``.
         note: What a user should know when it begins, as that rho has another unit.
         timing: When it acts.
+        unused: The slots as they were before a SAM had them.
     """
 
     name: str = ""
     note: str = ""
     timing: Timing = Timing()
+    unused: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+def of_one_sam(methods: Method | Sequence[Method] | None) -> list[Method]:
+    """The methods for a SAM that is built; another SAM gets slots of its own, which know nothing of what this one saw.
+
+    Raises:
+        ValueError: Something else is among them.
+    """
+    given: Sequence[Any] = [] if methods is None else methods if isinstance(methods, (list, tuple)) else [methods]
+    found = []
+    for method in given:
+        if not isinstance(method, Method):
+            raise ValueError(f"method: {method!r} is none: call one of timm_sam.methods, as methods.gsam(alpha=0.4)")
+        if method.unused:
+            method = replace(method, unused={}, **method.unused)
+        method.unused.update({name: copy.copy(slot) for name, slot in method.filled().items()})
+        found.append(method)
+    return found
 
 
 def merged(methods: Sequence[Method]) -> Stages:
