@@ -1,4 +1,5 @@
 """Methods where a model or its loop is not as usual: complex, unused, frozen, unfrozen parameters, a second SAM."""
+import collections
 import copy
 
 import pytest
@@ -140,14 +141,14 @@ def test_masks_are_drawn_alike_under_another_default_device(make):
     lambda: methods.ssam_dynamic(0.5, total_epochs=2)], ids=['friendly', 'looksam', 'gsam', 'dynamic'])
 def test_a_method_that_was_given_to_an_earlier_sam_is_as_new(make):
     method, ends = make(), []
-    for lr, given in ((0.5, method), (0.1, method), (0.1, make())):
+    for lr, given in ((0.5, method), (0.3, method), (0.1, method), (0.1, make())):
         model = Net()
         sam = SAM(torch.optim.SGD(model.parameters(), lr=lr), model, params='all', rho=0.5, method=given)
         for step in range(3):
             sam.begin(0, step)
             sam.minimize(loss_of(model, step))
         ends.append(weights(model))
-    assert_identical(ends[1], ends[2])
+    assert_identical(ends[2], ends[3])
 
 
 @pytest.mark.parametrize('method, shown', [
@@ -199,3 +200,23 @@ def test_msam_refuses_a_loss_for_a_pass_that_it_does_not_make():
     sam = SAM(sgd(model), model, rho=0.5, method=methods.msam())
     with pytest.raises(ValueError, match=r'ascent_fn: msam\(\) has no pass at w'):
         sam.minimize(loss_of(model), ascent_fn=loss_of(model))
+
+
+class Elsewhere(torch.optim.SGD):
+    """Keeps its state in another place than `state`, as ZeroRedundancyOptimizer does."""
+
+    def step(self, closure=None):
+        shown = self.state
+        self.state = self.__dict__.setdefault('inside', collections.defaultdict(dict))
+        super().step()
+        self.state = shown
+
+
+def test_msam_says_that_nothing_is_perturbed_where_the_first_moment_is_elsewhere():
+    model = Net()
+    sam = SAM(Elsewhere(model.parameters(), lr=0.1, momentum=0.9), model, rho=0.5, method=methods.msam())
+    sam.backward(loss_of(model))
+    sam.minimize(loss_of(model))  # no step before: as one that a GradScaler leaves out
+    with pytest.warns(UserWarning, match='msam: Elsewhere has moved the perturbed parameters.*updates are plain'):
+        sam.minimize(loss_of(model))
+    sam.minimize(loss_of(model))  # said once

@@ -10,8 +10,8 @@ Becker et al., NeurIPS 2025, https://arxiv.org/abs/2401.12033, https://github.co
 The authors' SGD takes its weight decay at w + eps; here it is taken at w, as in every other method. torch's momentum
 contains an L2 decay, so v does.
 """
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +26,12 @@ def _base(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "_base_optimizer", optimizer)
 
 
-@dataclass(frozen=True)
 class Momentum:
     """The first moment of the base optimizer."""
+
+    def __init__(self) -> None:
+        self.written: int | None = None  # how often the weights were, when nothing was kept yet
+        self.warned = False
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         group = _base(optimizer).param_groups[0]
@@ -47,8 +50,19 @@ class Momentum:
             if seen:
                 raise ValueError(f"msam: {type(optimizer).__name__} keeps none of {', '.join(_KEYS)}; use another base "
                                  f"optimizer")
+            self._look_for_steps(optimizer, params)
             return None
         return [torch.zeros_like(p) if v is None else v for p, v in zip(params, found)]
+
+    def _look_for_steps(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+        """Before its first step an optimizer keeps nothing; one that moves the weights and keeps nothing is another."""
+        written = sum(p._version for p in params)
+        if self.written not in (None, written) and not self.warned:
+            self.warned = True
+            warnings.warn(f"msam: {type(optimizer).__name__} has moved the perturbed parameters, and its state holds "
+                          f"nothing of them (ZeroRedundancyOptimizer has it elsewhere): updates are plain, use another "
+                          f"base optimizer", stacklevel=2)
+        self.written = written
 
 
 def msam() -> Method:

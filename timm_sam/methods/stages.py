@@ -347,10 +347,15 @@ def of_one_sam(methods: Method | Sequence[Method] | None) -> list[Method]:
         if not isinstance(method, Method):
             raise ValueError(f"method: {method!r} is none: call one of timm_sam.methods, as methods.gsam(alpha=0.4)")
         if method.unused:
-            method = replace(method, unused={}, **method.unused)
-        method.unused.update({name: copy.copy(slot) for name, slot in method.filled().items()})
+            method = replace(method, **_each_copied(method.unused))
+        else:
+            method.unused.update(_each_copied(method.filled()))
         found.append(method)
     return found
+
+
+def _each_copied(slots: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(slot) for name, slot in slots.items()}
 
 
 def merged(methods: Sequence[Method]) -> Stages:
