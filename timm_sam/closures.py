@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import as_loss
+from .multi_tensor import dense
 from .store import Store, version_of
 
 PLAIN = ("SAM.step() without a closure would be a plain step: pass a closure, or call SAM.backward(loss_fn) before it, "
@@ -75,13 +76,21 @@ def plain_call(closure: Callable[[], Any], params: Sequence[nn.Parameter]) -> Te
         The loss, detached; nan if it returned None and gradients are there.
 
     Raises:
-        NoLoss: It returned None, and none are.
+        NoLoss: It returned None, and none are, or nothing but zeros.
         ValueError: It returned no loss.
     """
     value = closure()
-    if value is None and holding(params) is None:
+    if value is None and all(p.grad is None or _is_zero(p.grad) for p in params):
         raise NoLoss
     return torch.full((), torch.nan) if value is None else loss_of(value)
+
+
+def _is_zero(grad: Tensor) -> bool:
+    """Whether a gradient is zero, as ``zero_grad(set_to_none=False)`` leaves it.
+
+    Of a sharded one no rank can tell: its own part may be empty.
+    """
+    return not hasattr(grad, "_local_tensor") and not bool(dense(grad).any())
 
 
 def first_call(closure: Callable[[], Any], store: Store, held: nn.Parameter | None, begun: bool) -> Tensor:

@@ -176,6 +176,16 @@ def test_a_closure_that_zeroes_and_has_no_loss_leaves_the_batch_out(stepped, opt
     assert_identical(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize('done', [1, 2], ids=['plain', 'perturbed'])
+def test_a_batch_is_left_out_as_well_where_gradients_are_zeroed_in_place(done):
+    model = tiny()
+    _, sam, _ = after(done, 'closure', model=model, every=2)
+    before = weights(model)
+    assert sam.perturbs == (done == 2) and model.head.weight.grad is not None
+    assert sam.step(lambda: sam.zero_grad(set_to_none=False)) is None
+    assert_identical(weights(model), before)
+
+
 def test_a_closure_without_backward_leaves_the_batch_out_if_others_before_it_had_one():
     # as Lightning's last epoch of stochastic weight averaging, for running statistics
     model = tiny()
