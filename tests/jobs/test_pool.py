@@ -1,17 +1,25 @@
 """The pool: devices, an order that jobs need, a start that is killed, and what is taken for done."""
+import dataclasses
+import io
+import json
+import multiprocessing
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from support.processes import Process, family, python
 from support.running import in_process
 
 from timm_sam.cli.errors import OptionError
-from timm_sam.jobs.job import VALIDATE, Job, is_done
-from timm_sam.jobs.pool import environments
-from timm_sam.jobs.table import run_missing
+from timm_sam.jobs.job import VALIDATE, Job, is_done, options_of
+from timm_sam.jobs.pool import Pool, _Worker, environments
+from timm_sam.jobs.table import run_missing, run_table
+from timm_sam.jobs.worker import run_job
 from timm_sam.sweep import __main__ as sweep
 
 
@@ -33,6 +41,80 @@ def training(folder, images, *flags, **more):
             '32', '-b', '8', '-j', '0', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.05', '--output',
             str(folder.parent), '--experiment', folder.name, *flags)
     return Job(folder.name, 'training', str(folder), argv, **more)
+
+
+def leave(job, epochs):
+    """A run's folder with as many epochs in its table."""
+    Path(job.folder).mkdir()
+    Path(job.folder, 'args.yaml').write_text(yaml.safe_dump(options_of(job)))
+    lines = [f'{epoch},0.5,0.5,{epoch}.0\n' for epoch in range(epochs)]
+    Path(job.folder, 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1\n' + ''.join(lines))
+
+
+def test_run_that_ended_before_its_last_checkpoint_is_gone_on_with(tmp_path):
+    job = training(tmp_path / 'run', tmp_path, '--epochs', '2', keep=True)
+    leave(job, 2)
+    assert is_done(job)  # of which somebody has removed the weights
+    (tmp_path / 'run' / 'tmp.pth.tar').write_bytes(b'')
+    assert not is_done(job)  # killed while it wrote its first checkpoint
+    torch.save(dict(epoch=0), tmp_path / 'run' / 'last.pth.tar')
+    assert not is_done(job) and is_done(dataclasses.replace(job, keep=False))
+    torch.save(dict(epoch=1), tmp_path / 'run' / 'last.pth.tar')
+    assert is_done(job)
+
+
+def test_unfinished_run_of_other_epochs_is_not_gone_on_with(tmp_path):
+    job = training(tmp_path / 'run', tmp_path, '--epochs', '3', keep=True)
+    leave(job, 1)
+    fewer = training(tmp_path / 'run', tmp_path, '--epochs', '2', keep=True)
+    assert not is_done(fewer)  # nothing to go on with
+    torch.save(dict(epoch=0), tmp_path / 'run' / 'last.pth.tar')
+    assert not is_done(job) and not is_done(dataclasses.replace(fewer, keep=False))
+    with pytest.raises(OptionError, match='was begun with epochs 3, not 2: remove it, or name another --out'):
+        is_done(fewer)
+
+
+def test_evaluation_of_fewer_sets_is_not_that_of_all(tmp_path):
+    result = tmp_path / 'evaluation.json'
+    result.write_text(json.dumps(dict(results=[], protocol=dict(
+        datasets=[dict(name='imagenet', folder='/data/val')], checkpoints=[dict(path='last.pth.tar', sha256='0')]))))
+    job = Job('x', 'x', str(tmp_path), (), VALIDATE, True, str(result))
+    assert is_done(job) and is_done(dataclasses.replace(job, sets=('imagenet',)))
+    assert not is_done(dataclasses.replace(job, sets=('imagenet', 'imagenet-r')))
+
+
+def test_worker_that_has_ended_between_two_jobs_is_replaced():
+    pool, began = Pool.__new__(Pool), []
+
+    def start(environment):
+        ours, theirs = multiprocessing.Pipe()
+        began.append(theirs)
+        return _Worker(SimpleNamespace(join=lambda: None), ours, environment)
+
+    pool._start = start
+    pool.workers = [start({})]
+    began[0].close()
+    pool._send(pool.workers[0], Job('x', 'x', 'x', ()))
+    assert len(began) == 2 and began[1].recv().name == pool.workers[0].job.name == 'x'
+    began[1].close()
+    pool.workers[0].connection.close()
+
+
+def test_folder_that_cannot_be_emptied_fails_its_run_only(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise OSError(39, 'Directory not empty')
+    monkeypatch.setattr('shutil.rmtree', refuse)
+    assert run_job(training(tmp_path, tmp_path)) == f'{tmp_path} cannot be written (Directory not empty)'
+
+
+def test_stdout_that_nobody_reads_is_one_line(tmp_path, capsys, monkeypatch):
+    class Gone(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, 'Broken pipe')
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    assert run_table('sweep', list, str(tmp_path), 1, lambda: 0) == 2
+    err = capsys.readouterr().err
+    assert 'stdout cannot be written (Broken pipe)' in err and err.count('\n') == 1
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from support.fashion import write_files
 from support.places import ROOT
+from support.reports import write_run
 from support.running import in_process
 
 from timm_sam.fashion import __main__ as fashion
@@ -45,6 +46,21 @@ def test_radius_is_the_best_on_held_out_images_and_variants_follow(monkeypatch):
                          'layerwise_l2-onlynorm-0.2-seed0', 'fisher-all-0.3-seed0', 'fisher-onlynorm-1-seed0']
     assert len(names) == 14 and not any('--holdout' in job.argv for job in second)
     assert all(job.after in second for job in second if job.command == 'validate')
+
+
+def test_report_has_no_run_of_a_radius_that_an_earlier_start_chose(monkeypatch, tmp_path, capsys):
+    what = small.Small('fashion', ('resnet10t',), str(tmp_path), HPARAMS, seeds=1)
+    monkeypatch.setattr(small, 'read_run', lambda folder: Ran(None if '-0.3-' in folder or '-1-' in folder else 50))
+    now = {job.folder for job in what.second(what.chosen()) if job.command == 'train'}
+    earlier = what.job('final', 'resnet10t', 'sam', 'all', 0.3, 0).folder
+    assert earlier not in now
+    for folder in (earlier, *now):
+        write_run(folder)
+    given = []
+    monkeypatch.setattr(small, 'write_report', lambda argv: given.extend(argv) or 0)
+    assert small._report(what) == 0
+    assert set(given[:given.index('--out')]) == now
+    assert '| resnet10t | sam | all | 0.03 | 50.00 | 2 of 3 |' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('images', ['digits', 'fashion'])

@@ -28,7 +28,7 @@ ALLOWED = {
     'analyze': {'plugin', 'methods', 'models', 'cli', 'runs', 'evaluation'},
     'report': {'plugin', 'cli', 'runs', 'training', 'evaluation'},
     'digits': {'cli'},
-    'jobs': {'cli', 'runs', 'training', 'report', 'train', 'validate', 'analyze'},
+    'jobs': {'cli', 'runs', 'training', 'evaluation', 'report', 'train', 'validate', 'analyze'},
     'sweep': {'cli', 'training', 'report', 'jobs'},
     'fashion': {'cli'},
     'paper': {'plugin', 'cli', 'runs', 'training', 'evaluation', 'report', 'jobs', 'digits', 'fashion'},

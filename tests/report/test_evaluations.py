@@ -73,6 +73,14 @@ def test_table_that_chose_on_what_it_reports_says_so(report, tmp_path, folder, o
     assert words in text and ('Validated on 10 % of the training images' in text) == bool(options)
 
 
+def test_table_that_had_nothing_to_choose_from_says_so(runs, report, tmp_path):
+    file = write_results(tmp_path / 'r.json', [path for paths in runs.values() for path in paths], [0] * 6)
+    file.write_text(file.read_text().replace('"/data/imagenet"', '"/elsewhere/digits/val"'))
+    text = report('--evaluations', file)
+    assert text.count('There is one radius of each, so that none was chosen here.') == 2
+    assert 'chosen on' not in text and 'highest mean' not in text
+
+
 def test_optimizers_stand_side_by_side(runs, report, tmp_path):
     lion = checkpoint(write_run(tmp_path / 'runs' / 'lion', opt='lion', lr=0.01))
     files = [write_results(tmp_path / f'{i}.json', c, [i] * len(c)) for i, c in enumerate((runs['plain'], [lion]))]

@@ -38,6 +38,7 @@ def test_plain_training_has_all_combinations_of_what_is_not_sams():
     ('--grid lr=1 lr=2', 'names lr twice'),
     ('--grid amp=yes', 'its values are true and false'),
     ('--grid lr=1 --lr 2', '--lr is in --grid too'),
+    ('--grid lr=0.1,1e-1 --holdout 0.1', 'lr=1e-1: error: it is the same training as lr=0.1: leave one out'),
     ('--grid lr=1 --experiment x', 'use --out DIR'),
     ('--grid sam_rho=0.1,-1 --sam-variant sam', 'sam_rho=-1: error: argument --sam-rho'),
     ('--grid sam_params=all --sam-variant sam', 'sam_params=all: error: --sam-variant sam needs --sam-rho'),

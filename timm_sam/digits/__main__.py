@@ -65,9 +65,9 @@ def export(folder: str, size: int = SIZE, tune: bool = False, train_size: int | 
         train, validation = train_test_split(
             train, test_size=VALIDATION_SHARE, stratify=data.target[train], random_state=SPLIT_SEED)
     if train_size is not None:
-        if not 10 <= train_size < len(train):
-            raise OptionError(f"--train-size {train_size} is not in 10..{len(train) - 1}, one image per digit at least "
-                              f"and fewer than there are")
+        if not 10 <= train_size <= len(train) - 10:
+            raise OptionError(f"--train-size {train_size} is not in 10..{len(train) - 10}: one image per digit at "
+                              f"least is kept, and one left out")
         train, _ = train_test_split(train, train_size=train_size, stratify=data.target[train], random_state=seed)
     labels = data.target.copy()
     generator = np.random.default_rng(seed)

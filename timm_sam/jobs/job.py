@@ -8,7 +8,10 @@ import yaml
 
 from ..cli.errors import OptionError
 from ..cli.parser import dump_args
-from ..report.runs import FINISHED, read_run
+from ..evaluation.evaluated import read_evaluations
+from ..report.runs import FINISHED, Run, read_run
+from ..runs import files
+from ..runs.checkpoints import NotWhole, read
 from ..runs.sameness import changed_options, data_name
 from ..training.options import build_train_parser, read_args
 
@@ -29,6 +32,7 @@ class Job:
             starts anew and leaves none.
         result: The file that is there when an evaluation is done; a training says so by its folder.
         after: The job whose success this one needs.
+        sets: The data sets that a result must have to be that of this job; empty: whichever.
     """
 
     name: str
@@ -39,11 +43,15 @@ class Job:
     keep: bool = False
     result: str = ""
     after: "Job | None" = None
+    sets: tuple[str, ...] = ()
 
     @property
     def log(self) -> str:
         """The file of its output."""
-        return os.path.join(self.folder, "log.txt" if self.command == TRAIN else f"{os.path.basename(self.result)}.log")
+        if self.command == TRAIN:
+            return os.path.join(self.folder, "log.txt")
+        # results of several analyses have one name in folders of their own
+        return os.path.join(self.folder, f"{os.path.relpath(self.result, self.folder).replace(os.sep, '-')}.log")
 
 
 def outcome(job: Job) -> tuple[str | None, str]:
@@ -61,15 +69,23 @@ def is_done(job: Job) -> bool:
     """Whether a job's folder holds all of its results already.
 
     Raises:
-        OptionError: A finished run there has other options than this job.
+        OptionError: A run there that is finished, or would be gone on with, has other options than this job.
     """
     if job.command != TRAIN:
-        return os.path.isfile(job.result)
+        return os.path.isfile(job.result) and not (job.sets and _lacks_sets(job))
     if not os.path.isdir(job.folder):
         return False
     run = read_run(job.folder)
-    if not run.complete:
-        return False
+    if run.complete:
+        _check_same(job, run, "was run")
+        return not (job.keep and _lacks_its_end(run))
+    if job.keep and run.args and files.checkpoints(job.folder):
+        # train.py takes other epochs for a reason to go on, and no table averages a run of two minds
+        _check_same(job, run, "was begun")
+    return False
+
+
+def _check_same(job: Job, run: Run, was: str) -> None:
     wanted = options_of(job)
     changed = changed_options(run.args, wanted)
     if changed:
@@ -77,8 +93,30 @@ def is_done(job: Job) -> bool:
         old, value = run.args.get(key), wanted[key]
         if key == "data_dir":  # the same folder is called otherwise from elsewhere
             old, value = data_name(old), data_name(value)
-        raise OptionError(f"{job.folder} was run with {key} {old}, not {value}: remove it, or name another --out")
-    return True
+        raise OptionError(f"{job.folder} {was} with {key} {old}, not {value}: remove it, or name another --out")
+
+
+def _lacks_its_end(run: Run) -> bool:
+    """Whether a run ended between the last line of its table and the checkpoint of that epoch: by a kill, a full disk.
+
+    Weights that are gone altogether were removed on purpose.
+    """
+    try:
+        epoch = float(read(os.path.join(run.path, files.LAST))["epoch"])
+    except FileNotFoundError:
+        return os.path.exists(os.path.join(run.path, files.TMP))  # the first one was being written
+    except (OSError, MemoryError, NotWhole, LookupError, TypeError, ValueError):
+        return False  # whoever needs it says what is wrong with it
+    return epoch < run.rows[-1]["epoch"]
+
+
+def _lacks_sets(job: Job) -> bool:
+    """Whether an evaluation is there that lacks data sets which are wanted now; what is none is for others to say."""
+    try:
+        found = {name for evaluated in read_evaluations([job.result]) for name in evaluated.folders}
+    except OptionError:
+        return False
+    return not found.issuperset(job.sets)
 
 
 def options_of(job: Job) -> dict[str, Any]:

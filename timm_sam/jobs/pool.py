@@ -5,7 +5,6 @@ import datetime
 import fcntl
 import multiprocessing
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 
 from ..cli.errors import OptionError
-from .job import TRAIN, Job, outcome
+from ..cli.text import say
+from .job import Job, outcome
 from .worker import work
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -43,8 +43,8 @@ def locked(out: str) -> Iterator[None]:
             raise OptionError(
                 f"--out {out} is in use by another process: wait for it, or name another folder") from None
         except OSError as e:
-            print(f"--out {out}: the file system has no locks ({e.strerror}): see to it that no second process works "
-                  f"there.", flush=True)
+            say(f"--out {out}: the file system has no locks ({e.strerror}): see to it that no second process works "
+                f"there.")
         yield
     finally:
         os.close(lock)
@@ -130,6 +130,7 @@ class Pool:
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM.
+            OptionError: Stdout cannot be written.
         """
         earlier = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -157,10 +158,20 @@ class Pool:
         return [(job.name, why) for job, why in failed.items()]
 
     def _send(self, worker: _Worker, job: Job) -> None:
-        if job.command == TRAIN and not job.keep and os.path.isdir(job.folder):  # what an interrupted run has left
-            shutil.rmtree(job.folder)
+        try:
+            worker.connection.send(job)
+        except ConnectionError:  # it has ended since its last job: of memory, say
+            worker = self._renewed(worker)
+            worker.connection.send(job)
         worker.job = job
-        worker.connection.send(job)
+
+    def _renewed(self, worker: _Worker) -> _Worker:
+        """Another process in the place of one that has ended."""
+        worker.process.join()
+        worker.connection.close()
+        place = self.workers.index(worker)
+        self.workers[place] = self._start(worker.environment)
+        return self.workers[place]
 
     def _receive(self, worker: _Worker) -> tuple[str | None, str, Job]:
         """What a worker says of its job: why it failed, and its result in words."""
@@ -169,9 +180,7 @@ class Pool:
         try:
             why, seconds = worker.connection.recv()
         except (EOFError, ConnectionError):
-            worker.process.join()
-            worker.connection.close()
-            self.workers[self.workers.index(worker)] = self._start(worker.environment)
+            self._renewed(worker)
             return f"its process ended with code {worker.process.exitcode}", "", job
         if why is None:
             why, result = outcome(job)
@@ -186,7 +195,7 @@ class Pool:
             failed[job] = why
             result = f"FAILED: {why}"
         total = done + 1 + len(open_)
-        print(f"[{done + 1}/{total}] {job.name}: {result}; {self._left(open_)} left", flush=True)
+        say(f"[{done + 1}/{total}] {job.name}: {result}; {self._left(open_)} left")
         return done + 1
 
     def _left(self, jobs: set[Job]) -> datetime.timedelta | str:

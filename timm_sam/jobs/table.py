@@ -1,7 +1,9 @@
 """What a command does that runs many jobs in a folder, and then writes what comes of them."""
+import contextlib
 from collections.abc import Callable, Sequence
 
 from ..cli.errors import OptionError, report
+from ..cli.text import say
 from .job import Job, is_done
 from .pool import Pool, environments, locked
 
@@ -26,14 +28,15 @@ def run_table(prog: str, prepare: Callable[[], Sequence[Job]], out: str, devices
         with locked(out):
             failed = run_missing(prepare(), places)
         code = write()
+        for name, why in failed:
+            say(f"failed: {name}: {why}")
     except OptionError as e:
         report(prog, e)
         return 2
     except KeyboardInterrupt:
-        print("Stopped; started again, this goes on where it was.", flush=True)
+        with contextlib.suppress(OptionError):
+            say("Stopped; started again, this goes on where it was.")
         return 130
-    for name, why in failed:
-        print(f"failed: {name}: {why}", flush=True)
     return code or bool(failed)
 
 
@@ -48,10 +51,10 @@ def run_missing(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> list[t
         Names of the jobs that failed, and why.
 
     Raises:
-        OptionError: A finished run has other options than the job it stands for.
+        OptionError: A run has other options than the job it stands for; or stdout cannot be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are gone.
     """
     missing = [job for job in jobs if not is_done(job)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before", flush=True)
+    say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before")
     with Pool(places[:len(missing)]) as pool:
         return pool.run(missing)

@@ -4,6 +4,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -60,13 +61,15 @@ def run_job(job: Job) -> str | None:
     """
     handlers = logging.getLogger().handlers[:]
     try:
+        if job.command == TRAIN and not job.keep and os.path.isdir(job.folder):  # what an interrupted run has left
+            shutil.rmtree(job.folder)
         os.makedirs(job.folder, exist_ok=True)
+        # what an earlier start said is kept where it is gone on with
+        log = open(job.log, "a" if job.keep else "w", encoding="utf-8")  # noqa: SIM115
     except OSError as e:
-        return f"{job.folder} cannot be made ({e.strerror})"
+        return f"{job.folder} cannot be written ({e.strerror})"
     name = f"{job.command}.py" if job.command != ANALYZE else job.command
-    # what an earlier start said is kept where it is gone on with
-    with open(job.log, "a" if job.keep else "w", encoding="utf-8") as log, \
-            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             code: Any = _COMMANDS[job.command](job.argv)
             why = f"{name} returned {code}, see {log.name}" if code else None

@@ -65,6 +65,7 @@ class Plan:
         checkpoint = os.path.join(train.folder, files.LAST)
         result = os.path.join(train.folder, f"{evaluation.name}.json")
         data = self.data(config.data)
+        sets: dict[str, str] = {}
         if evaluation.command == "validate":
             sets = self._sets(evaluation) if evaluation.sets else {
                 config.data.folder: split_root(data, "validation", "--data-dir")}
@@ -77,7 +78,7 @@ class Plan:
             more = ["--data-dir", data, "--out", out, "--skip-existing"]
         argv = (*evaluation.words, "--checkpoint", checkpoint, *more, *evaluation.flags, *self.passed_on())
         return Job(f"{train.name} {evaluation.name}", (config.name, evaluation.name), train.folder, argv,
-                   evaluation.command, True, result, train)
+                   evaluation.command, True, result, train, tuple(sets) if evaluation.sets else ())
 
     def _sets(self, evaluation: Evaluation) -> dict[str, str]:
         """The evaluation's published sets that are there, and their folders: others may be, and take days."""

@@ -12,7 +12,7 @@ from ..cli.errors import OptionError
 from ..cli.text import markdown, say, write_text
 from ..digits import __main__ as digits
 from ..fashion import __main__ as fashion
-from ..jobs.job import VALIDATE, Job
+from ..jobs.job import TRAIN, VALIDATE, Job
 from ..jobs.table import run_table
 from ..report.__main__ import main as write_report
 from ..report.runs import FINISHED, read_run
@@ -92,16 +92,21 @@ class Small:
         found: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
         for model in self.models:
             cells = found.setdefault(model, {})
-            for (variant, selection), radii in RADII[model].items():
+            for variant, selection in RADII[model]:
                 if selection not in SELECTIONS:
                     continue
-                runs = [(read_run(self.job("radii", model, variant, selection, rho, 0).folder), rho) for rho in radii]
-                done = [(run.accuracy(), -rho) for run, rho in runs if run.status == FINISHED]
+                done = self.finished(model, variant, selection)
                 if not done:
                     raise OptionError(f"--out {self.out}: {model}, {variant}, {selection}: every radius failed")
-                accuracy, rho = max(done)  # of equals the smaller radius
-                cells[variant, selection] = (-rho, accuracy)
+                rho = max(done, key=lambda rho: (done[rho], -rho))  # of equals the smaller radius
+                cells[variant, selection] = (rho, done[rho])
         return found
+
+    def finished(self, model: str, variant: str, selection: str) -> dict[float, float]:
+        """Radius -> accuracy on held-out images, of those runs of the first round that came to their end."""
+        runs = {rho: read_run(self.job("radii", model, variant, selection, rho, 0).folder)
+                for rho in RADII[model][variant, selection]}
+        return {rho: run.accuracy() for rho, run in runs.items() if run.status == FINISHED}
 
     def second(self, chosen: dict[str, dict[tuple[str, str], tuple[float, float]]]) -> list[Job]:
         """The round that is reported, with the evaluation of every run: seed by seed."""
@@ -158,16 +163,27 @@ def run(small: Small, devices: int, prog: str) -> int:
 
 
 def _report(small: Small) -> int:
-    """What was chosen, and the report of the second round."""
+    """What was chosen, and the report of the second round.
+
+    Runs at radii that an earlier start has chosen, when others had failed, are no part of it: the report would choose
+    among them on the test images.
+    """
     chosen = small.chosen()
-    rows = [[model, variant, selection, f"{rho:g}", f"{accuracy:.2f}"]
+    rows = [[model, variant, selection, f"{rho:g}", f"{accuracy:.2f}",
+             f"{len(small.finished(model, variant, selection))} of {len(RADII[model][variant, selection])}"]
             for model, cells in chosen.items() for (variant, selection), (rho, accuracy) in cells.items()]
     text = "\n\n".join([
         f"Radii with the highest accuracy on {100 * float(HELD_OUT):g} % of the training images, which were held out, "
-        f"one run each:", markdown(["model", "variant", "perturbs", "rho", "held-out accuracy in %"], rows)])
+        f"one run each:",
+        markdown(["model", "variant", "perturbs", "rho", "held-out accuracy in %", "radii that finished"], rows)])
     say(f"{text}\n")
     os.makedirs(os.path.join(small.out, "report"), exist_ok=True)
     write_text(os.path.join(small.out, "report", "radii.md"), f"{text}\n", "--out")
-    evaluations = [job.result for job in small.second(chosen) if job.command == VALIDATE and os.path.isfile(job.result)]
-    return write_report([os.path.join(small.out, "runs", "final"), "--out", os.path.join(small.out, "report"),
+    second = small.second(chosen)
+    evaluations = [job.result for job in second if job.command == VALIDATE and os.path.isfile(job.result)]
+    folders = [job.folder for job in second if job.command == TRAIN]
+    runs = [folder for folder in folders if os.path.isfile(os.path.join(folder, files.ARGS))]
+    if not runs:
+        raise OptionError(f"--out {small.out}: no run of the second round has begun; see why they failed")
+    return write_report([*runs, "--out", os.path.join(small.out, "report"), "--running-minutes", "0",
                          *(["--evaluations", *evaluations] if evaluations else [])])

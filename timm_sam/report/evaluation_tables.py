@@ -85,11 +85,14 @@ def _chosen_on(side: Side, joined: Joined) -> str:
     """Whether radii were chosen on what is reported."""
     if not any(cell.rho is not None for _, table in side.tables for cell in table.cells):
         return "No radius was chosen."
-    if all(table.held_out is not None for _, table in side.tables):
+    choosing = [table for _, table in side.tables if table.has_choice]
+    if not choosing:
+        return "There is one radius of each, so that none was chosen here."
+    if all(table.held_out is not None for table in choosing):
         return "Radii were chosen on held-out training images, on none of these."
     same = [name for name, folders in joined.folders.items()
             if any(_is_split(folder, *table.validated_on) for folder in folders
-                   for _, table in side.tables if table.held_out is None)]
+                   for table in choosing if table.held_out is None)]
     if same:
         return (f"Radii were chosen on {', '.join(same)}, on what is reported here: the more were "
                 f"tried, the luckier these numbers are (train.py --holdout).")

@@ -31,12 +31,15 @@ def report_document(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pi
     first = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {found}."]
     if tables:
         which = "of the last epoch" if epoch == "last" else "of each run's best epoch, which flatters noisy runs"
+        chosen = (
+            "The radius is the one with the highest mean among those with most seeds and without diverged runs. It is "
+            "chosen on the same images, as is the paper's (Table 7): the more radii a cell has tried, the luckier its "
+            "number." if any(table.has_choice for table in tables) else
+            "There is one radius of each, so that none was chosen here.")
         first.append(
             f"Validation {_measured(tables)} in %, {which}: mean ± sample standard deviation over seeds, in brackets "
-            "the number of seeds and the radius. The radius is the one with the highest mean among those with most "
-            "seeds and without diverged runs. It is chosen on the same images, as is the paper's (Table 7): "
-            "the more radii a cell has tried, the luckier its number. Bold: the better of all and onlynorm; "
-            "underlined: the best of all; †: radius at the edge of those tried, so that a better one may lie beyond.")
+            f"the number of seeds and the radius. {chosen} Bold: the better of all and onlynorm; underlined: the best "
+            "of all; †: radius at the edge of those tried, so that a better one may lie beyond.")
     if len(tables) > 1:
         first.append("Runs that differ in more than seed and SAM are in tables of their own.")
     sections = [Section(f"{i}. {table.title}", [

@@ -106,6 +106,12 @@ class Table:
         return self._some_run.args.get("holdout")
 
     @property
+    def has_choice(self) -> bool:
+        """Whether there are several radii of a variant and selection, so that one of them had to be chosen."""
+        places = [(cell.row, cell.selection) for cell in self.cells]
+        return len(set(places)) < len(places)
+
+    @property
     def validated_on(self) -> tuple[str, str]:
         """Name of the data folder, and of the split in it that the runs validated on."""
         args = self._some_run.args

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     return run_table(
         parser.prog, lambda: jobs(found, flags, args.seeds, args.out), args.out, args.devices,
-        lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report")]))
+        lambda: write_report([os.path.join(args.out, "runs"), "--out", os.path.join(args.out, "report"),
+                              "--running-minutes", "0"]))  # what is not finished has failed
 
 
 def jobs(found: Sequence[Cell], flags: Sequence[str], seeds: int, out: str) -> list[Job]:

@@ -105,7 +105,8 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
 
     Raises:
         OptionError: A flag is given that the sweep or the grid sets.
-        SystemExit: With code 2, after one line on stderr that names the cell, for anything that train.py would refuse.
+        SystemExit: With code 2, after one line on stderr that names the cell, for anything that train.py would refuse,
+            and for a cell that is another one once more, in other words.
     """
     parser = build_train_parser()
     dests = {option: action.dest for action in parser._actions for option in action.option_strings}
@@ -115,7 +116,7 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
             raise OptionError(f"{word}: the sweep sets it; use {_OURS[dest]}")
         if any(dest == key for cell in found for key, _ in cell.values):
             raise OptionError(f"{word} is in --grid too: leave one out")
-    every = []
+    every: list[argparse.Namespace] = []
     for number, cell in enumerate(found):
         parser = build_train_parser(f"{prog}: {cell.name}")
         with _quiet(number > 0):
@@ -127,6 +128,9 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
         if not cell.values and args.sam_variant is not None:
             parser.error(f"the recipe or a flag sets --sam-variant {args.sam_variant}: give a plain recipe and the "
                          f"variant in --grid, or leave out --plain")
+        twin = next((other for other, its in zip(found, every) if vars(its) == vars(args)), None)
+        if twin is not None:
+            parser.error(f"it is the same training as {twin.name}: leave one out")
         every.append(args)
     return every
 
