@@ -56,6 +56,15 @@ def test_mistake_is_one_line_that_names_the_cell_and_nothing_is_written(tmp_path
     assert not (tmp_path / 'out').exists()
 
 
+def test_switch_that_the_recipe_sets_cannot_be_off(tmp_path):
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'recipe.yaml').write_text('no_prefetcher: true\n')
+    done = in_process(main, shlex.split(
+        '-c recipe.yaml --grid no_prefetcher=false --out out --data-dir images --device cpu'), tmp_path)
+    assert done.code == 2 and 'no_prefetcher=false: error: the recipe sets --no-prefetcher, which no flag' in done.err
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('flags, kept', [
     ([], 1), (['--checkpoint-hist=3'], 3), (['--checkpoint-hist', '3'], 3)])
 def test_runs_keep_one_checkpoint_unless_more_are_asked_for(flags, kept):

@@ -27,7 +27,7 @@ def run_table(prog: str, prepare: Callable[[], Sequence[Job]], out: str, devices
         places = environments(devices, flag)
         with locked(out):
             failed = run_missing(prepare(), places)
-        code = write()
+            code = write()  # in here, too: another start would write the same files
         for name, why in failed:
             say(f"failed: {name}: {why}")
     except OptionError as e:

@@ -106,7 +106,7 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
     Raises:
         OptionError: A flag is given that the sweep or the grid sets.
         SystemExit: With code 2, after one line on stderr that names the cell, for anything that train.py would refuse,
-            and for a cell that is another one once more, in other words.
+            and for a cell that is another one once more, in other words, or a switch that stays on.
     """
     parser = build_train_parser()
     dests = {option: action.dest for action in parser._actions for option in action.option_strings}
@@ -128,6 +128,9 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
         if not cell.values and args.sam_variant is not None:
             parser.error(f"the recipe or a flag sets --sam-variant {args.sam_variant}: give a plain recipe and the "
                          f"variant in --grid, or leave out --plain")
+        stuck = next((key for key, value in cell.values if value == "false" and getattr(args, key) is True), None)
+        if stuck is not None:
+            parser.error(f"the recipe sets {flag(stuck)}, which no flag takes back: use a recipe without it")
         twin = next((other for other, its in zip(found, every) if vars(its) == vars(args)), None)
         if twin is not None:
             parser.error(f"it is the same training as {twin.name}: leave one out")
