@@ -1,4 +1,5 @@
 """The pool: devices, an order that jobs need, a start that is killed, and what is taken for done."""
+import contextlib
 import dataclasses
 import io
 import json
@@ -81,6 +82,21 @@ def test_evaluation_of_fewer_sets_is_not_that_of_all(tmp_path):
     job = Job('x', 'x', str(tmp_path), (), VALIDATE, True, str(result))
     assert is_done(job) and is_done(dataclasses.replace(job, sets=('imagenet',)))
     assert not is_done(dataclasses.replace(job, sets=('imagenet', 'imagenet-r')))
+
+
+def test_what_is_trained_anew_is_measured_anew(tmp_path, monkeypatch):
+    train = training(tmp_path / 'run', tmp_path, keep=True)
+    leave(train, 1)
+    job = Job('x', 'x', train.folder, (), VALIDATE, True, f'{train.folder}/evaluation.json', train)
+    Path(job.result).write_text('of these weights')
+    given = []
+    monkeypatch.setattr('timm_sam.jobs.table.Pool', lambda places: contextlib.nullcontext(
+        SimpleNamespace(run=lambda jobs: given.extend(jobs))))
+    run_missing([job, train], [{}])
+    assert not given and Path(job.result).exists()
+    Path(train.folder, 'tmp.pth.tar').write_bytes(b'')
+    run_missing([job, train], [{}])
+    assert given == [job, train] and not Path(job.result).exists()
 
 
 def test_worker_that_has_ended_between_two_jobs_is_replaced():

@@ -1,5 +1,6 @@
 """What a command does that runs many jobs in a folder, and then writes what comes of them."""
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 
 from ..cli.errors import OptionError, report
@@ -41,7 +42,8 @@ def run_table(prog: str, prepare: Callable[[], Sequence[Job]], out: str, devices
 
 
 def run_missing(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """Runs the jobs that are not done yet.
+    """Runs the jobs that are not done yet, and with a training what is measured of it: a result that is there already
+    is of other weights, and removed.
 
     Args:
         jobs: All of them.
@@ -51,10 +53,19 @@ def run_missing(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> list[t
         Names of the jobs that failed, and why.
 
     Raises:
-        OptionError: A run has other options than the job it stands for; or stdout cannot be written.
+        OptionError: A run has other options than the job it stands for; or a result cannot be removed, or stdout not be
+            written.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are gone.
     """
-    missing = [job for job in jobs if not is_done(job)]
+    undone = {job for job in jobs if not is_done(job)}
+    missing = [job for job in jobs if job in undone or job.after in undone]
+    for job in missing:
+        if job.after in undone and os.path.lexists(job.result):
+            try:
+                os.remove(job.result)
+            except OSError as e:
+                raise OptionError(f"{job.result} is of weights that are trained anew, and cannot be removed "
+                                  f"({e.strerror}): remove it") from None
     say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before")
     with Pool(places[:len(missing)]) as pool:
         return pool.run(missing)
