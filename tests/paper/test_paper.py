@@ -2,15 +2,20 @@
 import csv
 import re
 import shlex
+import sys
 
+import numpy as np
 import pytest
 import timm
+from PIL import Image, ImageOps
 from support.images import write_image_folder
 from support.paper import SETTINGS, paper_tables
 from support.places import ROOT
 from support.reports import write_run
 from support.running import in_process
+from timm.data import create_transform
 
+from timm_sam.analyze.options import build_parser as build_analysis_parser
 from timm_sam.cli.errors import OptionError
 from timm_sam.paper import numbers
 from timm_sam.paper.__main__ import main
@@ -21,6 +26,9 @@ from timm_sam.paper.plan import Plan
 from timm_sam.paper.results import Line, collect
 from timm_sam.paper.show import overview, table_text
 from timm_sam.training.options import build_train_parser, read_args
+
+sys.path.insert(0, str(ROOT / 'examples'))
+import cifar_folders  # noqa: E402
 
 HPARAMS = ROOT / 'hparams'
 
@@ -186,6 +194,26 @@ def test_evaluation_reads_the_sets_of_its_table_and_no_others(tmp_path):
     place = argv.index('--eval')
     assert argv[place + 1:place + 5] == (f'imagenet={tmp_path}/imagenet/val', f'imagenet-r={tmp_path}/imagenet-r',
                                          f'objectnet={tmp_path}/objectnet-1.0', '--results-file')
+
+
+def test_training_images_are_measured_without_the_pixels_around_them():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    padded = ImageOps.expand(Image.fromarray(pixels), cifar_folders.PADDING)
+    plan = Plan('out', str(HPARAMS))
+
+    def seen(recipe, **options):
+        transform = create_transform((3, recipe.img_size, recipe.img_size), interpolation=recipe.interpolation,
+                                     mean=(0, 0, 0), std=(1, 1, 1), **options)
+        return np.asarray(transform(padded).permute(1, 2, 0) * 255).round()
+
+    analyses = [pair for name in ('table6', 'table18', 'table19') for pair in EXHIBITS[name].evaluations]
+    assert len(analyses) == 25
+    for config, evaluation in analyses:
+        recipe = read_args(build_train_parser(), plan.recipe(config))
+        args = build_analysis_parser(evaluation.words[0]).parse_args(evaluation.flags)
+        assert np.array_equal(
+            seen(recipe, crop_pct=recipe.crop_pct, crop_border_pixels=args.crop_border_pixels), pixels), evaluation
+    assert np.array_equal(seen(recipe, crop_pct=0.8), pixels)  # as the recipes say for --holdout
 
 
 def test_run_whose_recipe_is_gone_is_not_shown_as_if_it_had_the_papers_options(tmp_path):

@@ -10,6 +10,9 @@ VITS = {"ViT-T": "vit_tiny", "ViT-S": "vit_small"}
 DATA = {"CIFAR-10": CIFAR10, "CIFAR-100": CIFAR100}
 SELECTIONS = ("all", "onlynorm")
 AA = ("--aa", "cifar10")
+# training images have black pixels around them, of which a random crop is taken: without one the whole of such an image
+# would be shrunk to what the network takes
+_UNPADDED = ("--crop-border-pixels", "4")
 # the columns of Tables 6, 14, 18 and 19
 FIVE = ((PLAIN, ""), *((variant, selection) for variant in ("sam", "elementwise_linf") for selection in SELECTIONS))
 
@@ -47,7 +50,7 @@ def both(networks: dict[str, str], data_first: bool) -> tuple[Entry, ...]:
 
 def sharpness(name: str, *flags: str, passes: int) -> Evaluation:
     """Of 2048 training images."""
-    return Evaluation(name, "analyze", ("sharpness",), flags, 2048 * passes)
+    return Evaluation(name, "analyze", ("sharpness",), (*_UNPADDED, *flags), 2048 * passes)
 
 
 def measured(name: str, title: str, models: dict[str, list[str]], evaluation: dict[str, Evaluation],
@@ -81,7 +84,7 @@ _STEP = [f"step-linf {rho}" for rho in ("0.007", "0.01", "0.03")]
 _TABLE_6 = sharpness("sharpness", passes=1 + 3 * 20 + 3)  # the command's own measures
 _TABLE_18 = {"WRN-28": _TABLE_6, "RNxT": sharpness(
     "sharpness_smaller", "--measure", "worst-linf=0.001,0.003,0.005", passes=1 + 3 * 20)}
-_RANK = Evaluation("rank", "analyze", ("rank",), ("--layers", "layer2"), 10_240)
+_RANK = Evaluation("rank", "analyze", ("rank",), (*_UNPADDED, "--layers", "layer2"), 10_240)
 _MEASURES_19 = ("average-l2-raw=0.005", "average-l2=0.1", "average-linf-raw=0.01", "average-linf=0.2",
                 "worst-l2-raw=0.05", "worst-l2=0.25", "worst-linf-raw=1e-5", "worst-linf=0.004")
 _TABLE_19 = sharpness("sharpness_logits", "--no-logit-norm", "--measure", *_MEASURES_19, passes=1 + 4 * 20 + 4 * 20)
