@@ -77,7 +77,7 @@ def test_table_that_had_nothing_to_choose_from_says_so(runs, report, tmp_path):
     file = write_results(tmp_path / 'r.json', [path for paths in runs.values() for path in paths], [0] * 6)
     file.write_text(file.read_text().replace('"/data/imagenet"', '"/elsewhere/digits/val"'))
     text = report('--evaluations', file)
-    assert text.count('There is one radius of each, so that none was chosen here.') == 2
+    assert text.count('No variant and selection has several radii: none was chosen here.') == 2
     assert 'chosen on' not in text and 'highest mean' not in text
 
 

@@ -87,7 +87,7 @@ def _chosen_on(side: Side, joined: Joined) -> str:
         return "No radius was chosen."
     choosing = [table for _, table in side.tables if table.has_choice]
     if not choosing:
-        return "There is one radius of each, so that none was chosen here."
+        return "No variant and selection has several radii: none was chosen here."
     if all(table.held_out is not None for table in choosing):
         return "Radii were chosen on held-out training images, on none of these."
     same = [name for name, folders in joined.folders.items()

@@ -35,7 +35,7 @@ def report_document(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pi
             "The radius is the one with the highest mean among those with most seeds and without diverged runs. It is "
             "chosen on the same images, as is the paper's (Table 7): the more radii a cell has tried, the luckier its "
             "number." if any(table.has_choice for table in tables) else
-            "There is one radius of each, so that none was chosen here.")
+            "No variant and selection has several radii: none was chosen here.")
         first.append(
             f"Validation {_measured(tables)} in %, {which}: mean ± sample standard deviation over seeds, in brackets "
             f"the number of seeds and the radius. {chosen} Bold: the better of all and onlynorm; underlined: the best "
