@@ -30,7 +30,7 @@ from .cli.parser import OptionParser, dump_args, program
 from .cli.processes import end_failed_rank, leave_process_group
 from .cli.rules import apply, device_is_there
 from .cli.text import say
-from .runs import files, timing
+from .runs import files, summary, timing
 from .training import averaging, checkpoint, factory, failed, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
@@ -291,12 +291,11 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
             if run.saver is not None:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 lr = sum(rates) / len(rates)
+                row = row_of(epoch, train_metrics, eval_metrics, lr)
                 with writing(run.output_dir or ""):
-                    utils.update_summary(
-                        epoch, train_metrics, eval_metrics, filename=os.path.join(run.output_dir or "", files.SUMMARY),
-                        lr=lr)
+                    summary.add(os.path.join(run.output_dir or "", files.SUMMARY), row)
                 if run.loggers is not None:
-                    run.loggers.log(row_of(epoch, train_metrics, eval_metrics, lr))
+                    run.loggers.log(row)
                 best_metric, best_epoch = run.saver.save(epoch, metric, extras)
                 if milestone:
                     run.saver.save_milestone(epoch + 1)

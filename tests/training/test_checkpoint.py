@@ -1,7 +1,9 @@
 """Checkpoints of train.py: their form, resuming, which is best, and what an interrupt leaves."""
 import copy
+import csv
 import functools
 import json
+import math
 import re
 
 import pytest
@@ -56,11 +58,19 @@ def test_checkpoint_of_a_sam_run_loads_into_timm(run_train, options):
 
 @pytest.mark.parametrize('before, after', [('', SAM_ON), (SAM_ON, '')])
 def test_run_goes_on_with_or_without_sam_from_a_checkpoint_of_the_other_kind(run_train, script, before, after):
-    saved = run_train(f'{before} --experiment before').checkpoint('before')
+    saved = run_train(before).checkpoint()
     epochs = script()
-    done = run_train(f'{after} --epochs 2 --resume out/before/last.pth.tar')
+    done = run_train(f'{after} --lr 0.1 --epochs 2 --resume out/run/last.pth.tar')
     assert done.code == 0 and epochs == [1]
     assert '/fc.weight' in differences(saved['state_dict'], done.checkpoint()['state_dict'])
+    with open(done.folder() / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert all(math.isfinite(float(row[name])) for row in rows for name in ('train_loss', 'eval_loss', 'lr'))
+    perturbed = [{row[name] != 'nan' for name in SAM_COLUMNS} for row in rows]
+    assert perturbed == [{bool(before)}, {bool(after)}]
+    [kept] = [line for line in done.log('WARNING') if 'optimizer' in line]
+    assert 'goes on with what it had, lr 0.05 instead of 0.1; --no-resume-opt starts it anew' in kept
 
 
 @pytest.mark.parametrize('options', [

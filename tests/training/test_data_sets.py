@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.command_lines import NAFLEX
 from support.images import COLORS, write_image_folder
 from support.multilabel import write_labelled_tree
 from support.validating import result, run_validate
@@ -62,6 +63,16 @@ def test_hidden_files_and_other_names_of_the_splits_change_nothing(run_in, image
     assert plain.code == other.code == 0, other.err[-2000:]
     assert same(weights(plain, 'plain'), weights(other, 'other'))
     assert last_top1(plain, 'plain') == last_top1(other, 'other')
+
+
+@pytest.mark.filterwarnings('ignore:Error processing sample')  # timm's patches go on without it
+def test_epoch_of_which_no_batch_comes_ends_the_run(run_in, tmp_path):
+    folder = write_image_folder(tmp_path / 'data')
+    for path in folder.glob('train/*/*.png'):
+        path.write_bytes(b'no image')
+    done = run_in(tmp_path, f'{NAFLEX} --data-dir data')
+    assert done.code == 2 and '--train-split train: no batch came of it in epoch 0' in done.last_line
+    assert not list(done.folder().glob('*.pth.tar'))
 
 
 def test_one_tar_file_is_not_trained_on_and_validated(run_in, image_folder, tmp_path):

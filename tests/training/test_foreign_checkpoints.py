@@ -89,9 +89,9 @@ def test_damaged_file_is_not_started_from(run_train, saved, tmp_path):
     data = bytearray((tmp_path / 'foreign.pth.tar').read_bytes())
     data[len(data) // 2] ^= 16
     (tmp_path / 'foreign.pth.tar').write_bytes(data)
-    for flag in ('--resume', '--initial-checkpoint'):
+    for flag in ('--resume', '--initial-checkpoint', '--pretrained --pretrained-path'):
         done = run_train(f'{flag} foreign.pth.tar')
-        assert done.code == 2 and f'{flag} foreign.pth.tar is not whole: it is damaged' in done.last_line
+        assert done.code == 2 and f'{flag.split()[-1]} foreign.pth.tar is not whole: it is damaged' in done.last_line
 
 
 def test_pretrained_path_of_another_architecture_is_an_error(run_train, tmp_path):
@@ -109,6 +109,20 @@ def test_pretrained_path_of_the_model_fits_another_number_of_classes(run_train, 
     assert run_train('--pretrained --pretrained-path resnet.pth').code == 0
     first = next(iter(weights))
     assert torch.equal(found['weights'][first], weights[first]) and found['weights']['fc.weight'].shape[0] == 4
+
+
+def test_pretrained_path_that_lacks_a_layer_of_the_model_is_taken_with_a_warning(run_train, tmp_path, at_start):
+    torch.manual_seed(5)
+    weights = timm.create_model('test_vit', num_classes=10).state_dict()  # pools by its class token: norm, no fc_norm
+    torch.save(weights, tmp_path / 'vit.pth')
+    found = at_start()
+    done = run_train('--model test_vit --gp avg --pretrained --pretrained-path vit.pth')
+    name = 'blocks.5.mlp.fc1.weight'
+    assert done.code == 0 and torch.equal(found['weights'][name], weights[name])
+    [warning] = [line for line in done.log('WARNING') if '--pretrained-path' in line]
+    assert 'vit.pth lacks 2 of the weights of test_vit (fc_norm.weight, fc_norm.bias), which begin' in warning
+    done = run_train('--model test_vit --model-kwargs depth=8 --pretrained --pretrained-path vit.pth')
+    assert done.code == 2 and 'blocks.6.norm1.weight' in done.last_line and 'would be random' in done.last_line
 
 
 def test_pretrained_path_alone_is_an_error_as_it_would_do_nothing(run_train, tmp_path):

@@ -7,11 +7,11 @@ import yaml
 from timm_sam import train
 from timm_sam.training.options import GONE, parse_args
 
-# what timm 0.4 to 1.0 wrote beside the flags of today
+# what timm 0.2 to 1.0 wrote beside the flags of today
 OLD = {
-    'amp_impl': 'native', 'native_amp': True, 'apex_amp': False, 'jsd': False, 'bn_tf': False, 'prefetcher': True,
-    'world_size': 8, 'rank': 0, 'distributed': True, 'num_gpu': 1, 'aot_autograd': False, 'dist_backend': None,
-    'dist_url': 'env://', 'validation_batch_size_multiplier': 1, 'local_rank': 0}
+    'amp_impl': 'native', 'native_amp': True, 'apex_amp': False, 'jsd': False, 'mixup_elem': False, 'bn_tf': False,
+    'prefetcher': True, 'world_size': 8, 'rank': 0, 'distributed': True, 'num_gpu': 1, 'aot_autograd': False,
+    'dist_backend': None, 'dist_url': 'env://', 'validation_batch_size_multiplier': 1, 'local_rank': 0}
 KEPT = {'model': 'test_resnet', 'epochs': 300.0, 'batch_size': 32, 'lr': 0.5, 'aa': 'rand-m9', 'opt_betas': None,
         'scale': [0.08, 1.0], 'smoothing': 0.1, 'decay_epochs': 30, 'clip_grad': None, 'amp': True, 'wandb_tags': []}
 

@@ -3,6 +3,8 @@ import csv
 import io
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from . import files
 
@@ -33,6 +35,41 @@ def trim(path: str, start_epoch: int) -> None:
     with files.replacing(path, newline="") as f:
         if kept:
             csv.writer(f).writerows([rows[0], *kept])
+
+
+def add(path: str, row: Mapping[str, Any]) -> None:
+    """Adds a row, in timm's format.
+
+    A run may go on with options that give other columns (SAM's, those of a validation): a table has all that its rows
+    have, and ``nan`` where a row has none.
+
+    Args:
+        path: The table; a new one gets the names as its header.
+        row: Column -> value.
+    """
+    columns, header = list(row), _header(path)
+    if header is not None and set(row) <= set(header):
+        columns = header
+    elif header is not None:
+        columns += [name for name in header if name not in row]
+        with open(path, newline="", encoding="utf-8") as f:
+            earlier = list(csv.DictReader(f))
+        with files.replacing(path, newline="") as f:
+            writer = csv.DictWriter(f, columns, restval="nan", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(earlier)
+    with open(path, "a", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns, restval="nan")
+        if header is None:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _header(path: str) -> list[str] | None:
+    if not os.path.exists(path):
+        return None
+    with open(path, newline="", encoding="utf-8") as f:
+        return next(csv.reader(f), None)
 
 
 def _epoch(text: str) -> float | None:

@@ -7,6 +7,7 @@ from timm.task import TrainingTask
 
 from ..cli.errors import OptionError, one_line
 from ..runs.checkpoints import read, weights_in
+from ..runs.sameness import normal
 from .plain import Update
 
 _logger = logging.getLogger(__name__)
@@ -34,14 +35,16 @@ def resume(
     Raises:
         OptionError: The file cannot be read, or is of another model or optimizer.
     """
+    kept: list[str] = []
     try:
         saved = read(path, mapped=False)
         weights, entry = weights_in(saved)
         task.load_checkpoint_state(weights, saved.get("task_state") if entry == "state_dict" else None)
         if optimizer is not None and "optimizer" in saved:
-            own = [set(group) for group in optimizer.param_groups]
+            own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
             _check_options(optimizer, own)
+            kept = _kept(optimizer, own)
         if scaler is not None and scaler.state_dict_key in saved:
             scaler.load_state_dict(saved[scaler.state_dict_key])
         epoch = None
@@ -55,17 +58,42 @@ def resume(
         _logger.info(f"Weights of {path} loaded" + ("." if epoch is None else f", which goes on with epoch {epoch}."))
         if optimizer is not None and "optimizer" not in saved:
             _logger.warning(f"--resume {path} has no state of the optimizer, which starts anew.")
+        if kept:
+            _logger.warning(f"--resume {path}: the optimizer goes on with what it had, {', '.join(kept)}; "
+                            f"--no-resume-opt starts it anew.")
         if scaler is not None and scaler.state_dict_key not in saved:
             _logger.warning(f"--resume {path} has no loss scale, which starts anew.")
     return epoch
 
 
-def _check_options(optimizer: torch.optim.Optimizer, own: list[set[str]]) -> None:
+def _kept(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]]) -> list[str]:
+    """The checkpoint's options of the optimizer that differ from the given ones: as in torch, those are not used.
+
+    Args:
+        optimizer: It has loaded a state.
+        own: Its groups before that.
+
+    Returns:
+        Of each option in words what it is, and what was given.
+    """
+    found: dict[str, str] = {}
+    for before, group in zip(own, optimizer.param_groups):
+        for name in ("lr", "weight_decay", "momentum", "betas", "eps"):
+            if name not in before or name not in group:
+                continue
+            # the highest rate of the schedule, which goes on from it
+            saved = group.get("initial_lr", group[name]) if name == "lr" else group[name]
+            if normal(saved) != normal(before[name]):
+                found.setdefault(name, f"{name} {saved} instead of {before[name]}")
+    return list(found.values())
+
+
+def _check_options(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]]) -> None:
     """Groups are replaced as they are, so that those of another optimizer would be noticed in the first step.
 
     Args:
         optimizer: It has loaded a state.
-        own: Names in each of its groups before that.
+        own: Its groups before that.
 
     Raises:
         ValueError: Options of the optimizer are gone.

@@ -20,6 +20,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from ..cli.device import Process, to_device
+from ..cli.errors import OptionError
 from ..cli.processes import settle
 from . import states
 from .averaging import rounding_state
@@ -110,6 +111,7 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
     Raises:
         Preempted: SIGTERM came; the update was finished, and a recovery checkpoint written.
         Diverged: The loss or the weights are not finite any more.
+        OptionError: There was no batch at all.
 
     Returns:
         ``loss``, the average over samples (the one at w, with SAM), and with SAM ``sam_loss`` (at w + eps),
@@ -201,6 +203,9 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
         samples = 0
         data_start = time.time()
 
+    if not meters["loss"].count and not meters.waiting:
+        raise OptionError(f"--train-split {args.train_split}: no batch came of it in epoch {epoch}, and nothing was "
+                          f"trained; see the warnings above, and mend the files, or --dataset and --data-dir")
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
     run.watch.weights(epoch, num_updates)

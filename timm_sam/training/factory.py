@@ -32,7 +32,7 @@ from ..runs.checkpoints import why_unreadable
 from .ablations import alter_norms, decay_groups
 from .data import Data
 from .losses import check_lengths
-from .pretrained import check_pretrained, load_initial, loaded_keys
+from .pretrained import check_pretrained, check_whole, load_initial, loaded_keys
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
     """
     overlay: dict[str, Any] = {}
     if args.pretrained_path:
+        check_whole(args.pretrained_path)
         # num_classes -1 makes timm fit the classifier of the file to ours
         overlay = dict(file=args.pretrained_path, num_classes=-1)
     overlay.update(args.pretrained_cfg_overlay)
@@ -98,7 +99,7 @@ def build_model(args: argparse.Namespace, process: Process) -> nn.Module:
         raise OptionError(
             f"--model {args.model} cannot be built: {one_line(e)}; check --model-kwargs{_set_model_flags(args)}") from e
     if args.pretrained_path:
-        check_pretrained(args.pretrained_path, args.model, model, loaded)
+        check_pretrained(args.pretrained_path, args.model, model, loaded, process.primary)
     if args.initial_checkpoint:
         load_initial(args.initial_checkpoint, args.model, model)
     _init_head(args, model)

@@ -24,6 +24,7 @@ GONE = {
     "apex_amp": "amp: true is torch's",
     "amp_impl": "amp is torch's",
     "jsd": "loss: jsd is the same",
+    "mixup_elem": "mixup_mode: elem is the same",
     "bn_tf": "bn_momentum: 0.01 and bn_eps: 0.001 are the same",
     "validation_batch_size_multiplier": "validation_batch_size says how many",
     "aot_autograd": "torchcompile: aot_eager or inductor compiles",

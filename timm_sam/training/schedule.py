@@ -84,9 +84,13 @@ def resume_schedule(saved: dict[str, Any], scheduler: Any, start_epoch: int, upd
             for group, lr in zip(scheduler.optimizer.param_groups, state["lr"]):
                 group["lr"] = lr
             scheduler.step(start_epoch, metric)
+        elif start_epoch <= scheduler.warmup_t:
+            scheduler.step(start_epoch)
+        else:  # of timm, which does not keep the history: it begins anew, but not with the rate of the warm-up
+            scheduler.update_groups(scheduler.base_values)
     elif on_updates:
         scheduler.step_update(updates)
-    else:
+    elif start_epoch:  # the first epoch is trained as the scheduler was made, without the noise that a step adds
         scheduler.step(start_epoch)
 
 
