@@ -86,7 +86,8 @@ def test_stopped_run_goes_on_in_place_to_the_end_of_one_that_was_not(run_train, 
     assert epochs(first.summary('parts')) == [0, 1]
     second = run_train(f'{options} --experiment parts')
     assert second.summary('parts') == whole.summary('whole')
-    assert tree_names(second.folder('parts')) >= tree_names(whole.folder('whole'))
+    assert tree_names(second.folder('parts')) == tree_names(whole.folder('whole'))  # and no args-before-epoch-2.yaml
+    assert 'other options than before' not in second.err
     for name in ('last', 'model_best'):
         one, other = (second.checkpoint(run, name) for run in ('whole', 'parts'))
         for key in ('state_dict', 'optimizer', 'epoch', 'metric', *(['state_dict_ema'] if 'ema' in sam else [])):

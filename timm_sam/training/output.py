@@ -197,7 +197,8 @@ class Output:
             if _inside(resume, folder) or args.resume == "auto":
                 trim(os.path.join(folder, files.SUMMARY), start_epoch)
             path = os.path.join(folder, files.ARGS)
-            changed = _changed(folder, args_text)
+            # a run that was stopped, and goes on to its end, is the one that was not
+            changed = [name for name in _changed(folder, args_text) if name != "stop_epoch"]
             if changed:
                 before = files.ARGS_BEFORE.format(start_epoch)
                 _logger.warning(f"Going on with other options than before: {', '.join(changed)}. The earlier ones are "
