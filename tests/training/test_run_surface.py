@@ -11,6 +11,7 @@ from timm.models import resolve_pretrained_cfg
 from timm_sam import train
 from timm_sam.cli.device import Process
 from timm_sam.cli.errors import OptionError
+from timm_sam.runs.checkpoints import newest_checkpoint
 from timm_sam.training import engine, factory
 from timm_sam.training.options import parse_args, read_args
 from timm_sam.training.schedule import create_schedule
@@ -107,6 +108,20 @@ def test_finished_run_is_left_as_it_is(run_train):
     after = {path: entry for path, entry in tree(again.folder()).items() if not path.endswith('args.yaml')}
     assert again.code == 0 and after == before
     assert '--result\n[]' in again.out
+
+
+def test_run_that_went_back_goes_on_from_there_and_not_from_what_it_left(run_train, script):
+    options = '--epochs 3 --recovery-interval 4'
+    run_train(options)
+    script(stop=2)
+    back = run_train(f'{options} --resume out/run/checkpoint-0.pth.tar')
+    assert back.code == 0 and back.checkpoint()['epoch'] == 1 and epochs(back.summary()) == [0, 1]
+    assert {'checkpoint-2.pth.tar', 'recovery-2-3.pth.tar'} <= tree_names(back.folder())  # of later epochs
+    assert newest_checkpoint(str(back.folder())) == str(back.folder() / 'last.pth.tar')
+    trained = script()
+    again = run_train(f'{options} --resume auto')
+    assert again.code == 0 and trained == [2] and epochs(again.summary()) == [0, 1, 2]
+    assert again.checkpoint()['saver']['branch'] == 1
 
 
 def test_stop_before_what_is_done_is_the_end_of_the_run(run_train):

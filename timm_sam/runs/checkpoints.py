@@ -188,6 +188,8 @@ _known_whole: set[tuple[int, ...]] = set()
 def newest_checkpoint(folder: str) -> str | None:
     """The whole checkpoint of the latest epoch in a run's folder; torn files are skipped with a warning.
 
+    Where the run went back to an earlier one, that is the latest epoch since then.
+
     Args:
         folder: Where ``last.pth.tar``, ``checkpoint-*.pth.tar`` and ``recovery-*.pth.tar`` are. A process that was
             killed may have left a newer one that is whole under the name of one being written.
@@ -201,14 +203,14 @@ def newest_checkpoint(folder: str) -> str | None:
     found = []
     for path in _candidates(folder):
         try:
-            done, batch = _progress(path)
+            progress = _progress(path)
         except NotWhole as e:
             _skip(path, e)
             continue
         except (OSError, MemoryError) as e:
             raise Unreadable(f"{path} cannot be read ({_reason(e)})") from e
         being_written, is_last = files.is_being_written(path), os.path.basename(path) == files.LAST
-        found.append((done, batch, not being_written, is_last, os.path.getmtime(path), path))
+        found.append((*progress, not being_written, is_last, os.path.getmtime(path), path))
     damaged: set[tuple[int, int]] = set()
     for *_, path in sorted(found, reverse=True):
         try:
@@ -226,8 +228,37 @@ def newest_checkpoint(folder: str) -> str | None:
     return None
 
 
-def _progress(path: str) -> tuple[float, float]:
-    """Epochs that are done, and batches of the one that has begun."""
+def next_branch(path: str) -> int:
+    """The number of the branch of a run that goes on with one of its checkpoints.
+
+    A run may go back. What it writes from there on is newer than what it left, though that is of later epochs: it is of
+    the next branch.
+
+    Args:
+        path: The checkpoint, in the run's folder.
+
+    Returns:
+        That of the checkpoint; a new one, if others in the folder are further.
+    """
+    own = _known_progress(path)
+    others = [progress for other in _candidates(os.path.dirname(path) or ".")
+              if (progress := _known_progress(other)) is not None]
+    newest = max(others, default=None)
+    if newest is None or newest == own:
+        return 0 if newest is None else newest[0]
+    return newest[0] + 1
+
+
+def _known_progress(path: str) -> tuple[int, float, float] | None:
+    """As :func:`_progress`; None where a file does not tell."""
+    try:
+        return _progress(path)
+    except (NotWhole, Unreadable, OSError, MemoryError):
+        return None
+
+
+def _progress(path: str) -> tuple[int, float, float]:
+    """How often the run had gone back, epochs that are done, and batches of the one that has begun."""
     try:
         checkpoint = read(path)
     except NotWhole as e:
@@ -237,7 +268,10 @@ def _progress(path: str) -> tuple[float, float]:
             place = checkpoint.get("position")
             if os.path.basename(path) == files.RECOVERY_TMP and not place:
                 raise NotWhole("it is from within an epoch, and does not say where")  # timm's
-            return float(checkpoint["epoch"]) + (0.0 if place else 1.0), float(place["batch"]) if place else 0.0
+            kept = checkpoint.get("saver")
+            branch = int(kept.get("branch", 0)) if isinstance(kept, dict) else 0
+            return (branch, float(checkpoint["epoch"]) + (0.0 if place else 1.0),
+                    float(place["batch"]) if place else 0.0)
         except (AttributeError, LookupError, TypeError, ValueError):
             reason = "it is no checkpoint of a training"
     if files.is_a_runs_own(path) and check_records(path):

@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 
 from ..cli.errors import OptionError, one_line
 from ..runs import files
-from ..runs.checkpoints import NotWhole, read
+from ..runs.checkpoints import NotWhole, next_branch, read
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Saver:
         self._history: list[tuple[str, float | None]] = []  # names and metrics, the best first
         self._best: tuple[float, int] | None = None  # metric and epoch
         self._recoveries: list[str] = []  # names, the older first
+        self._branch = 0  # how often the run has gone back to an earlier checkpoint
         self._newest = ""  # name of what was written last, for messages
 
     def go_on(self, path: str) -> None:
@@ -58,6 +59,7 @@ class Saver:
             OptionError: The folder cannot be written.
         """
         self._newest = os.path.basename(path)
+        self._branch = next_branch(path)
         try:
             checkpoint = read(path)
             saved = checkpoint.get("saver")
@@ -151,7 +153,8 @@ class Saver:
 
     def _listing(self, pending: tuple[int | None, float | None]) -> dict[str, Any]:
         metric, epoch = self._best or (None, None)
-        return dict(checkpoint_files=list(self._history), best_epoch=epoch, best_metric=metric, pending=pending)
+        return dict(checkpoint_files=list(self._history), best_epoch=epoch, best_metric=metric, pending=pending,
+                    branch=self._branch)
 
     def _write(self, state: dict[str, Any], tmp: str, name: str) -> None:
         try:
