@@ -1,6 +1,7 @@
 """The loader's worker processes: their random states, the signals they do not get, and their end."""
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,20 +62,33 @@ class TrackedLoader:
         return getattr(self.__dict__["loader"], name)
 
 
-class _OwnGroup:
-    """A worker's set-up that begins with a process group of its own.
+OUTLIVES = 30.0  # seconds that a worker works on after SIGTERM; Slurm gives as many before it kills
 
-    torchrun passes SIGTERM on to the whole group of a rank. The rank finishes its update and writes a checkpoint; its
-    workers would die at once, and take the rank with them.
+
+class _Shielded:
+    """A worker's set-up that begins with a process group of its own, and with patience where SIGTERM comes.
+
+    torchrun passes SIGTERM on to the whole group of a rank; Slurm and systemd send it to every process. The rank
+    finishes its update and writes a checkpoint; its workers would die at once, and take the rank with them.
+
+    Args:
+        init: The rest of the set-up.
+        seconds: That the worker has left then, if its rank has not ended it before.
     """
 
-    def __init__(self, init: Callable[[int], None] | None) -> None:
-        self.init = init
+    def __init__(self, init: Callable[[int], None] | None, seconds: float) -> None:
+        self.init, self.seconds = init, seconds
 
     def __call__(self, worker_id: int) -> None:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, self._end_later)
         if self.init is not None:
             self.init(worker_id)
+
+    def _end_later(self, number: int, frame: Any) -> None:
+        if not any(signal.getitimer(signal.ITIMER_REAL)):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
 
 def data_loader(loader: Any) -> Any:
@@ -112,11 +126,16 @@ def dismiss(loaders: Sequence[Any]) -> None:
                 setattr(inner, name, None)
 
 
-def shield(loader: Any) -> None:
-    """Keeps signals to the process group of this process from the workers of timm's loader."""
+def shield(loader: Any, seconds: float = OUTLIVES) -> None:
+    """Lets the workers of timm's loader work on where SIGTERM is sent to more processes than this one.
+
+    Args:
+        loader: timm's loader, whose workers are not started yet.
+        seconds: For which they do.
+    """
     inner = data_loader(loader)
     if isinstance(inner, DataLoader) and inner.num_workers:
-        inner.worker_init_fn = _OwnGroup(inner.worker_init_fn)
+        inner.worker_init_fn = _Shielded(inner.worker_init_fn, seconds)
 
 
 def track(loader: Any) -> tuple[Any, TrackedLoader | None]:
