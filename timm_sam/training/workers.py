@@ -62,7 +62,7 @@ class TrackedLoader:
         return getattr(self.__dict__["loader"], name)
 
 
-OUTLIVES = 30.0  # seconds that a worker works on after SIGTERM; Slurm gives as many before it kills
+OUTLIVES = 300.0  # seconds that a worker works on after SIGTERM: an evaluation may come before the checkpoint
 
 
 class _Shielded:
