@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -309,6 +310,12 @@ def fit(run: Run, eval_model: torch.nn.Module, eval_metric: str, start_epoch: in
                 raise Preempted
     except KeyboardInterrupt:
         _logger.warning("Interrupted.")
+    except Diverged:
+        if run.output_dir:  # for the report; a run that goes on from before takes the row out
+            with writing(run.output_dir):
+                summary.add(os.path.join(run.output_dir, files.SUMMARY),
+                            row_of(epoch, {"loss": math.nan}, None, math.nan))
+        raise
 
     if primary:
         worst_first = sorted(results, key=lambda r: r.get("validation", r["train"]).get(eval_metric, 0),

@@ -64,6 +64,16 @@ def test_run_that_ended_before_its_last_checkpoint_is_gone_on_with(tmp_path):
     assert is_done(job)
 
 
+def test_run_that_diverged_is_done_unless_others_need_its_weights(tmp_path):
+    kept = training(tmp_path / 'run', tmp_path, '--epochs', '3', keep=True)
+    leave(kept, 1)
+    with open(f'{kept.folder}/summary.csv', 'a') as f:
+        f.write('1,nan,nan,nan\n')
+    assert is_done(dataclasses.replace(kept, keep=False)) and not is_done(kept)
+    torch.save(dict(epoch=0), tmp_path / 'run' / 'last.pth.tar')
+    assert not is_done(kept)
+
+
 def test_unfinished_run_of_other_epochs_is_not_gone_on_with(tmp_path):
     job = training(tmp_path / 'run', tmp_path, '--epochs', '3', keep=True)
     leave(job, 1)

@@ -10,6 +10,7 @@ from support.states import differences
 from torch import nn
 
 from timm_sam.cli.device import Process
+from timm_sam.report.runs import DIVERGED, FINISHED, read_run
 from timm_sam.training import factory
 from timm_sam.training.diverged import Diverged, Watch, are_finite
 
@@ -55,8 +56,19 @@ def test_run_ends_with_one_line_and_keeps_what_it_had(run_train, monkeypatch, op
     assert done.code == 1 and 'Traceback' not in done.err
     assert done.last_line.startswith('train.py: error: the training loss is not finite any more, in epoch 1, ')
     assert '--allow-nonfinite' in done.last_line
-    assert done.checkpoint()['epoch'] == 0 and [row['epoch'] for row in done.summary()] == ['0']
+    assert done.checkpoint()['epoch'] == 0
+    assert [(row['epoch'], row['train_loss'] == 'nan') for row in done.summary()] == [('0', False), ('1', True)]
     assert run_train(f'--epochs 3 {options} --resume out/run/last.pth.tar').code == 0  # without what went wrong
+
+
+def test_report_knows_that_it_diverged_until_it_has_gone_on_to_its_end(run_train, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, 7)
+        done = run_train('--epochs 3')
+    run = read_run(str(done.folder()))
+    assert (run.status, run.reason) == (DIVERGED, 'train_loss is nan in epoch 1 of 0..2')
+    assert run_train('--epochs 3 --resume auto').code == 0
+    assert read_run(str(done.folder())).status == FINISHED
 
 
 @pytest.mark.parametrize('log_interval, update', [(1, 3), (2, 3), (50, 5)])

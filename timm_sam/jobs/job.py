@@ -9,7 +9,7 @@ import yaml
 from ..cli.errors import OptionError
 from ..cli.parser import dump_args
 from ..evaluation.evaluated import read_evaluations
-from ..report.runs import FINISHED, Run, read_run
+from ..report.runs import DIVERGED, FINISHED, Run, read_run
 from ..runs import files
 from ..runs.checkpoints import NotWhole, read
 from ..runs.sameness import changed_options, data_name
@@ -66,7 +66,7 @@ def outcome(job: Job) -> tuple[str | None, str]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether a job's folder holds all of its results already.
+    """Whether a job's folder holds all of its results already; of a run that keeps nothing it is one to diverge.
 
     Raises:
         OptionError: A run there that is finished, or would be gone on with, has other options than this job.
@@ -76,7 +76,7 @@ def is_done(job: Job) -> bool:
     if not os.path.isdir(job.folder):
         return False
     run = read_run(job.folder)
-    if run.complete:
+    if run.complete or run.status == DIVERGED:
         _check_same(job, run, "was run")
         return not (job.keep and _lacks_its_end(run))
     if job.keep and run.args and files.checkpoints(job.folder):
@@ -97,14 +97,16 @@ def _check_same(job: Job, run: Run, was: str) -> None:
 
 
 def _lacks_its_end(run: Run) -> bool:
-    """Whether a run ended between the last line of its table and the checkpoint of that epoch: by a kill, a full disk.
+    """Whether a run ended between the last line of its table and the checkpoint of that epoch: it diverged, or
+    there was a kill, or a full disk.
 
     Weights that are gone altogether were removed on purpose.
     """
     try:
         epoch = float(read(os.path.join(run.path, files.LAST))["epoch"])
     except FileNotFoundError:
-        return os.path.exists(os.path.join(run.path, files.TMP))  # the first one was being written
+        # it diverged before there was one, or the first one was being written
+        return not run.complete or os.path.exists(os.path.join(run.path, files.TMP))
     except (OSError, MemoryError, NotWhole, LookupError, TypeError, ValueError):
         return False  # whoever needs it says what is wrong with it
     return epoch < run.rows[-1]["epoch"]
