@@ -59,6 +59,8 @@ class Descent:
         self._used = [grad is not None for grad in grads]
         g = at_least_float32(as_real(
             [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]))
+        if self._group.lends_gradients and self._stages.combine is None:  # else the next pass synchronizes nothing
+            g = [t.clone() for t in g]
         self._unweighed = weight is None
         if self._sync:
             weight = torch.ones((), device=g[0].device) if weight is None else weight
@@ -176,9 +178,11 @@ class Descent:
 
     def _add_to_mean(self) -> None:
         self._count += self._unweighed
-        factor = torch.ones((), device=self._g[0].device) if self._weight is None else self._weight
-        factor = factor if self._scale is None else factor / self._scale
-        share = by_factor(torch._foreach_mul, self._g, factor)
+        share = self._g
+        if self._weight is not None or self._scale is not None:
+            factor = torch.ones((), device=share[0].device) if self._weight is None else self._weight
+            factor = factor if self._scale is None else factor / self._scale
+            share = by_factor(torch._foreach_mul, share, factor)
         if self._mean:
             add_(self._mean, share)
         else:

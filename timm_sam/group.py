@@ -40,6 +40,14 @@ class Group:
         return [self.process_group]
 
     @property
+    def lends_gradients(self) -> bool:
+        """Whether a gradient may lie in a bucket of DDP, where the next synchronizing pass writes over it.
+
+        One that is there when DDP makes its buckets anew, in the second update, is put into them.
+        """
+        return any(ddp.gradient_as_bucket_view for ddp in self.ddp)
+
+    @property
     def averages(self) -> bool:
         """Whether the gradients of the ranks are averaged for the step."""
         return bool(self.ddp)

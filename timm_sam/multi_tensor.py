@@ -161,7 +161,12 @@ def zero_unless_(condition: Tensor, tensors: Sequence[Tensor]) -> None:
 
     Zero times inf or nan is nan; zero times the integer with their bits is zero, and one times it leaves each bit.
     """
-    by_factor(_times_, [t.view(_INTEGERS[t.dtype]) for t in tensors], condition)
+    times_([t.view(_INTEGERS[t.dtype]) for t in tensors], condition)
+
+
+def times_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies each by a 0-dim factor of any type and device."""
+    by_factor(_times_, tensors, factor)
 
 
 def _times_(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:

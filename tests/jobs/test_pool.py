@@ -18,7 +18,7 @@ from support.running import in_process
 
 from timm_sam.cli.errors import OptionError
 from timm_sam.jobs.job import VALIDATE, Job, is_done, options_of
-from timm_sam.jobs.pool import Pool, _Worker, environments
+from timm_sam.jobs.pool import Pool, Worker, environments
 from timm_sam.jobs.table import run_missing, run_table
 from timm_sam.jobs.worker import run_job
 from timm_sam.sweep import __main__ as sweep
@@ -115,12 +115,12 @@ def test_worker_that_has_ended_between_two_jobs_is_replaced():
     def start(environment):
         ours, theirs = multiprocessing.Pipe()
         began.append(theirs)
-        return _Worker(SimpleNamespace(join=lambda: None), ours, environment)
+        return Worker(SimpleNamespace(join=lambda: None), ours, environment)
 
-    pool._start = start
+    pool.start = start
     pool.workers = [start({})]
     began[0].close()
-    pool._send(pool.workers[0], Job('x', 'x', 'x', ()))
+    pool.send(pool.workers[0], Job('x', 'x', 'x', ()))
     assert len(began) == 2 and began[1].recv().name == pool.workers[0].job.name == 'x'
     began[1].close()
     pool.workers[0].connection.close()

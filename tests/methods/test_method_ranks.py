@@ -176,3 +176,10 @@ def test_means_that_methods_observe_are_over_all_ranks(scenario):
     for ours, of_all in zip(first['mean'], first['last']):
         torch.testing.assert_close(ours, of_all)
     assert len(first['last']) == len(ALL) and len(first['mean']) == len(ONLYNORM)
+
+
+def test_what_methods_observe_is_not_what_ddp_writes_over_it_in_its_buckets(scenario):
+    for lent, own in zip(scenario('observed, buckets=True'), scenario('observed, buckets=False'), strict=True):
+        assert lent['calls'] == own['calls']
+        for a, b in zip(lent['mean'] + lent['last'], own['mean'] + own['last'], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)

@@ -58,7 +58,7 @@ def test_report_has_no_run_of_a_radius_that_an_earlier_start_chose(monkeypatch, 
         write_run(folder)
     given = []
     monkeypatch.setattr(small, 'write_report', lambda argv: given.extend(argv) or 0)
-    assert small._report(what) == 0
+    assert small.report(what) == 0
     assert set(given[:given.index('--out')]) == now
     assert '| resnet10t | sam | all | 0.03 | 50.00 | 2 of 3 |' in capsys.readouterr().out
 

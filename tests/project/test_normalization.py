@@ -16,6 +16,7 @@ import normalization_sensing as sensing
 import normalization_toys as toys
 
 from timm_sam import SAM, methods, train
+from timm_sam.paper.archive import unpack
 from timm_sam.training.options import parse_args
 
 # ---- the quadratic
@@ -188,6 +189,21 @@ def test_curve_is_mean_and_deviation_over_seeds():
     assert networks.curve(rows, 'sam', 'rho', 'top1') == [
         (0.5, 52.0, pytest.approx(8 ** 0.5)), (1.0, 60.0, None)]
     assert networks.curve(rows, 'usam', 'rho', 'top1') == networks.curve(rows, 'sam', 'rho', 'perturbed_loss') == []
+
+
+@pytest.mark.full
+def test_docs_have_the_table_of_the_stored_runs_of_networks(tmp_path, capsys):
+    unpack(str(ROOT / 'benchmarks' / 'results' / 'normalization_networks_packed.csv'), str(tmp_path / 'runs'))
+    seeds = [0, 1, 2]
+    networks.write_results(networks.over_radius(seeds), networks.from_minimum(seeds), str(tmp_path))
+    printed = capsys.readouterr().out.splitlines()
+    table = [line for line in printed if line.startswith('|')]
+    section = (ROOT / 'docs' / 'normalization.md').read_text().split('## Networks')[1].splitlines()
+    assert len(table) == 2 + len(networks.RADII)
+    assert [line for line in section if line.startswith('|')] == table
+    onward = [line for line in printed if line.startswith('On from a minimum')]
+    assert len(onward) == 3 and [line.removeprefix('- ') for line in section if line.startswith('- On')] == onward
+    assert not [line for line in printed if line.startswith('no accuracy')]
 
 
 # ---- the command

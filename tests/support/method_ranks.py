@@ -30,11 +30,11 @@ def gsam():
     return methods.gsam(alpha=ALPHA, rho_min=RHO_MIN)
 
 
-def build(net, compiled=False, **options):
+def build(net, compiled=False, ddp=None, **options):
     model = network(net)
     if compiled:
         compile_split(model, backend='aot_eager')
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, **ddp or {})
     return model, ddp, SAM(OPTIMIZERS['sgd'](model), ddp, **{'rho': RHO, 'method': gsam(), **options})
 
 
@@ -144,13 +144,25 @@ def unused(rank):
                 gradients={name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def observed(rank):
-    model, ddp, _ = build('groupnorm')
+def observed(rank, zeroed=False, **options):
+    """Two slots that note what they are given; with `zeroed` by closures that zero gradients in place."""
+    model, ddp, _ = build('groupnorm', ddp=options)
     direction, correct = Residual(), Noting()
-    sam = SAM(OPTIMIZERS['sgd'](model), ddp, rho=RHO, every=2, method=[
+    sam = SAM(OPTIMIZERS['sgd'](model), ddp, rho=RHO, every=1 if zeroed else 2, method=[
         Method(name='residual', direction=direction), Method(name='noting', correct=correct)])
     for step in range(4):
-        sam.minimize(loss_of(ddp, samples('groupnorm', step, rank)))
+        loss_fn = loss_of(ddp, samples('groupnorm', step, rank))
+
+        def closure(loss_fn=loss_fn):
+            sam.zero_grad(set_to_none=False)
+            loss = loss_fn()
+            loss.backward()
+            return loss
+
+        if zeroed:
+            sam.step(closure)
+        else:
+            sam.minimize(loss_fn)
     return dict(mean=direction.m, last=correct.last, calls=correct.calls, weights=weights(model))
 
 
@@ -168,6 +180,8 @@ def scenarios():
         yield f'method {name}', by_epochs, [name], {}
     yield 'unused', unused, [], {}
     yield 'observed', observed, [], {}
+    for bucket_view in (False, True):
+        yield f'observed, buckets={bucket_view}', observed, [], dict(zeroed=True, gradient_as_bucket_view=bucket_view)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from ..evaluation.evaluated import read_evaluations
 from ..report.runs import DIVERGED, FINISHED, Run, read_run
 from ..runs import files
 from ..runs.checkpoints import NotWhole, read
-from ..runs.sameness import changed_options, data_name
+from ..runs.sameness import changed_options, placeless
 from ..training.options import build_train_parser, read_args
 
 TRAIN, VALIDATE, ANALYZE = "train", "validate", "analyze"
@@ -90,9 +90,7 @@ def _check_same(job: Job, run: Run, was: str) -> None:
     changed = changed_options(run.args, wanted)
     if changed:
         key = changed[0]
-        old, value = run.args.get(key), wanted[key]
-        if key == "data_dir":  # the same folder is called otherwise from elsewhere
-            old, value = data_name(old), data_name(value)
+        old, value = placeless(key, run.args.get(key)), placeless(key, wanted[key])
         raise OptionError(f"{job.folder} {was} with {key} {old}, not {value}: remove it, or name another --out")
 
 

@@ -74,7 +74,7 @@ def environments(devices: int, flag: str = "--devices") -> list[dict[str, str]]:
 
 
 @dataclass
-class _Worker:
+class Worker:
     """A process that has imported everything, and runs what it is sent."""
 
     process: Any
@@ -98,7 +98,7 @@ class Pool:
         self.context.set_forkserver_preload([work.__module__])
         with _environment({"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):  # that it finds what we have found
             forkserver.ensure_running()
-        self.workers = [self._start(environment) for environment in environments]
+        self.workers = [self.start(environment) for environment in environments]
         self.times: dict[Hashable, list[float]] = collections.defaultdict(list)
 
     def __enter__(self) -> "Pool":
@@ -111,13 +111,14 @@ class Pool:
             worker.process.join()
             worker.connection.close()
 
-    def _start(self, environment: Mapping[str, str]) -> _Worker:
+    def start(self, environment: Mapping[str, str]) -> Worker:
+        """A new process that waits for jobs, with these environment variables besides ours."""
         ours, theirs = self.context.Pipe()
         # no daemon: loaders have processes of their own
         process = self.context.Process(target=work, args=(theirs, environment), daemon=False)
         process.start()
         theirs.close()  # else a worker's death does not end the connection
-        return _Worker(process, ours, environment)
+        return Worker(process, ours, environment)
 
     def run(self, jobs: Sequence[Job]) -> list[tuple[str, str]]:
         """Runs jobs, each in a folder that it has for itself, and prints a line when one is over.
@@ -149,7 +150,7 @@ class Pool:
                 ready = next((job for job in waiting if job.after not in open_), None)
                 if worker.job is None and ready is not None:
                     waiting.remove(ready)
-                    self._send(worker, ready)
+                    self.send(worker, ready)
             busy = {worker.connection: worker for worker in self.workers if worker.job is not None}
             if not busy:
                 continue
@@ -157,7 +158,8 @@ class Pool:
             done = self._over(job, why, result, done, open_, failed)
         return [(job.name, why) for job, why in failed.items()]
 
-    def _send(self, worker: _Worker, job: Job) -> None:
+    def send(self, worker: Worker, job: Job) -> None:
+        """Gives a job to a worker, or to another one in the place of a worker that has ended."""
         try:
             worker.connection.send(job)
         except ConnectionError:  # it has ended since its last job: of memory, say
@@ -165,15 +167,15 @@ class Pool:
             worker.connection.send(job)
         worker.job = job
 
-    def _renewed(self, worker: _Worker) -> _Worker:
+    def _renewed(self, worker: Worker) -> Worker:
         """Another process in the place of one that has ended."""
         worker.process.join()
         worker.connection.close()
         place = self.workers.index(worker)
-        self.workers[place] = self._start(worker.environment)
+        self.workers[place] = self.start(worker.environment)
         return self.workers[place]
 
-    def _receive(self, worker: _Worker) -> tuple[str | None, str, Job]:
+    def _receive(self, worker: Worker) -> tuple[str | None, str, Job]:
         """What a worker says of its job: why it failed, and its result in words."""
         job, worker.job = worker.job, None
         assert job is not None

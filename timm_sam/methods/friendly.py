@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..multi_tensor import by_factor, widest, zero_unless_
+from ..multi_tensor import times_, widest, zero_unless_
 from .stages import Method, Tensors
 
 
@@ -39,7 +39,8 @@ class Residual:
             self.started = torch.zeros((), dtype=torch.bool, device=usable.device)
         first, later = (torch.full((), x, dtype=widest(usable.device), device=usable.device) for x in (1, 1 - self.lam))
         share = torch.where(self.started, later, first)
-        change = by_factor(torch._foreach_mul, torch._foreach_sub(mean, self.m), share)
+        change = list(torch._foreach_sub(mean, self.m))
+        times_(change, share)
         zero_unless_(usable, change)
         torch._foreach_add_(self.m, change)
         self.started = self.started | usable

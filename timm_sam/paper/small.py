@@ -159,10 +159,10 @@ def run(small: Small, devices: int, prog: str) -> int:
     code = run_table(prog, prepare, small.out, devices, lambda: 0)
     if code > 1:
         return code
-    return max(code, run_table(prog, lambda: small.second(small.chosen()), small.out, devices, lambda: _report(small)))
+    return max(code, run_table(prog, lambda: small.second(small.chosen()), small.out, devices, lambda: report(small)))
 
 
-def _report(small: Small) -> int:
+def report(small: Small) -> int:
     """What was chosen, and the report of the second round.
 
     Runs at radii that an earlier start has chosen, when others had failed, are no part of it: the report would choose

@@ -6,7 +6,7 @@ from ..cli import document
 from ..cli.document import Entry, Link, Section
 from ..cli.errors import shown
 from ..evaluation.evaluated import Key
-from ..runs.sameness import NOT_COMPARED, data_name, normal
+from ..runs.sameness import NOT_COMPARED, normal, placeless
 from .evaluations import Joined
 from .runs import FINISHED, Run
 from .tables import NAMES, Cell, Table, written
@@ -95,7 +95,7 @@ def _differing(runs: Sequence[Run]) -> dict[str, str]:
 
 def _compared(args: Mapping[str, Any]) -> dict[str, Any]:
     """What may differ: of SAM's options only that there is none, where it is off."""
-    return {name: data_name(value) if name == "data_dir" else value for name, value in args.items()
+    return {name: placeless(name, value) for name, value in args.items()
             if (name not in NOT_COMPARED or name == "seed")
             and (args.get("sam_variant") is not None or name == "sam_variant" or not name.startswith("sam_"))}
 

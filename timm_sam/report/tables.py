@@ -8,7 +8,7 @@ from typing import Any
 from ..cli.errors import one_line
 from ..cli.text import sample_std
 from ..perturbation import VARIANTS
-from ..runs.sameness import NOT_COMPARED, data_name, normal
+from ..runs.sameness import NOT_COMPARED, data_name, normal, placeless
 from .runs import DIVERGED, DUPLICATE, FINISHED, UNREADABLE, Run, default_args
 
 # These make the cells of one table.
@@ -196,9 +196,8 @@ def _twin_reason(run: Run, twin: Run, epoch: str) -> str:
 
 def _setting(run: Run) -> dict[str, Any]:
     """Everything in which runs of one table agree."""
-    args = {key: normal(value) for key, value in run.args.items()
+    args = {key: normal(placeless(key, value)) for key, value in run.args.items()
             if key not in NOT_COMPARED and not key.startswith("sam_")}
-    args["data_dir"] = data_name(args["data_dir"])
     args["ranks"] = run.ranks if run.ranks is not None else "unknown"
     return args
 

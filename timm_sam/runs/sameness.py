@@ -31,6 +31,7 @@ NOT_COMPARED = {
     "save_epochs": "checkpoints",
     "allow_nonfinite": "when a run ends",
 }
+_FILES = ("initial_checkpoint", "pretrained_path", "class_map")
 # Options that timm or older versions do not know, and what they did instead.
 SINCE = {
     "sam_variant": None,
@@ -58,6 +59,18 @@ def data_name(data_dir: str | None) -> str:
     return os.path.basename(os.path.normpath(str(data_dir or "")))
 
 
+def placeless(name: str, value: Any) -> Any:
+    """What is compared of an option: of a path only what is called the same on every machine.
+
+    That is the name of a data set's folder, and of a file its own name and that of its folder.
+    """
+    if name == "data_dir":
+        return data_name(value)
+    if name in _FILES and isinstance(value, str) and value:
+        return "/".join(os.path.normpath(value).split(os.sep)[-2:])
+    return value
+
+
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the options that make ``now`` another training than ``before``, seeds included.
 
@@ -69,8 +82,6 @@ def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if name in NOT_COMPARED and name != "seed" or name not in before and name not in SINCE:
             continue
         old = before.get(name, SINCE.get(name))
-        if name == "data_dir":
-            old, value = data_name(old), data_name(value)
-        if normal(old) != normal(value):
+        if normal(placeless(name, old)) != normal(placeless(name, value)):
             changed.append(name)
     return changed
