@@ -5,10 +5,10 @@ from timm_sam.runs.sameness import changed_options
 
 
 @pytest.mark.parametrize('name, here, elsewhere, other', [
-    ('data_dir', 'data/digits', '/scratch/digits/', '/scratch/cifar10'),
-    ('initial_checkpoint', 'out/run-0/last.pth.tar', '/scratch/out/run-0/last.pth.tar', '/scratch/out/run-1/last.pth.tar'),
-    ('pretrained_path', 'weights/vit.safetensors', '/scratch/weights/vit.safetensors', 'weights/resnet.safetensors'),
-    ('class_map', 'maps/a.txt', '/scratch/maps/a.txt', ''),
+    ('data_dir', 'data/digits', '/disk/digits/', '/disk/cifar10'),
+    ('initial_checkpoint', 'out/run-0/last.pth.tar', '/disk/out/run-0/last.pth.tar', '/disk/out/run-1/last.pth.tar'),
+    ('pretrained_path', 'weights/vit.safetensors', '/disk/weights/vit.safetensors', 'weights/resnet.safetensors'),
+    ('class_map', 'maps/a.txt', '/disk/maps/a.txt', ''),
 ])
 def test_paths_are_the_same_by_their_last_names(name, here, elsewhere, other):
     assert changed_options({name: here}, {name: elsewhere}) == []
