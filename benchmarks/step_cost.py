@@ -16,6 +16,7 @@ is ``SAM`` of the package pytorch-optimizer, used as its documentation says (ext
 import argparse
 import copy
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -426,7 +427,7 @@ def write(text: str, path: str) -> None:
     given = sys.argv[1:]
     at = given.index("--markdown")
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {' '.join(given[:at] + given[at + 2:])}`\n")
+        f.write(f"{text}\n\nPrinted by `python benchmarks/step_cost.py {shlex.join(given[:at] + given[at + 2:])}`\n")
 
 
 if __name__ == "__main__":
