@@ -204,6 +204,11 @@ def test_docs_have_the_table_of_the_stored_runs_of_networks(tmp_path, capsys):
     onward = [line for line in printed if line.startswith('On from a minimum')]
     assert len(onward) == 3 and [line.removeprefix('- ') for line in section if line.startswith('- On')] == onward
     assert not [line for line in printed if line.startswith('no accuracy')]
+    rows = networks.read(networks.OVER_RADIUS, networks.over_radius(seeds), str(tmp_path))[0]
+    ((_, plain, std),) = networks.curve(rows, 'plain', 'rho', 'top1')
+    sam, usam = (min(rho for rho, mean, _ in networks.curve(rows, method, 'rho', 'top1') if mean < plain - 5 * std)
+                 for method in networks.METHODS)
+    assert usam < sam  # falls off earlier
 
 
 # ---- the command
