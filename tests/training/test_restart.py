@@ -183,13 +183,16 @@ def test_options_of_a_run_that_goes_on_with_others_are_kept(runs):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_current_epoch(runs):
-    chance = random.Random(0)
-    runs.run(f'{SAM} --epochs 30 --experiment long')
+    chance, began = random.Random(0), time.monotonic()
+    with runs.start(f'{SAM} --epochs 30 --experiment long') as process:
+        process.wait_for('Training for')
+        start = time.monotonic() - began  # of a process, before it trains
+        assert process.wait().code == 0
     options, went_on = f'{SAM} --epochs 30 --experiment tortured --resume auto', 0
     for _ in range(20):
         done = complete_epochs(runs, 'tortured')
         with runs.start(options) as process:
-            time.sleep(chance.uniform(2, 9))
+            time.sleep(start * chance.uniform(0.4, 1.8))
             process.kill()
             out = process.wait().err
         if 'Training for' in out and done:
