@@ -43,6 +43,16 @@ def loss_of(ddp, data, overflow=False):
     return lambda: F.cross_entropy(ddp(x), y) * (torch.inf if overflow else 1)
 
 
+def closure_of(sam, loss_fn, set_to_none=True):
+    """A closure as users write it."""
+    def closure():
+        sam.zero_grad(set_to_none=set_to_none)
+        loss = loss_fn()
+        loss.backward()
+        return loss
+    return closure
+
+
 def train(rank, net, way='minimize', overflow=(), **options):
     """Updates of one batch for each rank."""
     model, ddp, sam = build(net, **options)
@@ -50,20 +60,13 @@ def train(rank, net, way='minimize', overflow=(), **options):
     with collectives(counts):
         for step in range(UPDATES):
             loss_fn = loss_of(ddp, samples(net, step, rank))
-
-            def closure(loss_fn=loss_fn):
-                sam.zero_grad()
-                loss = loss_fn()
-                loss.backward()
-                return loss
-
             seed_rank(step, rank)
             if (step, rank) in overflow:
                 calls = iter((True, False))  # at w only
                 finite = loss_fn
                 loss_fn = lambda finite=finite, calls=calls: finite() * (torch.inf if next(calls) else 1)  # noqa: E731
             if way == 'closure':
-                sam.step(closure)
+                sam.step(closure_of(sam, loss_fn))
             else:
                 sam.minimize(loss_fn)
     return dict(weights=weights(model), buffers=buffers(model), counts=counts, nonfinite=int(sam.nonfinite))
@@ -152,15 +155,8 @@ def observed(rank, zeroed=False, **options):
         Method(name='residual', direction=direction), Method(name='noting', correct=correct)])
     for step in range(4):
         loss_fn = loss_of(ddp, samples('groupnorm', step, rank))
-
-        def closure(loss_fn=loss_fn):
-            sam.zero_grad(set_to_none=False)
-            loss = loss_fn()
-            loss.backward()
-            return loss
-
         if zeroed:
-            sam.step(closure)
+            sam.step(closure_of(sam, loss_fn, set_to_none=False))
         else:
             sam.minimize(loss_fn)
     return dict(mean=direction.m, last=correct.last, calls=correct.calls, weights=weights(model))

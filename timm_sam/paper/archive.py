@@ -16,7 +16,7 @@ from ..cli.parser import read_yaml
 from ..cli.text import csv_text, write_table
 from ..report.runs import find_runs
 from ..runs import files, timing
-from ..runs.sameness import NOT_COMPARED, data_name, placeless
+from ..runs.sameness import NOT_COMPARED, placeless
 
 HEADER = ("run", "file", "key", "value")
 _ALL = "*"
@@ -133,7 +133,8 @@ def _options(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as e:  # dates and sets are no option's value
         raise OptionError(f"{folder}: {files.ARGS} cannot be read: {one_line(e)}; remove the folder") from e
     kept = {key: placeless(key, value) for key, value in found.items() if key not in NOT_COMPARED or key == "seed"}
-    return {**kept, "data_dir": data_name(found.get("data_dir"))}
+    kept.setdefault("data_dir", "")
+    return kept
 
 
 def _text(value: Any) -> str:

@@ -12,7 +12,7 @@ from .differences import PLAIN, SAME, Difference, baseline_of, headlines
 from .evaluations import Joined, Spread
 from .links import Links
 from .statistics import Interval
-from .tables import Cell, Table
+from .tables import NO_CHOICE, Cell, Table
 
 FILES = ("evaluations.csv", "differences.csv")
 DIGITS = {"%": 2}  # of a unit; others have small numbers
@@ -87,7 +87,7 @@ def _chosen_on(side: Side, joined: Joined) -> str:
         return "No radius was chosen."
     choosing = [table for _, table in side.tables if table.has_choice]
     if not choosing:
-        return "No variant and selection has several radii: none was chosen here."
+        return NO_CHOICE
     if all(table.held_out is not None for table in choosing):
         return "Radii were chosen on held-out training images, on none of these."
     same = [name for name, folders in joined.folders.items()

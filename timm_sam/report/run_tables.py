@@ -6,7 +6,7 @@ from ..cli.document import Block, Document, Entry, Figure, Section
 from ..cli.text import csv_text, spread
 from .links import Links
 from .runs import FINISHED, Run
-from .tables import NAMES, Cell, Row, Table
+from .tables import NAMES, NO_CHOICE, Cell, Row, Table
 
 CSV_FILES = ("report.csv", "runs.csv")
 
@@ -35,7 +35,7 @@ def report_document(tables: Sequence[Table], runs: Sequence[Run], epoch: str, pi
             "The radius is the one with the highest mean among those with most seeds and without diverged runs. It is "
             "chosen on the same images, as is the paper's (Table 7): the more radii a cell has tried, the luckier its "
             "number." if any(table.has_choice for table in tables) else
-            "No variant and selection has several radii: none was chosen here.")
+            NO_CHOICE)
         first.append(
             f"Validation {_measured(tables)} in %, {which}: mean ± sample standard deviation over seeds, in brackets "
             f"the number of seeds and the radius. {chosen} Bold: the better of all and onlynorm; underlined: the best "

@@ -11,6 +11,7 @@ from ..perturbation import VARIANTS
 from ..runs.sameness import NOT_COMPARED, data_name, normal, placeless
 from .runs import DIVERGED, DUPLICATE, FINISHED, UNREADABLE, Run, default_args
 
+NO_CHOICE = "No variant and selection has several radii: none was chosen here."
 # These make the cells of one table.
 GRID = ("sam_variant", "sam_params", "sam_rho")
 SELECTIONS = ("all", "onlynorm", "nonorm")
