@@ -59,7 +59,7 @@ methods-table: $(INSTALLED)
 translation-table: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[translation]'
 	[ -d data/bible_es_en ] || $(BIN)/python examples/translation/bible_es_en.py data/bible_es_en
-	$(BIN)/python examples/translation/table.py data/bible_es_en --out output/translation_table
+	$(BIN)/python examples/translation/table.py data/bible_es_en --out output/translation_table --jobs 2
 
 # What normalization does in SAM: a quadratic, a curve of minima, matrix sensing. `networks` is 78 runs, see its page.
 normalization: $(INSTALLED)

@@ -242,7 +242,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[st
     hypotheses = translate(model, vocabulary, examples["test"], args.beam)
     score, signature = bleu(hypotheses, references["test"], args.tok_bleu)
     write_text(str(args.out / "test.txt"), "".join(f"{line}\n" for line in hypotheses), "--out")
-    result = {"test_bleu": score, "valid_bleu": best, "signature": signature, "updates": training.done,
+    result = {"test_bleu": score, "valid_bleu": best, "signature": signature, "updates": training.done, "epochs": epoch,
               "args": {**vars(args), "size": asdict(args.size)}}
     write_text(str(args.out / "result.json"), json.dumps(result, indent=1, default=str) + "\n", "--out")
     say(signature)

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -92,30 +93,76 @@ def test_folder_of_results_is_not_overwritten(toy, tmp_path):
 
 # ---- the table
 
-def test_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """Command lines of the trainings that the table starts, none of which trains."""
     calls = []
 
     def stand_in(command):
         calls.append(command)
         out = tmp_path / command[command.index('--out') + 1]
         out.mkdir()
-        (out / 'result.json').write_text(json.dumps({'test_bleu': 10.0 + len(calls)}))
+        (out / 'result.json').write_text(json.dumps(
+            dict(test_bleu=10.0 + len(calls), valid_bleu=9.0 + len(calls), updates=20, epochs=2)))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(table.subprocess, 'run', stand_in)
     monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_table_goes_on_where_it_was(tmp_path, trainings, capsys):
     assert table.main(['corpus', '--out', 'out', '--seeds', '0', '1']) == 0
-    assert len(calls) == 6
+    assert len(trainings) == 6
     text = (tmp_path / 'out' / 'table.md').read_text()
     assert "not IWSLT'14, not the paper's numbers" in text
-    assert '| vanilla |  | 12.50 ± 2.12 | 2 | 34.56 ± .11 |' in text and '| SAM-ON | 0.5 | 14.50 ± 2.12 |' in text
-    assert [argument for argument in calls[2] if argument.startswith('--sam')] == [
+    assert '| vanilla |  | 2 | 12.50 ± 2.12 | 2 | 34.56 ± .11 |' in text
+    assert '| SAM-ON | 0.5 | 2 | 14.50 ± 2.12 |' in text
+    assert [argument for argument in trainings[2] if argument.startswith('--sam')] == [
         '--sam-variant', '--sam-params', '--sam-rho']
     shutil.rmtree(tmp_path / 'out' / 'SAM-ON-seed1')
-    assert table.main(['corpus', '--out', 'out', '--seeds', '0', '1']) == 0 and len(calls) == 7
+    assert table.main(['corpus', '--out', 'out', '--seeds', '0', '1']) == 0 and len(trainings) == 7
     capsys.readouterr()
     assert table.main(['corpus', '--out', 'out', '--seeds', '0', '--rho-on', '1']) == 2
     assert 'was run with other flags' in capsys.readouterr().err
+
+
+def test_table_by_two_processes_is_in_order_and_goes_on_with_one(tmp_path, trainings):
+    assert table.main(['corpus', '--out', 'out', '--jobs', '2']) == 0 and len(trainings) == 9
+    assert all('--threads' in command for command in trainings)
+    names = [line.split(',')[0] for line in (tmp_path / 'out' / 'runs.csv').read_text().splitlines()[1:]]
+    assert names == ['vanilla', 'SAM-all', 'SAM-ON'] * 3
+    assert table.main(['corpus', '--out', 'out']) == 0 and len(trainings) == 9
+
+
+def test_table_of_runs_is_drawn_again_without_training(tmp_path, trainings, capsys):
+    assert table.main(['corpus', '--out', 'out']) == 0
+    rows = [line for line in (tmp_path / 'out' / 'table.md').read_text().splitlines() if line.startswith('|')]
+    capsys.readouterr()
+    assert table.main(['--show', 'out/runs.csv']) == 0 and len(trainings) == 9
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')] == rows
+    (tmp_path / 'other.csv').write_text('row,rho\nvanilla,0\n')
+    for wrong, said in ((['--show', 'other.csv'], 'is no file of runs'), (['--show', 'none.csv'], 'cannot be read'),
+                        ([], 'Name either'), (['corpus', '--show', 'out/runs.csv'], 'Name either')):
+        assert table.main(wrong) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_table_does_not_begin_further_runs_after_one_that_failed(tmp_path, trainings, monkeypatch, capsys):
+    def stand_in(command):
+        trainings.append(command)
+        time.sleep(len(trainings) - 1)  # the next one may begin before the failure is seen
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(table.subprocess, 'run', stand_in)
+    assert table.main(['corpus', '--out', 'out']) == 2 and len(trainings) <= 2
+    assert 'vanilla-seed0 ended with code 3' in capsys.readouterr().err
+
+
+def test_second_start_of_a_table_says_that_the_folder_is_in_use(trainings, capsys):
+    with table.locked('out'):
+        assert table.main(['corpus', '--out', 'out']) == 2 and not trainings
+    assert '--out out is in use by another process' in capsys.readouterr().err
 
 
 # ---- the Bibles
