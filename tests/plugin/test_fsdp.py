@@ -98,6 +98,11 @@ def test_parameters_may_be_tied_unused_frozen_checkpointed_or_compiled(scenario,
     assert_same(scenario(f'fsdp {name}'), scenario(f'ddp {name}'))
 
 
+@pytest.mark.parametrize('name', of_both(['by a method']))
+def test_units_may_be_called_by_a_method_that_is_registered_as_their_forward(scenario, name):
+    assert_same(scenario(f'fsdp {name}'), scenario(f'ddp reference {name.split()[-1]}'))
+
+
 @pytest.mark.slow
 def test_what_is_not_a_norm_layer(scenario):
     assert_same(scenario('fsdp nonorm'), scenario('ddp reference nonorm'))

@@ -1,4 +1,5 @@
 """What goes wrong around sharded models, each on one of two ranks: for `fsdp_ranks.py`."""
+import types
 import warnings
 from collections import Counter
 
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from support.fsdp_models import WAY, built, data, ddp, network, parts_of, shard, whole
 from support.models import OPTIMIZERS
@@ -53,6 +54,21 @@ def after_a_forward(rank, params):
         sam.minimize(lambda x=x, y=y: F.cross_entropy(model(x), y))
     return dict(weights=whole(model))
 
+
+def by_a_method(rank, params):
+    """The loss calls a method that is not the forward, and that torch was told to gather the parameters for."""
+    model = network()
+    model.features = types.MethodType(type(model).forward, model)
+    shard(model, reshard_after_forward=True)
+    register_fsdp_forward_method(model, 'features')
+    sam = SAM(OPTIMIZERS['sgd'](model), model, rho=0.5, params=params, sync=WAY[params])
+    norms = []
+    for step in range(3):
+        x, y = data('tiny', step, rank)
+        torch.manual_seed(1000 + 10 * step + rank)
+        sam.minimize(lambda x=x, y=y: F.cross_entropy(model.features(x), y))
+        norms.append((float(sam.stats.grad_norm), float(sam.stats.eps_norm)))
+    return dict(weights=whole(model), norms=norms)
 
 
 def accumulated(rank, wrap, params, how):

@@ -46,6 +46,12 @@ class Whole(Store):
             if together:
                 unit.register_forward_pre_hook(functools.partial(_before, self, together))
                 unit.register_forward_hook(functools.partial(_after, self, together))
+        for state in dict.fromkeys(states.values()):
+            together = [i for unit, found in self._of_unit.items() if states[unit] is state for i in found]
+            if together:
+                # what `register_fsdp_forward_method` made of other methods calls these two, and no hooks
+                state._pre_forward = functools.partial(_entered, self, together, state._pre_forward)
+                state._post_forward = functools.partial(_left, self, together, state._post_forward)
         self._at_w = False
         self._gathered: list[nn.Parameter | None] = []
         self._earlier: list[Tensor | None] = []  # gradients of earlier micro-batches that were not reduced yet
@@ -163,6 +169,20 @@ def _before(store: Whole, which: Sequence[int], unit: nn.Module, args: Any) -> N
 @torch.compiler.disable
 def _after(store: Whole, which: Sequence[int], unit: nn.Module, args: Any, output: Any) -> None:
     store.leaving(which, output)
+
+
+@torch.compiler.disable
+def _entered(store: Whole, which: Sequence[int], enter: Callable[..., Any], *args: Any) -> Any:
+    given = enter(*args)
+    store.arriving(which)
+    return given
+
+
+@torch.compiler.disable
+def _left(store: Whole, which: Sequence[int], leave: Callable[..., Any], *args: Any) -> Any:
+    output = leave(*args)
+    store.leaving(which, output)
+    return output
 
 
 def _places(model: nn.Module, units: set[nn.Module]) -> dict[nn.Parameter, tuple[nn.Module, str, nn.Module]]:
