@@ -98,6 +98,11 @@ def test_parameters_may_be_tied_unused_frozen_checkpointed_or_compiled(scenario,
     assert_same(scenario(f'fsdp {name}'), scenario(f'ddp {name}'))
 
 
+@pytest.mark.parametrize('name', of_both(['frozen later']))
+def test_layers_may_be_frozen_and_unfrozen_after_sam_was_built(scenario, name):
+    assert_same(scenario(f'fsdp {name}'), scenario(f'ddp {name}'))
+
+
 @pytest.mark.parametrize('name', of_both(['by a method']))
 def test_units_may_be_called_by_a_method_that_is_registered_as_their_forward(scenario, name):
     assert_same(scenario(f'fsdp {name}'), scenario(f'ddp reference {name.split()[-1]}'))

@@ -55,6 +55,13 @@ def after_a_forward(rank, params):
     return dict(weights=whole(model))
 
 
+def freezes(model, step):
+    """A norm layer that is a unit, and one of the root, are frozen for one update."""
+    model = getattr(model, 'module', model)
+    for layer in (model.gn, model.norm):
+        layer.requires_grad_(step != 1)
+
+
 def by_a_method(rank, params):
     """The loss calls a method that is not the forward, and that torch was told to gather the parameters for."""
     model = network()

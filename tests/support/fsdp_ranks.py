@@ -134,7 +134,7 @@ NETS = ['unused norm', 'frozen', 'checkpoint', 'vit checkpointing', 'vit compile
 BREAKS = [f'{where} {what}' for where in ('at w', 'at eps') for what in ('forward', 'loss', 'backward')]
 CORE = {
     'tiny sgd sam onlynorm', 'tiny sgd sam all', 'tiny sgd layerwise_l2 all',
-    'keeps_gathered all', 'by a method onlynorm',
+    'keeps_gathered all', 'by a method onlynorm', 'frozen later onlynorm',
     'frozen first onlynorm False', 'frozen first onlynorm True',
     'broken off at eps loss onlynorm', 'broken off at eps forward all', 'closure onlynorm',
     'counted whole default', 'counted shards default', 'messages',
@@ -163,6 +163,8 @@ def scenarios():
             yield f'fsdp {name} {params}', train, ('fsdp',), dict(params=params, between=between, updates=3)
         yield f'fsdp after a forward {params}', pitfalls.after_a_forward, (params,), {}
         yield f'fsdp by a method {params}', pitfalls.by_a_method, (params,), {}
+        yield from of_both(f'frozen later {params}', train, ('unused norm',), dict(
+            params=params, updates=3, between=pitfalls.freezes))
         yield from of_both(f'tied {params}', train, ('tied',), dict(params=params, updates=3), 'root only')
         for net in NETS:
             yield from of_both(f'{net} {params}', train, (net,), dict(params=params, updates=3))

@@ -90,7 +90,8 @@ class Whole(Store):
         self._gathered[i] = u
         self.tensors[i] = u.detach().clone()
         self._earlier[i], u.grad = u.grad, None
-        self._handles.append(u.register_post_accumulate_grad_hook(functools.partial(self._take, i)))
+        if u.requires_grad:  # a layer may have been frozen since SAM was built
+            self._handles.append(u.register_post_accumulate_grad_hook(functools.partial(self._take, i)))
 
     def _take(self, i: int, u: Tensor) -> None:
         grad, u.grad, before = u.grad, None, self._taken[i]
