@@ -24,9 +24,12 @@ class SAMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         if self.sam is None:
             self.sam = SAM(self.optimizer.optimizer, model, rho=0.5)
+            # in its place: else Accelerate divides gradients by the loss scale once for each of the two
+            self.accelerator._optimizers.remove(self.optimizer)
             self.optimizer = self.accelerator.prepare_optimizer(self.sam)
+        self.optimizer.train()  # schedule-free ones, after an evaluation
         parts = self.current_gradient_accumulation_steps
-        return self.sam.backward(lambda: self.compute_loss(model, inputs), weigh=lambda loss: loss / parts,
+        return self.sam.backward(lambda: self.compute_loss(model, inputs).mean(), weigh=lambda loss: loss / parts,
                                  backward_fn=self.accelerator.backward, scaler=self.accelerator.scaler) / parts
 
 

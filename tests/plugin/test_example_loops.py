@@ -1,7 +1,18 @@
 """The loops of `examples/`: short, and with the weights of a loop that is written down by hand, also on two ranks."""
 import pytest
 import torch
-from support.example_loops import NEEDS, PARTS, RANKS_ONLY, batches, by_hand, missing, run
+from support.example_loops import (
+    NEEDS,
+    PARTS,
+    RANKS_ONLY,
+    batches,
+    by_hand,
+    by_transformers,
+    load,
+    missing,
+    network,
+    run,
+)
 from support.example_ranks import ON_RANKS
 from support.models import weights
 from support.places import ROOT
@@ -28,6 +39,44 @@ def test_examples_are_short(name):
 @pytest.mark.parametrize('name', installed(name for name in NEEDS if name not in RANKS_ONLY))
 def test_weights_are_those_of_a_loop_by_hand(name):
     assert_close(weights(run(name, batches())), weights(by_hand(batches(), PARTS.get(name, 1))))
+
+
+class OfTwoModes(torch.optim.SGD):
+    """As schedule-free optimizers are: they step in one mode, and an evaluation leaves them in the other."""
+
+    mode = 'train'
+
+    def train(self):
+        self.mode = 'train'
+
+    def eval(self):
+        self.mode = 'eval'
+
+    def step(self, closure=None):
+        assert self.mode == 'train'
+        return super().step(closure)
+
+
+def scales(trainer):
+    """What the trainer has where it computes in float16."""
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0 ** 8)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings('ignore')  # of the packages' own
+@pytest.mark.parametrize('options', [
+    dict(before=scales, max_grad_norm=1e6), dict(kind=OfTwoModes, eval_strategy='steps', eval_steps=1),
+    pytest.param(dict(devices=2), marks=pytest.mark.skipif(torch.cuda.is_available(), reason='stands for devices')),
+], ids=['loss scale and clipping', 'optimizer of two modes', 'several devices'])
+@pytest.mark.parametrize('name', installed(['transformers_trainer']))
+def test_what_the_trainer_of_transformers_does_besides_leaves_the_update_as_it_is(name, options, monkeypatch):
+    if 'before' in options:
+        import accelerate
+        monkeypatch.setattr(accelerate.Accelerator, 'mixed_precision', property(lambda self: 'fp16'))
+    net = network()
+    by_transformers(load(name), net, batches(), 1, **options)
+    assert_close(weights(net), weights(by_hand(batches())))
 
 
 @pytest.fixture(scope='session')

@@ -100,7 +100,8 @@ def by_accelerate(module, net, data, ranks):
     module.train(Accelerator(cpu=True, gradient_accumulation_steps=2), net, data)
 
 
-def by_transformers(module, net, data, ranks):
+def by_transformers(module, net, data, ranks, devices=1, kind=torch.optim.SGD, before=None, **options):
+    """``before(trainer)`` is called before the first batch."""
     import tempfile
 
     from transformers import TrainingArguments
@@ -110,15 +111,31 @@ def by_transformers(module, net, data, ranks):
             return SequentialSampler(self.train_dataset)
 
         def create_optimizer(self, *args):
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+            self.optimizer = kind(self.model.parameters(), lr=0.1, momentum=0.9)
             return self.optimizer
+
+        def training_step(self, *args):
+            if before is not None and self.sam is None:
+                before(self)
+            return super().training_step(*args)
+
+    class Parts(module.Classifier):
+        """What DataParallel makes of it: the loss of each device's part of the batch."""
+
+        def forward(self, x, labels):
+            logits = self.net(x)
+            losses = [F.cross_entropy(*part) for part in zip(logits.chunk(devices), labels.chunk(devices))]
+            return {'loss': torch.stack(losses) if devices > 1 else losses[0], 'logits': logits}
 
     items = [{'x': x[i], 'labels': y[i]} for x, y in data for i in range(len(y))]
     with tempfile.TemporaryDirectory() as folder:
-        InOrder(module.Classifier(net), TrainingArguments(
-            folder, per_device_train_batch_size=len(data[0][1]), num_train_epochs=1, lr_scheduler_type='constant',
+        arguments = TrainingArguments(folder, **{**dict(
+            per_device_train_batch_size=len(data[0][1]) // devices, num_train_epochs=1, lr_scheduler_type='constant',
             use_cpu=True, max_grad_norm=0.0, report_to=[], save_strategy='no', logging_strategy='no', disable_tqdm=True,
-            remove_unused_columns=False), train_dataset=items).train()
+            remove_unused_columns=False), **options})
+        assert arguments.n_gpu < 2  # looking makes it known
+        arguments._n_gpu = devices
+        InOrder(Parts(net), arguments, train_dataset=items, eval_dataset=items[:2]).train()
 
 
 RUNS = {
