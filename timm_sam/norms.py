@@ -15,7 +15,7 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 # Base classes only: their subclasses (LayerNorm2d, BatchNormAct2d, SyncBatchNormAct, the NoBias forms, ...) count too.
 NORM_TYPES: tuple[type[nn.Module], ...] = (
@@ -116,8 +116,14 @@ def _is_of_family(cls: type) -> bool:
 
 
 def norm_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What a normalization layer owns: its parameters, or what ``torch.nn.utils.parametrize`` computes them from."""
+    """What a normalization layer owns: its parameters, or what ``torch.nn.utils.parametrize`` computes them from.
+
+    Lists and dictionaries of parameters are modules, but are never called: what they hold is the layer's own.
+    """
     owned = list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            owned += child.parameters()
     if is_parametrized(module):
         for original in module.parametrizations.children():  # type: ignore[union-attr]
             owned += original.parameters(recurse=False)
@@ -128,9 +134,9 @@ def left_out(model: nn.Module, known: set[int]) -> list[str]:
     """Classes with "norm" in their name that own trainable parameters which are not among ``known`` ids."""
     found = {}
     for module in model.modules():
-        cls = type(module)
+        cls = type_before_parametrizations(module)
         if "norm" not in cls.__name__.lower() or f"{cls.__module__}.{cls.__qualname__}" in _OTHERS:
             continue
-        if any(p.requires_grad and id(p) not in known for p in module.parameters(recurse=False)):
+        if any(p.requires_grad and id(p) not in known for p in norm_parameters(module)):
             found[cls] = cls.__name__
     return list(dict.fromkeys(found.values()))

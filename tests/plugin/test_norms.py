@@ -175,6 +175,37 @@ def test_originals_of_parametrized_layers_are_perturbed_as_the_layers_own_would_
     assert_identical(dict(sorted(results[1].items())), dict(sorted(results[0].items())))
 
 
+def test_class_that_is_not_known_is_named_where_its_parameters_are_parametrized():
+    layer = OwnRMSNorm()
+    parametrize.register_parametrization(layer, 'weight', nn.Identity())
+    with pytest.warns(UserWarning, match=r'norm_types=\(OwnRMSNorm,\)'):
+        select_parameters(around(layer))
+
+
+@pytest.mark.parametrize('holder', [nn.ParameterList, lambda gains: nn.ParameterDict({'a': gains[0], 'b': gains[1]})])
+def test_lists_and_dictionaries_of_parameters_are_their_layers_own(holder):
+    class SeveralNorms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gains = holder([nn.Parameter(torch.full((4,), gain)) for gain in (1.0, 0.5)])
+            self.other = nn.Linear(4, 4)
+
+        def forward(self, x):
+            gains = self.gains.values() if hasattr(self.gains, 'values') else self.gains
+            return sum(gain * nn.functional.layer_norm(self.other(x), (4,)) for gain in gains)
+
+    model = around(SeveralNorms())
+    with pytest.warns(UserWarning, match='SeveralNorms owns'):
+        select_parameters(model)
+    chosen = names(model, norm_types=SeveralNorms)
+    assert chosen[2:] == [n for n, _ in model.named_parameters() if 'gains' in n] and len(chosen) == 4
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5, norm_types=SeveralNorms)
+    x, seen = torch.randn(3, 4), []
+    model[2].register_forward_pre_hook(lambda m, args: seen.append([p.detach().clone() for p in m.gains.parameters()]))
+    sam.minimize(lambda: model(x).square().sum())
+    assert all(not torch.equal(a, b) for a, b in zip(*seen))
+
+
 @pytest.mark.parametrize('name, scale', [('resmlp_12_224', 'Affine'), ('hgnetv2_b0', 'LearnableAffineBlock')])
 def test_layers_that_only_scale_stay_out_without_a_word(name, scale):
     with torch.device('meta'):
