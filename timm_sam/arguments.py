@@ -11,6 +11,7 @@ from .group import Group
 from .methods.stages import Stages
 from .passes import BN_STATS
 from .perturbation import VARIANTS
+from .selection import check_module
 from .sharded.units import check_parts
 from .split import WHOLE_GRAPHS_WORK, is_compiled_whole
 
@@ -28,6 +29,8 @@ def in_right_order(init: Init) -> Init:
                              f"SAM(torch.optim.{base.__name__}(model.parameters(), lr=...), model, rho=...)")
         if isinstance(optimizer, nn.Module) and isinstance(model, torch.optim.Optimizer):
             raise ValueError("optimizer: it comes first: SAM(optimizer, model, rho=...)")
+        if len(args) > 1 or "model" in kwargs:
+            check_module(kwargs.get("model", model))
         init(self, *args, **kwargs)
 
     return cast(Init, checked)
@@ -39,7 +42,7 @@ def check_arguments(variant: str, bn_stats: str, rho: float, eta: float | None) 
     Raises:
         ValueError: One is out of range.
     """
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}")
     if bn_stats not in BN_STATS:
         raise ValueError(f"bn_stats={bn_stats!r} is unknown: use one of {', '.join(BN_STATS)}")

@@ -8,6 +8,24 @@ from torch import Tensor, nn
 from .store import Store
 
 
+def asked(weigh: Any, scaler: Any, backward_fn: Any, create_graph: bool) -> "Backward":
+    """What a loop asks, if it can be done.
+
+    Args:
+        weigh, scaler, backward_fn, create_graph: The attributes of :class:`Backward`.
+
+    Raises:
+        ValueError: One is something else.
+    """
+    for name, value, example in (("weigh", weigh, "weigh=lambda loss: loss / accumulation_steps"),
+                                 ("backward_fn", backward_fn, "backward_fn=fabric.backward")):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} must be a function that takes the loss, not a {type(value).__name__}: {example}")
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise ValueError(f"scaler must be a torch.amp.GradScaler, not a {type(scaler).__name__}")
+    return Backward(weigh, scaler, backward_fn, create_graph)
+
+
 class Backward(NamedTuple):
     """What a loop asks of the backward passes of one (micro-)batch.
 

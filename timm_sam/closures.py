@@ -48,6 +48,9 @@ def updating(method: Callable[[Any, Callable[[], Any]], None]) -> Callable[[Any,
     """A method that calls a closure, with gradients on; made to return whether there is anything to step with."""
     @functools.wraps(method)
     def call(self: Any, closure: Callable[[], Any]) -> bool:
+        if not callable(closure):
+            raise ValueError(f"closure must be a function that computes the loss and its gradients, not a "
+                             f"{type(closure).__name__}")
         try:
             with torch.enable_grad():
                 method(self, closure)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .arguments import check_arguments, check_ascent_fn, check_methods, check_model, in_right_order
 from .ascent import Ascent, Scale
-from .backward import Backward
+from .backward import Backward, asked
 from .closures import check_idle, first_call, holding, loss_of, plain_call, step_of_nothing, updating
 from .descent import Descent
 from .facade import Facade, on_itself
@@ -325,7 +325,7 @@ class SAM(Facade):
         """
         if ascent_fn is not None:
             check_ascent_fn(self._stages, self._names)
-        how = Backward(weigh, scaler, backward_fn, self._passes.second_order)
+        how = asked(weigh, scaler, backward_fn, self._passes.second_order)
         with torch.enable_grad(), nullcontext() if last else self._group.no_sync():
             if not self.perturbs or self._stages.ahead is not None and not self._look_ahead():
                 loss = self._losses.only(loss_fn)

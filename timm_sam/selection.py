@@ -16,6 +16,16 @@ from .norms import NormTypes, checked_types, is_norm, left_out, norm_parameters
 SELECTIONS = ("onlynorm", "all", "nonorm")
 
 
+def check_module(model: object) -> None:
+    """Looks at what is given as a model.
+
+    Raises:
+        ValueError: It is none, as its parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
@@ -54,12 +64,13 @@ def select_parameters(
         only.
 
     Raises:
-        ValueError: ``params`` is unknown, ``filter`` is no regular expression, ``norm_types`` holds no class of
-            modules, nothing is selected, or complex numbers are.
+        ValueError: ``model`` is none, ``params`` is unknown, ``filter`` is no regular expression, ``norm_types`` holds
+            no class of modules, nothing is selected, or complex numbers are.
 
     Warns:
         UserWarning: A class with "norm" in its name owns trainable parameters, and is none of the known types.
     """
+    check_module(model)
     if params not in SELECTIONS:
         raise ValueError(f"params={params!r} is unknown: use one of {', '.join(SELECTIONS)}")
     try:

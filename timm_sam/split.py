@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from .random_state import RandomState
-from .selection import unwrap
+from .selection import check_module, unwrap
 
 # before, dynamo may run the second pass with the graph of the first, which has no gradients of what is not perturbed
 WHOLE_GRAPHS_WORK = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
@@ -35,6 +35,7 @@ def compile_split(model: nn.Module, backend: str | Compiler = "inductor", mode: 
         mode: As for ``torch.compile``, but without CUDA graphs: they would write over what is kept from one pass to
             the next.
     """
+    check_module(model)
     module = unwrap(model)
     call = module._call_impl
 
