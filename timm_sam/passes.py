@@ -54,6 +54,7 @@ class Passes:
         self.bn_stats = bn_stats
         self.group = group
         self._statistics = Backup()
+        self._written: list[nn.Parameter] = []  # frozen ones that the forward itself moves
         self._random_state: RandomState | None = None
         norms = {id(m) for m in self.norm_layers}
         # the state of other layers, as spectral normalization's vectors, the averages of a codebook, or counters; not
@@ -109,6 +110,8 @@ class Passes:
         # what the base optimizer has beside the model's parameters, as a scale in the loss, is not perturbed either
         frozen = [p for p in self._others() if p.requires_grad and id(p) not in asked]
         accumulated = [p.grad for p in touched]
+        still = [] if self.group.sharded else [(p, _mark(p)) for p in self._others() if not p.requires_grad]
+        self._written = []
         self._random_state = RandomState(self.devices if recording is None else recording.devices)
         grads: list[Tensor | None] = []
         with self.group.settled():
@@ -122,6 +125,8 @@ class Passes:
                 with self.store.at_w(), without_reentrance(_nothing if recording is None else recording.give_up):
                     yield grads
                 grads += self.store.grads(wanted)
+                # as a momentum encoder, that follows the trained one in each forward
+                self._written = [p for p, mark in still if _mark(p) != mark]
             finally:
                 _set_requires_grad(frozen, True)
                 for p, grad in zip(touched, accumulated):
@@ -144,6 +149,8 @@ class Passes:
         if self.bn_stats == "clean" and not only:
             states = self._layer_states(m for m in self.norm_layers if m.training)
         buffers = [b for _, _, b in states if _is_writable(b)]
+        if self.bn_stats == "clean" and not only:
+            buffers += self._written
         with torch.no_grad():
             self.store.save()
             self._statistics.save(buffers)
@@ -194,6 +201,14 @@ class Passes:
         """Sets the random generators to where the pass at w began."""
         assert self._random_state is not None
         self._random_state.restore()
+
+
+def _mark(p: nn.Parameter) -> tuple[int, int] | None:
+    """What tells that a parameter was written to, or given other data; nothing is read from the device."""
+    try:
+        return p._version, p.data_ptr()
+    except RuntimeError:  # of inference mode, or without memory of its own
+        return None
 
 
 def _is_writable(b: Tensor) -> bool:

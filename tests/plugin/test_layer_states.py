@@ -88,6 +88,48 @@ def test_state_goes_on_over_updates_as_in_training_at_w():
         assert torch.equal(states(model)[name], value), name
 
 
+class Following(nn.Module):
+    """A momentum encoder: frozen, and moved towards the trained one in each forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.trained = nn.Linear(6, 6)
+        self.following = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for p, w in zip(self.following.parameters(), self.trained.parameters()):
+            if self.how == 'in place':
+                with torch.no_grad():
+                    p.lerp_(w, 0.3)
+            else:
+                p.data = p.data * 0.7 + w.data * 0.3
+        with torch.no_grad():
+            target = self.following(x)
+        return self.trained(x) - target
+
+
+@pytest.mark.parametrize('share', [False, True])
+@pytest.mark.parametrize('how', ['in place', 'new data'])
+def test_frozen_parameters_that_the_forward_moves_are_those_of_the_pass_at_w(how, share):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), Following(how), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+
+    for params in ('all', 'onlynorm'):
+        model, plain = network(), network()
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=2.0, params=params, share_forward=share)
+        for _ in range(3):
+            plain.train()(DATA[0])
+            sam.minimize(lambda model=model: F.cross_entropy(model(DATA[0]), DATA[1]))
+            for p, expected in zip(model[1].following.parameters(), plain[1].following.parameters(), strict=True):
+                assert torch.equal(p, expected)
+        both = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=2.0, params=params, bn_stats='both')
+        plain(DATA[0])
+        both.minimize(lambda model=model: F.cross_entropy(model(DATA[0]), DATA[1]))
+        assert not torch.equal(model[1].following.weight, plain[1].following.weight)
+
+
 class OwnNorm(nn.BatchNorm1d):
     """Written by hand: puts a new tensor in the place of the old mean, and counts in another way than torch."""
 
