@@ -6,7 +6,7 @@ import torch
 from support.models import BatchLoss, TinyNet, assert_identical, batch, by_closure, one_step, sam_on, weights
 from torch import nn
 
-from timm_sam import SAM, methods
+from timm_sam import SAM, VARIANTS, methods
 
 ZEROING = {
     'sam': lambda sam, model: sam.zero_grad(),
@@ -45,6 +45,29 @@ def test_every_way_of_zeroing_is_seen(zeroing, method):
         sam.step(closure_of(sam, model, seed, lambda: ZEROING[zeroing](sam, model)))
         one_step('closure', expected, other, seed)
     assert_identical(weights(model), weights(other))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_clipping_by_norm_in_a_closure_clips_g_and_changes_eps_of_fisher_only(variant):
+    clipped, model = tiny(), tiny()
+    sam, expected = sam_on(clipped, variant=variant), sam_on(model, variant=variant)
+
+    def closure():
+        sam.zero_grad()
+        loss = BatchLoss(clipped, batch(0))()
+        loss.backward()
+        nn.utils.clip_grad_norm_(clipped.parameters(), 0.05)
+        return loss
+
+    torch.manual_seed(0)
+    sam.step(closure)
+    torch.manual_seed(0)
+    expected.backward(BatchLoss(model, batch(0)))
+    nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    expected.step()
+    assert sam.stats.grad_norm == pytest.approx(0.05, rel=1e-4) and expected.stats.grad_norm > 0.1
+    same = [torch.allclose(p, q, rtol=0, atol=1e-12) for p, q in zip(clipped.parameters(), model.parameters())]
+    assert all(same) == (variant != 'fisher')
 
 
 @pytest.mark.parametrize('backwards', [1, 2])
