@@ -22,7 +22,7 @@ class SAMTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        if self.sam is None:
+        if self.sam is None or self.optimizer.optimizer is not self.sam:  # a search has another model in each trial
             self.sam = SAM(self.optimizer.optimizer, model, rho=0.5)
             # in its place: else Accelerate divides gradients by the loss scale once for each of the two
             self.accelerator._optimizers.remove(self.optimizer)

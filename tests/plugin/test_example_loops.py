@@ -79,6 +79,22 @@ def test_what_the_trainer_of_transformers_does_besides_leaves_the_update_as_it_i
     assert_close(weights(net), weights(by_hand(batches())))
 
 
+@pytest.mark.full
+@pytest.mark.filterwarnings('ignore')  # of the package's own
+@pytest.mark.parametrize('name', installed(['transformers_trainer']))
+def test_trainer_of_transformers_may_begin_anew_with_another_model(name, tmp_path):
+    from transformers import TrainingArguments
+    module, norms = load(name), []
+    items = [{'x': x[i], 'labels': y[i]} for x, y in batches() for i in range(len(y))]
+    trainer = module.SAMTrainer(model_init=lambda: module.Classifier(network()), args=TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy='no', logging_strategy='no',
+        disable_tqdm=True, remove_unused_columns=False), train_dataset=items)
+    for _ in range(2):
+        trainer.train()
+        norms.append((trainer.sam.stats.grad_norm, trainer.sam.stats.eps_norm))
+    assert norms[0] == norms[1] and norms[0][1] == pytest.approx(0.5)
+
+
 @pytest.fixture(scope='session')
 def scenario(tmp_path_factory):
     return of_both_ranks('support.example_ranks', tmp_path_factory.mktemp('example_loops'))
