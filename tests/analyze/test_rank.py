@@ -188,6 +188,20 @@ def test_tokens():
     assert has_tokens(model, ['blocks.4'], IMAGES) and not has_tokens(model, ['head'], IMAGES)
 
 
+@pytest.mark.parametrize('name, options, layer, taken', [
+    ('test_vit2', {}, 'blocks.4', 'mean'),  # one register, and no class token
+    ('deit_tiny_distilled_patch16_224', dict(depth=2), 'blocks.1', 'first'),
+    ('eva02_tiny_patch14_224', dict(depth=1, img_size=28), 'blocks.0', 'first'),
+    ('cait_xxs24_224', dict(depth=2, embed_dim=48), 'blocks.1', 'mean'),  # the class token comes behind all blocks
+    ('convit_tiny', dict(depth=3, local_up_to_layer=2), 'blocks.1', 'mean'),  # and here behind this one
+    ('convit_tiny', dict(depth=3, local_up_to_layer=2), 'blocks.2', 'first')])
+def test_first_token_is_taken_only_where_it_is_the_class_token(name, options, layer, taken):
+    model = timm.create_model(name, num_classes=5, **{'img_size': 32, **options}).eval()
+    images = torch.rand(3, 3, options.get('img_size', 32), options.get('img_size', 32))
+    with features_of(model, [layer], None) as default, features_of(model, [layer], taken) as named:
+        assert torch.equal(default(images)[layer], named(images)[layer])
+
+
 @pytest.mark.parametrize('layer, words', [
     ('layer9', 'layer9: ResNet has no such layer; use layer4, layer'), ('', ': ResNet has no such layer'),
     ('twice', 'twice: it is run 2 times in a forward pass'), ('idle', 'idle: it is not run in a forward pass'),

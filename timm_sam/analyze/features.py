@@ -65,14 +65,12 @@ def features_of(model: nn.Module, names: Sequence[str], tokens: str | None = Non
         model: In eval mode.
         names: Of :func:`layer_names`.
         tokens: What is taken of (B, tokens, C): the ``first`` token, the ``mean`` over all, or ``all`` in a row;
-            None: the first where the model has such as stand for the whole image, else the mean.
+            None: the first where that is the class token, else the mean.
 
     Yields:
         A function: images (B, C, H, W) -> for each layer (B, d), without gradients. It raises ValueError for a layer
         that is not run, or several times, or gives no tensor with a row per image.
     """
-    if tokens is None:
-        tokens = "first" if getattr(model, "num_prefix_tokens", 0) else "mean"
     modules = {name: module for name, module in model.named_modules() if name in names and name != PRE_LOGITS}
     seen: dict[str, list[Any]] = {}
     handles = [module.register_forward_hook(partial(_note, seen, name)) for name, module in modules.items()]
@@ -94,7 +92,8 @@ def features_of(model: nn.Module, names: Sequence[str], tokens: str | None = Non
             network(images)
             found = dict(seen)
         seen.clear()
-        return {name: _rows(name, found.get(name, []), len(images), tokens) for name in names}
+        return {name: _rows(name, found.get(name, []), len(images), tokens or partial(_own_tokens, model))
+                for name in names}
 
     try:
         yield features
@@ -115,7 +114,16 @@ def _note(seen: dict[str, list[Any]], name: str, module: nn.Module, args: Any, o
     seen.setdefault(name, []).append(output)
 
 
-def _rows(name: str, outputs: Sequence[Any], images: int, tokens: str) -> Tensor:
+def _own_tokens(model: nn.Module, output: Tensor) -> str:
+    """What is taken of (B, tokens, C) where it is not said: ``first`` if that is the class token, else ``mean``."""
+    has_class_token = getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)
+    # registers alone are prefix tokens, too; and CaiT, XCiT and ConViT have blocks before the class token comes
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    there = getattr(model, "num_prefix_tokens", 0) and has_class_token and output.shape[1] != patches
+    return "first" if there else "mean"
+
+
+def _rows(name: str, outputs: Sequence[Any], images: int, tokens: str | Callable[[Tensor], str]) -> Tensor:
     """What a layer gave, as (B, d)."""
     if len(outputs) != 1:
         times = "is not run" if not outputs else f"is run {len(outputs)} times"
@@ -126,8 +134,8 @@ def _rows(name: str, outputs: Sequence[Any], images: int, tokens: str) -> Tensor
     if not output.is_floating_point() or output.ndim < 2 or len(output) != images:
         raise ValueError(f"{name}: it gives {output.dtype} of shape {tuple(output.shape)} for {images} images, not a "
                          f"row of numbers for each; name another layer")
-    if output.ndim == 3 and tokens == "first":
-        return output[:, 0]
-    if output.ndim == 3 and tokens == "mean":
-        return output.mean(dim=1)
+    if output.ndim == 3:
+        taken = tokens if isinstance(tokens, str) else tokens(output)
+        if taken != "all":
+            return output[:, 0] if taken == "first" else output.mean(dim=1)
     return output.flatten(1)

@@ -108,8 +108,8 @@ def add_layers(parser: argparse.ArgumentParser) -> Add:
         help=f"modules, {PRE_LOGITS}, or all for every stage or block that the model names; none: the last but one of "
              f"those (layer3 of a ResNet) and {PRE_LOGITS}")
     add("--tokens", choices=TOKENS,
-        help="of layers that give tokens: the first, their mean, or all; none: the first if the model has a class "
-             "token, else the mean")
+        help="of layers that give tokens: the first, their mean, or all; none: the first where it is the class token, "
+             "else the mean")
     add("--memory", type=_memory, default="2GB", metavar="SIZE",
         help="for features that are kept: with less, layers with more features than images take more passes")
     return add
