@@ -80,6 +80,7 @@ ROWS = [
     ('--eval validation', ['--eval validation', 'NAME=DIR']),
     ('--eval =x', ['--eval =x', 'NAME=DIR']),
     ('--eval x=nowhere', ['--eval x=nowhere', 'no such folder']),
+    ('--eval x=text.pth', ['--eval x=text.pth', 'is a file', 'read folders', 'unpack it']),
     ('--eval x=empty', ['--eval x=empty', 'no class folders']),
     ('{sets} validation={data}/train', ['--eval', 'validation', 'twice']),
     ('--data-dir {data} {sets}', ['--eval validation=', '--split validation', 'another']),

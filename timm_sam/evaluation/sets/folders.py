@@ -61,6 +61,8 @@ def class_root(name: str, folder: str, flag: str) -> str:
     Raises:
         OptionError: There is no such folder; the message begins with ``flag``.
     """
+    if os.path.isfile(folder):
+        raise OptionError(f"{flag}: {folder} is a file, and suites and analyses read folders; unpack it")
     if not os.path.isdir(folder):
         raise OptionError(f"{flag}: no such folder; check the path")
     for inside in _INSIDE.get(name, ()):
