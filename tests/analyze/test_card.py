@@ -155,7 +155,7 @@ def test_defaults_take_no_more_than_an_epoch():
 
 @pytest.mark.parametrize('more, words', [
     ('--m 6', '--m 6: with 527 passes over a batch and 60 for the rank, a card takes more than an epoch over the 60'),
-    ('--rank-images 61 --num-images 128', '61: train has 60 images'),
+    ('--rank-images 61 --num-images 128', '--rank-images 61: train has 60 images'),
     ('--evaluations nothing.json', '--evaluations nothing.json: there is no such file'),
     ('--probes 1', '--probes 1 must be >= 2'), ('--rank-images 0', '--rank-images 0 must be >= 1'),
     ('--variant sam fisher --rho 0.1 0.2 0.3', '--rho 0.1 0.2 0.3: give one, or one for each of sam fisher'),

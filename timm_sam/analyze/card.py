@@ -65,7 +65,8 @@ class Card:
             return replace(opened, session=replace(
                 session, args=argparse.Namespace(**{**vars(args), "num_images": images})))
 
-        self.rank = Rank(of(min(IMAGES, there) if args.rank_images is None else args.rank_images), subject)
+        self.rank = Rank(of(min(IMAGES, there) if args.rank_images is None else args.rank_images), subject,
+                         "--rank-images")
         spent, each = self.rank.passes * self.rank.n, per_image(args)
         images = images_for(there, spent, each, args.m) if args.num_images is None else args.num_images
         if images == 0:

@@ -90,19 +90,20 @@ def chosen_batches(args: argparse.Namespace, suite: Suite, verbose: bool) -> lis
     return batches_of(shuffled(suite, chosen, args.seed), args.m)
 
 
-def loader_batches(args: argparse.Namespace, suite: Suite, most: int) -> list[list[int]]:
+def loader_batches(args: argparse.Namespace, suite: Suite, most: int, flag: str = "--num-images") -> list[list[int]]:
     """``args.num_images`` images, class-balanced, in batches of the loader; as positions in the samples.
 
     Args:
         args: All options.
         suite: The data set.
         most: How many images without ``args.num_images``, if there are so many.
+        flag: That ``args.num_images`` is from.
 
     Raises:
         OptionError: There are not so many.
     """
     n = min(most, len(suite.samples)) if args.num_images is None else args.num_images
-    return batches_of(class_balanced_subset(suite, n, args.seed, "--num-images"), args.batch_size)
+    return batches_of(class_balanced_subset(suite, n, args.seed, flag), args.batch_size)
 
 
 def placed(args: argparse.Namespace, subject: Subject, images: Tensor) -> Tensor:

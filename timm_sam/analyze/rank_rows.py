@@ -30,15 +30,16 @@ class Rank:
     Args:
         opened: The options, and what is open.
         subject: The first checkpoint.
+        flag: That says how many images.
 
     Raises:
         OptionError: There is no such layer, it gives no row of numbers for each image, or there are not enough images.
     """
 
-    def __init__(self, opened: Opened, subject: Subject) -> None:
+    def __init__(self, opened: Opened, subject: Subject, flag: str = "--num-images") -> None:
         session, suite, args = opened.session, opened.suite, opened.session.args
         self.session, self.suite, self.journal, self.count = session, suite, opened.journal, opened.count
-        self.batches = loader_batches(args, suite, RANK_IMAGES)
+        self.batches = loader_batches(args, suite, RANK_IMAGES, flag)
         self.n = n = sum(map(len, self.batches))
         with _in_flags(args.layers):
             self.layers = layer_names(subject.model, args.layers)
