@@ -15,6 +15,7 @@ import timm_sam.evaluation.attack.robustness
 import timm_sam.evaluation.protocol
 from timm_sam.cli.errors import OptionError
 from timm_sam.evaluation.results import check_kept
+from timm_sam.evaluation.tables import Measure, as_markdown, short_names
 
 # 24 images in batches of 5, two radii: ten attacked batches
 ATTACK = '--attack l2=0.05 linf=0.5/255 --attack-steps 3 --results-file r'
@@ -188,7 +189,7 @@ def test_other_weights_under_the_same_name_are_evaluated(counted, command, finis
     assert (counted.attacks, counted.scores) == (BATCHES, ['validation'])
 
 
-@pytest.mark.parametrize('kinds', ['json csv md', 'csv md'])
+@pytest.mark.parametrize('kinds', ['json csv md', 'csv md', 'md'])
 @pytest.mark.parametrize('change, lost', [
     ('--eval other={data}/validation --attack-set other', 'top1 of validation, ...'),
     ('--attack l2=0.05', 'linf 0.5/255 of validation,'),
@@ -207,21 +208,25 @@ def test_rows_of_an_existing_table_are_not_lost(
     lost = lost.format(checkpoint=fitted.checkpoint)
     assert f'--skip-existing: r.{kinds.split()[0]} holds {lost}' in done.last_line and '--overwrite' in done.last_line
     assert {path.name: path.read_text() for path in finished.iterdir()} == before
-    for kind in ('json', 'csv'):
-        (finished / f'r.{kind}').unlink(missing_ok=True)
-    assert run_validate(finished, f'--skip-existing {change}', command).code == 0  # Markdown is not read
 
 
-def test_csv_alone_may_get_one_more_checkpoint_and_no_less(command, finished, fitted, tmp_path_factory):
-    (finished / 'r.json').unlink()
+@pytest.mark.parametrize('kinds', ['json', 'json csv'])
+def test_csv_or_markdown_alone_may_get_one_more_checkpoint_and_no_less(
+        command, finished, fitted, tmp_path_factory, kinds):
+    def leave():
+        for kind in kinds.split():
+            (finished / f'r.{kind}').unlink()
+
+    leave()
     other = tmp_path_factory.mktemp('other') / 'other.pth'
     torch.save({'state_dict': {**fitted.model.state_dict(), 'fc.bias': torch.zeros(6)}}, other)
     both = f'--skip-existing --checkpoint {fitted.checkpoint} {other}'
     assert len(result(run_validate(finished, both, command))) == 2
-    (finished / 'r.json').unlink()
+    leave()
     assert len(result(run_validate(finished, both, command))) == 2
-    (finished / 'r.json').unlink()
-    assert 'r.csv holds' in run_validate(finished, '--skip-existing', command).last_line
+    leave()
+    kept = 'md' if 'csv' in kinds else 'csv'
+    assert f'r.{kept} holds' in run_validate(finished, '--skip-existing', command).last_line
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"results": 5}', '{"key": "mine"}'])
@@ -230,6 +235,35 @@ def test_file_that_is_no_table_is_not_replaced_by_skip_existing(command, finishe
     done = run_validate(finished, '--skip-existing', command)
     assert done.code == 2 and '--skip-existing: r.json is no table of validate.py' in done.last_line
     assert (finished / 'r.json').read_text() == text
+
+
+@pytest.mark.parametrize('text', ['', 'mine', '| a | b |\n|---|---|\n| 1 | 2 |\n'])
+def test_page_that_is_no_table_is_not_replaced_by_skip_existing(command, finished, text):
+    for kind in ('json', 'csv'):
+        (finished / f'r.{kind}').unlink()
+    (finished / 'r.md').write_text(text)
+    done = run_validate(finished, '--skip-existing', command)
+    assert done.code == 2 and '--skip-existing: r.md is no table of validate.py' in done.last_line
+    assert (finished / 'r.md').read_text() == text
+
+
+@pytest.mark.parametrize('name', ['plain', 'a|b_c', '_x_ & <y> &amp; `z` \\*', '#1 [x]$', 'tab\there', 'v (1)'])
+def test_rows_of_markdown_are_known_again(tmp_path, name):
+    flags = ['partial: 4 of 5 classes', 'seed 3']
+    measures = [Measure('ID', name, 'top1', 5, flags, [1.0, 2.0]), Measure('ID', name, 'top5', 5, (), [1.0, 2.0]),
+                Measure('calibration', name, 'nll', 5, (), [1.0, 2.0], unit='nats'),
+                Measure('adversarial', name, 'l2 0.25 (standard)', 5, (), [1.0, 2.0])]
+    rows = {(name, measure.name) for measure in measures}
+    paths = ['runs/_a/#1.pth', 'runs/b|c/2.pth']
+    (tmp_path / 'r.md').write_text(as_markdown(measures, short_names(paths, '')))
+    kept = {'md': str(tmp_path / 'r.md')}
+    check_kept(kept, paths, [], rows)
+    for lost in rows:
+        with pytest.raises(OptionError, match='which is not evaluated now'):
+            check_kept(kept, paths, [], {('other', 'top1'), (name, 'l2 0.25'), *rows} - {lost})
+    for lost in paths:
+        with pytest.raises(OptionError, match='which is not evaluated now'):
+            check_kept(kept, [path for path in paths if path != lost], [], rows)
 
 
 def test_quote_that_never_ends_is_no_table(tmp_path):

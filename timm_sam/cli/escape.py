@@ -53,6 +53,14 @@ def csv_plain(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:].startswith(_FORMULA) else text
 
 
+def markdown_plain(text: str) -> str:
+    """What :func:`markdown_text` shows, but for what was not printable."""
+    text = re.sub(r"\\([\\`*~\[\]$_#+-])", r"\1", text)
+    for shown, plain in (("&#124;", "|"), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
+        text = text.replace(shown, plain)
+    return text
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

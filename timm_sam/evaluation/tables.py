@@ -12,6 +12,7 @@ from ..cli.text import csv_text, markdown, sample_std, spread
 
 FORMATS = ("csv", "json", "md")
 GROUPS = ("ID", "OOD", "adversarial", "calibration", "quantised")  # the first three as in Table 4 of the SAM-ON paper
+MEAN = "mean ± std"  # heads the column after those of several checkpoints
 _TEXT = 3  # columns before the numbers
 
 
@@ -80,7 +81,7 @@ def merge(per_checkpoint: Sequence[Sequence[Measure]]) -> list[Measure]:
 
 def _cells(measures: Sequence[Measure], names: Sequence[str]) -> list[list[str]]:
     many = len(names) > 1
-    rows = [["", "data set", "measure", "images", *names, *(["mean ± std"] if many else [])]]
+    rows = [["", "data set", "measure", "images", *names, *([MEAN] if many else [])]]
     group = None
     for m in measures:
         flags = f" ({'; '.join(m.flags)})" if m.flags else ""
