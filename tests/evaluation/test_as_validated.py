@@ -102,6 +102,21 @@ def test_command_line_wins(trained, as_published, image_folder, tmp_path, comman
     assert f'crop_mode: {mode}' in log
 
 
+def test_size_of_the_command_line_wins_over_the_runs_in_other_words(tmp_path, fitted):
+    """Runs of other sizes, too: the command line says the size, whatever they say."""
+    for name, size in (('a', 'img_size: 32'), ('b', 'img_size: 48'), ('c', 'input_size: [3, 32, 32]')):
+        (tmp_path / name).mkdir()
+        shutil.copy(fitted.checkpoint, tmp_path / name / 'last.pth.tar')
+        (tmp_path / name / 'args.yaml').write_text(f'model: test_resnet\nnum_classes: 6\n{size}\n')
+    base = '--device cpu -j 0'
+    for command in ('--checkpoint a/last.pth.tar --input-size 3 64 64', '--checkpoint c/last.pth.tar --img-size 64'):
+        assert result(run_validate(tmp_path, f'--data-dir {fitted.data} {command}', base))['img_size'] == 64
+    both = f'--eval val={fitted.data}/validation --checkpoint a/last.pth.tar b/last.pth.tar'
+    assert len(result(run_validate(tmp_path, f'{both} --input-size 3 64 64', base))) == 2
+    done = run_validate(tmp_path, both, base)
+    assert done.code == 2 and 'img_size is 32 in' in done.last_line
+
+
 def test_every_model_of_timm_has_a_size_of_training():
     """That train.py and validate.py of one model differ is what a good part of timm's models does."""
     model = create_model('test_mambaout')

@@ -76,12 +76,14 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
     path, *others = paths
     kind = None if suites else _kind(given.dataset)
     values = _read(actions, path, kind)
+    # what the command line says in other words
+    said = ("img_size", "in_chans") if given.input_size is not None else ()
     for other in others:
         theirs = _read(actions, other, kind)
         for key in (*OF_A_RUN, *OF_ITS_DATA, "bn_eps"):
             default = actions[key].default if key in actions else None
             mine, its = values.get(key, default), theirs.get(key, default)
-            if mine != its and getattr(given, key, None) is None:
+            if mine != its and getattr(given, key, None) is None and key not in said:
                 remedy = f"evaluate them one by one, or give {flag(key)}" if key in actions else (
                     "evaluate them one by one")
                 raise OptionError(f"--checkpoint: {key} is {mine!r} in {path}, and {its!r} in {other}; {remedy}")
@@ -91,8 +93,8 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
     bn_eps = values.pop("bn_eps", None)
     if not given.test_pool:  # which asks for larger images than those of training
         values.update(AS_VALIDATED)
-    return FromRun(path, {key: value for key, value in values.items()
-                          if getattr(given, key) is None and value != actions[key].default}, bn_eps)
+    return FromRun(path, {key: value for key, value in values.items() if key not in said
+                          and getattr(given, key) is None and value != actions[key].default}, bn_eps)
 
 
 def _kind(dataset: Any) -> str:
