@@ -61,16 +61,26 @@ def suites(session: Session) -> None:
     files = results.result_files(args.results_file, session.resolved.format_given)
     measures, names, protocol = evaluate_suites(session, files)
     if session.primary:
-        rows = [dict(model=args.model, checkpoint=checkpoint["path"],
-                     **{f"{m.dataset}_{m.name}".replace(" ", "_"): round(m.values[i], 4) for m in measures})
+        rows = [dict(model=args.model, checkpoint=checkpoint["path"], **_entries(measures, i))
                 for i, checkpoint in enumerate(protocol["checkpoints"])]
         try:
             say(tables.as_text(measures, names))
-            print_result(rows)
+            print_result(tables.finite(rows))
         finally:  # where nobody listens, the files are still wanted
             results.write(files, measures, names, protocol)
         for path in files.values():
             _logger.info(f"Wrote {path}")
+
+
+def _entries(measures: Sequence[tables.Measure], number: int) -> dict[str, Any]:
+    """All numbers of the ``number``-th checkpoint, and of data sets with outputs that are not finite, of how many
+    images these are: the numbers beside them say nothing."""
+    found: dict[str, Any] = {f"{m.dataset}_{m.name}".replace(" ", "_"): round(m.values[number], 4) for m in measures}
+    for m in measures:
+        if broken := m.broken[number]:
+            name = f"{m.dataset}_non_finite".replace(" ", "_")
+            found[name] = max(broken, found.get(name, 0))
+    return found
 
 
 def one_or_bulk(session: Session) -> None:

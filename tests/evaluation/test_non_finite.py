@@ -33,7 +33,7 @@ BASE = f'--device cpu --model test_resnet --img-size 32 -j 0 -b 5 --num-classes 
 
 
 def printed(done):
-    return json.loads(done.out.split('--result\n')[1])
+    return json.loads(done.out.split('--result\n')[1], parse_constant=pytest.fail)  # NaN is no JSON
 
 
 @pytest.mark.parametrize('name', ['nan', 'inf'])
@@ -90,6 +90,14 @@ def test_suites_leave_it_out_of_the_mean_and_say_so(checkpoints, fitted):
     again = run_validate(checkpoints, f'{command} --skip-existing', BASE)
     assert again.code == 1 and again.last_line == done.last_line and not again.log('validation: [')
     assert run_validate(checkpoints, f'{command} --skip-existing {KEY}', BASE).code == 0
+
+
+def test_json_of_suites_on_stdout_marks_it_too(checkpoints, fitted):
+    command = f'--eval validation={fitted.data}/validation "b b={fitted.data}/train" --calibration'
+    fine, broken = printed(run_validate(checkpoints, f'{command} --checkpoint a.pth nan.pth', BASE))
+    assert not [name for name in fine if 'non_finite' in name] and fine['validation_nll'] > 0
+    assert (broken['validation_non_finite'], broken['b_b_non_finite']) == (24, 60)
+    assert broken['validation_nll'] is None and broken['validation_top1'] >= 0
 
 
 def test_one_value_or_none_is_left(checkpoints, fitted):
