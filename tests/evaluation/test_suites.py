@@ -146,6 +146,14 @@ def test_a_folder_in_a_class_folder(tree):
     assert "holds a folder, 'images'" in fails('imagenet-r', root, 1000)
 
 
+def test_images_beside_the_class_folders(tree):
+    """As for training: left out in silence, they would make it another set."""
+    root = Path(tree('set', 'ab'))
+    for name in ('2.PNG', '1.jpeg', '.3.png', 'list.txt'):
+        (root / name).write_text('')
+    assert '2 images beside its class folders (1.jpeg, 2.PNG), which are of no class' in fails('set', str(root), 2)
+
+
 # --- ImageNet-R, -A ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name,ids', [('imagenet-r', R_IDS), ('imagenet-a', A_IDS)])

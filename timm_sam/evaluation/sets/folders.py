@@ -76,11 +76,16 @@ def class_folders(root: str, flag: str) -> list[str]:
     """The names of the class folders in ``root``, sorted.
 
     Raises:
-        OptionError: There are none, or the folder cannot be read.
+        OptionError: There are none, or images beside them, or the folder cannot be read.
     """
-    names = sorted(entry.name for entry in _entries(root, flag) if entry.is_dir())
+    entries = _entries(root, flag)
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise OptionError(f"{flag}: {root} has no class folders; give the folder that holds them")
+    stray = sorted(entry.name for entry in entries if extension(entry.name) in EXTENSIONS and not entry.is_dir())
+    if stray:
+        raise OptionError(f"{flag}: {root} has {len(stray)} images beside its class folders ({some(stray, 3)}), which "
+                          f"are of no class; move them away")
     return names
 
 
