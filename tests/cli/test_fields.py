@@ -67,10 +67,18 @@ def test_target_that_fits_no_classes_is_one_line(dense, target):
 def test_targets_that_fit_are_those_of_the_transform():
     checked = CheckedTarget(MultiLabelTarget(4), 4, ORIGIN)
     assert torch.equal(checked([1, 3]), torch.tensor([0.0, 1, 0, 1]))
-    assert [CheckedTarget(None, 4, ORIGIN)(k) for k in (-1, 0, 3)] == [-1, 0, 3]  # -1: none
+    assert [CheckedTarget(None, 4, ORIGIN)(k) for k in (0, 3)] == [0, 3]
 
 
 @pytest.mark.parametrize('target', [4, -2])
 def test_class_that_the_model_has_not_is_one_line(target):
     with pytest.raises(FieldError, match=f'has the class {target}, the model 4 outputs: mend --num-classes'):
         CheckedTarget(None, 4, ORIGIN)(target)
+    with pytest.raises(FieldError, match=f'has the class {target}, the model 4 outputs: mend --valid-labels'):
+        CheckedTarget(None, 4, ORIGIN, '--valid-labels')(target)
+
+
+def test_image_without_a_class_is_one_line():
+    """No loss takes -1: it was an error of torch's, on a GPU one that ends the process."""
+    with pytest.raises(FieldError, match=r'hfds/y has images without a class \(-1\): name a split with labels'):
+        CheckedTarget(None, 4, ORIGIN)(-1)

@@ -15,7 +15,7 @@ from PIL import Image
 from support.command_lines import NAFLEX
 from support.images import COLORS, write_image_folder
 from support.multilabel import write_labelled_tree
-from support.validating import result, run_validate
+from support.validating import constant_checkpoint, result, run_validate
 
 CLASSES = sorted(COLORS)
 FORMATS = ('bmp', 'gif', 'jfif', 'jpeg', 'jpg', 'png', 'tif', 'tiff', 'webp')
@@ -204,6 +204,27 @@ def test_data_set_of_the_hub_has_the_numbers_of_its_folder(run_in, named, tmp_pa
     base = '--device cpu -j 0 --checkpoint out/run/last.pth.tar'
     folder = result(run_validate(tmp_path, '--data-dir pictures', base))
     assert result(run_validate(tmp_path, named['hfds'][1], base)) == folder and folder['top1'] > 25
+
+
+@pytest.mark.filterwarnings('default::DeprecationWarning', 'default::FutureWarning', 'default::ResourceWarning')
+@pytest.mark.parametrize('third, options, words', [
+    (-1, '', ['images without a class (-1)', 'name a split with labels']),
+    (3, '--valid-labels valid.txt', ['has the class 3, the model 2 outputs', '--valid-labels'])])
+def test_images_of_the_hub_that_have_no_class_that_counts(named, tmp_path, third, options, words):
+    """Test splits whose labels are kept secret have -1."""
+    pytest.importorskip('datasets')
+    (tmp_path / 'secret/test').mkdir(parents=True)
+    rows = ['file_name,label']
+    for i, label in enumerate((0, 1, third)):
+        Image.new('RGB', (32, 32)).save(tmp_path / f'secret/test/{i}.png')
+        rows.append(f'{i}.png,{label}')
+    (tmp_path / 'secret/test/metadata.csv').write_text('\n'.join(rows) + '\n')
+    (tmp_path / 'valid.txt').write_text('0\n1\n')
+    constant_checkpoint(tmp_path / 'c.pth', [0], 4)
+    done = run_validate(tmp_path, f'--dataset hfds/secret --data-dir cache --split test {options}',
+                        '--device cpu -j 0 --model test_resnet --num-classes 4 --img-size 32 --checkpoint c.pth')
+    assert done.code == 2 and 'Traceback' not in done.err, done.err[-2000:]
+    assert all(word in done.last_line for word in words) and '--dataset hfds/secret' in done.last_line
 
 
 @pytest.mark.parametrize('command', ['hfds/nowhere --data-dir cache', 'wds/ --data-dir shards',

@@ -72,19 +72,24 @@ class CheckedTarget:
         transform: Makes it; None: it is a class.
         num_classes: How many classes there are.
         origin: The data set by its flags.
+        flag: That says how many classes there are.
     """
 
-    def __init__(self, transform: Callable[[Any], torch.Tensor] | None, num_classes: int, origin: str) -> None:
-        self.transform, self.num_classes, self.origin = transform, num_classes, origin
+    def __init__(self, transform: Callable[[Any], torch.Tensor] | None, num_classes: int, origin: str,
+                 flag: str = "--num-classes") -> None:
+        self.transform, self.num_classes, self.origin, self.flag = transform, num_classes, origin, flag
 
     def __call__(self, target: Any) -> Any:
         """Raises FieldError if it is none."""
         if self.transform is not None:
             with _as_field_error(f"{self.origin}: ", "; check --target-key, --target-format and --num-classes"):
                 return self.transform(target)
-        if not -1 <= int(target) < self.num_classes:
+        if int(target) == -1:  # what test splits have whose labels are kept secret
+            raise FieldError(f"{self.origin} has images without a class (-1): name a split with labels, or mend "
+                             f"--target-key")
+        if not 0 <= int(target) < self.num_classes:
             raise FieldError(f"{self.origin} has the class {target}, the model {self.num_classes} outputs: mend "
-                             f"--num-classes, --target-key or --class-map")
+                             f"{self.flag}, --target-key or --class-map")
         return target
 
 

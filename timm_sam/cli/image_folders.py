@@ -314,7 +314,8 @@ def open_files(data_dir: str, split: str, origin: str, *, class_map: str = "", i
 
 
 def open_named(name: str, data_dir: str | None, split: str, origin: str, *, num_classes: int, class_map: str = "",
-               img_mode: str = "RGB", target_transform: Any = None, **options: Any) -> Any:
+               img_mode: str = "RGB", target_transform: Any = None, counted_by: str = "--num-classes",
+               **options: Any) -> Any:
     """One of the data sets that a library knows by its name, through timm.
 
     Args:
@@ -326,6 +327,7 @@ def open_named(name: str, data_dir: str | None, split: str, origin: str, *, num_
         class_map: Path of the class map, also below ``data_dir``; empty: none.
         img_mode: PIL mode that images are converted to.
         target_transform: Makes targets of what the samples hold; None: that is a class.
+        counted_by: The flag that ``num_classes`` is from.
         options: Further arguments of ``timm.data.create_dataset``.
 
     Raises:
@@ -343,7 +345,7 @@ def open_named(name: str, data_dir: str | None, split: str, origin: str, *, num_
     try:
         dataset = create_dataset(
             name, root=root, split=split, search_split=False, input_img_mode=img_mode,
-            target_transform=CheckedTarget(target_transform, num_classes, where), **options)
+            target_transform=CheckedTarget(target_transform, num_classes, where, counted_by), **options)
     except Exception as e:  # a library's own, of its files, its network or the options
         raise OptionError(f"{where}: {one_line(e)}; check the data set's name, the folder and the split") from e
     if of_files and (hidden := [label for label in class_to_idx(dataset) if is_hidden(label)]):

@@ -101,6 +101,7 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
     """
     origin, img_mode = f"--split {args.split}", image_mode(args, subject.name, subject.data_config)
     transform = target_transform(args, subject.num_classes)
+    outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
     if rules.reads_files(args):
         dataset: Any = open_files(args.data_dir, args.split, origin, class_map=args.class_map, input_key=args.input_key,
                                   img_mode=img_mode, load_bytes=args.tf_preprocessing, verbose=verbose,
@@ -108,13 +109,13 @@ def single_dataset(args: argparse.Namespace, subject: Subject, verbose: bool = T
                                   target_transform=transform)
     else:
         dataset = open_named(
-            args.dataset, args.data_dir, args.split, origin, num_classes=subject.num_classes,
+            args.dataset, args.data_dir, args.split, origin, num_classes=outputs,
+            counted_by="--valid-labels" if args.valid_labels else "--num-classes",
             class_map=args.class_map, img_mode=img_mode,
             download=args.dataset_download, num_samples=args.num_samples, input_key=args.input_key,
             target_key=args.target_key, target_format=args.target_format, target_transform=transform,
             trust_remote_code=args.dataset_trust_remote_code, seed=args.seed)
     if classes := class_to_idx(dataset):
-        outputs = len(read_valid_labels(args, subject.num_classes)) if args.valid_labels else subject.num_classes
         needed = max(classes.values()) + 1
         if needed > outputs:
             raise OptionError(
