@@ -102,6 +102,14 @@ def test_command_line_wins(trained, as_published, image_folder, tmp_path, comman
     assert f'crop_mode: {mode}' in log
 
 
+def test_overlay_of_the_run_is_that_of_its_evaluation(trained, image_folder, tmp_path):
+    top1, loss = trained('--pretrained-cfg-overlay mean=(0.9,0.1,0.3) std=(0.1,0.3,0.2) input_size=(3,40,40) '
+                         'crop_pct=0.6 interpolation=bicubic')
+    mine = evaluated(tmp_path, image_folder)
+    assert mine[0] == pytest.approx(top1, abs=1e-4) and mine[1] == pytest.approx(loss, abs=1e-4)
+    assert (mine[2]['img_size'], mine[2]['crop_pct'], mine[2]['interpolation']) == (40, 0.6, 'bicubic')
+
+
 def test_size_of_the_command_line_wins_over_the_runs_in_other_words(tmp_path, fitted):
     """Runs of other sizes, too: the command line says the size, whatever they say."""
     for name, size in (('a', 'img_size: 32'), ('b', 'img_size: 48'), ('c', 'input_size: [3, 32, 32]')):

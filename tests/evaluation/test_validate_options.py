@@ -286,6 +286,16 @@ def test_epsilon_of_batch_norm_goes_into_the_model_as_it_did_in_the_run(parse, r
     assert parse(f'--checkpoint {path} --model-kwargs bn_eps=0.1').model_kwargs == {'bn_eps': 0.1}
 
 
+def test_overlay_of_a_run_goes_into_the_model_but_for_where_its_weights_were(parse, run):
+    overlay = {'mean': [0.1, 0.2, 0.3], 'input_size': [3, 40, 40], 'file': 'gone.pth', 'custom_load': True}
+    path = run(**OF_A_RUN, pretrained_cfg_overlay=overlay)
+    kept = {'mean': [0.1, 0.2, 0.3], 'input_size': [3, 40, 40]}
+    assert parse(f'--checkpoint {path}').model_kwargs == {'pretrained_cfg_overlay': kept, 'depth': 2}
+    for nothing in ({}, None, {'file': 'gone.pth'}):
+        path = run(**OF_A_RUN, pretrained_cfg_overlay=nothing)
+        assert parse(f'--checkpoint {path}').model_kwargs == {'depth': 2}
+
+
 def second_run(tmp_path, **values):
     folder = tmp_path / 'other'
     folder.mkdir()
@@ -296,9 +306,9 @@ def second_run(tmp_path, **values):
 
 @pytest.mark.parametrize('key, value', [
     ('num_classes', 8), ('mean', None), ('interpolation', 'bicubic'), ('model', 'test_resnet'), ('gp', 'avg'),
-    ('model_kwargs', {}), ('bn_eps', 0.01)])
+    ('model_kwargs', {}), ('bn_eps', 0.01), ('pretrained_cfg_overlay', {'mean': [0.1, 0.1, 0.1]})])
 def test_runs_that_differ_are_not_evaluated_together(refuse, parse, run, tmp_path, key, value):
-    values = {**OF_A_RUN, 'bn_eps': 0.1}
+    values = {**OF_A_RUN, 'bn_eps': 0.1, 'pretrained_cfg_overlay': {'mean': [0.2, 0.2, 0.2]}}
     first, second = run(**values), second_run(tmp_path, **{**values, key: value})
     message = refuse(f'--checkpoint {first} {second}')
     assert f'--checkpoint: {key} is ' in message and repr(values[key]) in message

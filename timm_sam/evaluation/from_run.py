@@ -16,6 +16,11 @@ OF_A_RUN = ("model", "num_classes", "in_chans", "img_size", "input_size", "mean"
             "task", "target_format", "multilabel_threshold")
 # the same of its data set: of no use for one of another kind, and suites know their files by themselves
 OF_ITS_DATA = ("input_key", "target_key")
+# flags of train.py only, but part of what the model computes and which images it takes: for its constructor
+OF_ITS_MODEL = ("bn_eps", "pretrained_cfg_overlay")
+# of the overlay; the rest says where weights come from
+_OF_THE_OVERLAY = ("num_classes", "input_size", "test_input_size", "fixed_input_size", "pool_size", "interpolation",
+                   "crop_pct", "test_crop_pct", "crop_mode", "mean", "std")
 # How train.py validates, which has no flag there: at the size and crop of training, where many a model has others for
 # tests.
 AS_VALIDATED = {"use_train_size": True}
@@ -29,25 +34,25 @@ class FromRun:
         path: The ``args.yaml``; None: there is none, and nothing is taken.
         values: Option -> value, of ``OF_A_RUN``, ``OF_ITS_DATA`` and ``AS_VALIDATED``; what the command line says is
             left out, and what is the evaluation's default.
-        bn_eps: Of the run's normalization layers: a flag of train.py only, but part of what the model computes.
+        built: Likewise of ``OF_ITS_MODEL``.
     """
 
     path: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
-    bn_eps: float | None = None
+    built: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
         """What is taken, as flags; without the model's name."""
-        values = {**self.values, **({} if self.bn_eps is None else {"bn_eps": self.bn_eps})}
+        values = {**self.values, **self.built}
         return " ".join(flag(key) + ("" if value is True else f" {_text(value)}") for key, value in values.items()
                         if key != "model" and value is not False)
 
     def complete(self, args: argparse.Namespace) -> None:
         """Puts it into the options, while they are being parsed."""
         vars(args).update(self.values)
-        if self.bn_eps is not None:
-            args.model_kwargs = {"bn_eps": self.bn_eps, **args.model_kwargs}
+        if self.built:
+            args.model_kwargs = {**self.built, **args.model_kwargs}
 
 
 def beside(checkpoints: Sequence[str]) -> list[str]:
@@ -80,7 +85,7 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
     said = ("img_size", "in_chans") if given.input_size is not None else ()
     for other in others:
         theirs = _read(actions, other, kind)
-        for key in (*OF_A_RUN, *OF_ITS_DATA, "bn_eps"):
+        for key in (*OF_A_RUN, *OF_ITS_DATA, *OF_ITS_MODEL):
             default = actions[key].default if key in actions else None
             mine, its = values.get(key, default), theirs.get(key, default)
             if mine != its and getattr(given, key, None) is None and key not in said:
@@ -90,11 +95,11 @@ def from_run(parser: argparse.ArgumentParser, checkpoints: Sequence[str], given:
     if given.img_size is not None and "input_size" in values:
         # timm would prefer it to the size that the command line asks for
         values.setdefault("in_chans", values.pop("input_size")[0])
-    bn_eps = values.pop("bn_eps", None)
+    built = {key: values.pop(key) for key in OF_ITS_MODEL if key in values}
     if not given.test_pool:  # which asks for larger images than those of training
         values.update(AS_VALIDATED)
     return FromRun(path, {key: value for key, value in values.items() if key not in said
-                          and getattr(given, key) is None and value != actions[key].default}, bn_eps)
+                          and getattr(given, key) is None and value != actions[key].default}, built)
 
 
 def _kind(dataset: Any) -> str:
@@ -110,7 +115,7 @@ def _text(value: Any) -> str:
 
 
 def _read(actions: Mapping[str, argparse.Action], path: str, kind: str | None) -> dict[str, Any]:
-    """What an ``args.yaml`` says of the model and its images, and ``bn_eps``.
+    """What an ``args.yaml`` says of the model and its images.
 
     Args:
         actions: The evaluation's flags.
@@ -127,4 +132,7 @@ def _read(actions: Mapping[str, argparse.Action], path: str, kind: str | None) -
     values = {key: yaml_value(path, actions[key], run[key]) for key in keys if run.get(key) is not None}
     if isinstance(run.get("bn_eps"), float):
         values["bn_eps"] = run["bn_eps"]
+    overlay = run.get("pretrained_cfg_overlay")
+    if isinstance(overlay, dict) and (kept := {key: overlay[key] for key in _OF_THE_OVERLAY if key in overlay}):
+        values["pretrained_cfg_overlay"] = kept
     return values
