@@ -63,6 +63,15 @@ def test_missing_folders_are_named(tmp_path):
         parts(str(tmp_path / 'none'), 'x', True)
 
 
+def test_part_that_is_named_twice_is_one_line(tree, tmp_path):
+    """One of the two folders would be evaluated, and nothing would say which."""
+    checkpoint = constant_checkpoint(tmp_path / 'a.pth', [0])
+    whole, part = f'imagenet-c={tree}/imagenet-c', f'imagenet-c/fog/2={tree}/imagenet-c/fog/1'
+    for order in (f'{whole} {part}', f'{part} {whole}'):
+        done = run_validate(tmp_path, f'--checkpoint {checkpoint} --allow-partial --eval {order}')
+        assert done.code == 2 and f'--eval {part}: --eval {whole} has this part, too' in done.last_line
+
+
 def test_its_labels_are_imagenets_and_its_images_are_cropped_already(tree):
     folder = str(tree / 'imagenet-c' / 'fog' / '2')
     suite = open_suite('imagenet-c/fog/2', folder, 1000, allow_partial=True)

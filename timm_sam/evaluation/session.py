@@ -185,7 +185,11 @@ def _open(args: argparse.Namespace, outputs: int, verbose: bool) -> list[Suite]:
 
 def _with_parts(folders: Mapping[str, str], origins: Mapping[str, str],
                 allow_partial: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Sets and the flags that they are from, with the parts of ImageNet-C in its place."""
+    """Sets and the flags that they are from, with the parts of ImageNet-C in its place.
+
+    Raises:
+        OptionError: Parts are missing, or one is named by itself, too.
+    """
     all_folders: dict[str, str] = {}
     all_origins = dict(origins)
     for name, folder in folders.items():
@@ -194,6 +198,8 @@ def _with_parts(folders: Mapping[str, str], origins: Mapping[str, str],
             continue
         flag = origins.get(name, f"--eval {name}={folder}")
         found = corruptions.parts(folder, flag, allow_partial)
+        if (twice := next((part for part in found if part in folders), None)) is not None:
+            raise OptionError(f"--eval {twice}={folders[twice]}: {flag} has this part, too; leave one of them out")
         all_folders.update(found)
         all_origins.update({part: f"{flag} ({part})" for part in found})
     return all_folders, all_origins
