@@ -79,6 +79,8 @@ ROWS = [
     ('--attack l2=1', ['no data set', '--eval NAME=DIR']),
     ('--eval validation', ['--eval validation', 'NAME=DIR']),
     ('--eval =x', ['--eval =x', 'NAME=DIR']),
+    *((f'{command} --crop-border-pixels 40', ['nothing can be made of the image', '.png of ', '--crop-border-pixels'])
+      for command in ('{single}', '{sets}', '{single} --no-prefetcher -j 1')),
     ('--eval x=nowhere', ['--eval x=nowhere', 'no such folder']),
     ('--eval x=text.pth', ['--eval x=text.pth', 'is a file', 'read folders', 'unpack it']),
     ('--eval x=empty', ['--eval x=empty', 'no class folders']),

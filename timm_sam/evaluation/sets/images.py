@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class UnreadableImage(WorkerError):
-    """An image file that cannot be decoded."""
+    """An image file that cannot be decoded, or that nothing is left of once its border is cut off."""
 
 
 class SuiteDataset(Dataset):
@@ -42,7 +42,7 @@ class SuiteDataset(Dataset):
         """Raises UnreadableImage where timm's data set would go on with the next sample."""
         path, target = self.samples[index]
         image = open_image(path, self.img_mode, self._flag, path)
-        return image if self.transform is None else self.transform(image), target
+        return image if self.transform is None else prepared(self.transform, image, self._flag, path), target
 
 
 def open_image(file: str | BinaryIO, mode: str | None, flag: str, name: str) -> Image.Image:
@@ -70,6 +70,26 @@ def open_image(file: str | BinaryIO, mode: str | None, flag: str, name: str) -> 
         raise
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise unreadable(e, flag, name) from None
+
+
+def prepared(transform: Callable[[Image.Image], Any], image: Image.Image, flag: str, name: str) -> Any:
+    """Brings an image to the model's size.
+
+    Args:
+        transform: Does it.
+        image: The image.
+        flag: What errors begin with.
+        name: What errors call the file.
+
+    Raises:
+        UnreadableImage: Nothing is left of it.
+    """
+    try:
+        return transform(image)
+    except (ArithmeticError, ValueError) as e:
+        width, height = image.size
+        raise UnreadableImage(f"{flag}: nothing can be made of the image {name} of {width}x{height} pixels "
+                              f"({one_line(e, 120)}); check --crop-border-pixels, --crop-pct and --img-size") from None
 
 
 def unreadable(error: Exception, flag: str, name: str) -> UnreadableImage:

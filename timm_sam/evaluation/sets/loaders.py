@@ -18,13 +18,13 @@ from ...cli.models import image_mode
 from ...cli.tasks import target_transform
 from ..ranks import Ranks, batches_of
 from ..subject import Subject
-from .images import SuiteDataset, open_image, unreadable
+from .images import SuiteDataset, open_image, prepared, unreadable
 from .suites import Suite
 
 _logger = logging.getLogger(__name__)
 
 # What decoders raise. Of what else a data set does an error is a bug.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Strict(Dataset):
             image = open_image(file, self.dataset.input_img_mode, self.where, self._name(index))
         if target is not None and self.dataset.target_transform is not None:
             target = self.dataset.target_transform(target)
-        return self.transform(image), -1 if target is None else target
+        return prepared(self.transform, image, self.where, self._name(index)), -1 if target is None else target
 
     def _name(self, index: int) -> str:
         """What errors call a sample."""
