@@ -78,7 +78,18 @@ def test_class_that_the_model_has_not_is_one_line(target):
         CheckedTarget(None, 4, ORIGIN, '--valid-labels')(target)
 
 
+@pytest.mark.parametrize('target', ['cat', '1', 1.5, float('nan'), float('inf'), [1, 2], {}, torch.ones(2)])
+def test_target_that_is_no_number_of_a_class_is_one_line(target):
+    with pytest.raises(FieldError, match='hfds/y has the target .*which is no number of a class: .*--target-key') as e:
+        CheckedTarget(None, 4, ORIGIN)(target)
+    assert '\n' not in str(e.value)
+    assert [CheckedTarget(None, 4, ORIGIN)(k) for k in (2.0, True, torch.tensor(3))] == [2, 1, 3]
+
+
 def test_image_without_a_class_is_one_line():
-    """No loss takes -1: it was an error of torch's, on a GPU one that ends the process."""
+    """No loss takes -1: it was an error of torch's, on a GPU one that ends the process. timm makes it of None, too."""
     with pytest.raises(FieldError, match=r'hfds/y has images without a class \(-1\): name a split with labels'):
         CheckedTarget(None, 4, ORIGIN)(-1)
+    for read in (lambda reader: reader[0], list):
+        with pytest.raises(FieldError, match='hfds/y has images without a target: name a split with labels'):
+            read(CheckedReader([('file', None)], ORIGIN))

@@ -209,7 +209,9 @@ def test_data_set_of_the_hub_has_the_numbers_of_its_folder(run_in, named, tmp_pa
 @pytest.mark.filterwarnings('default::DeprecationWarning', 'default::FutureWarning', 'default::ResourceWarning')
 @pytest.mark.parametrize('third, options, words', [
     (-1, '', ['images without a class (-1)', 'name a split with labels']),
-    (3, '--valid-labels valid.txt', ['has the class 3, the model 2 outputs', '--valid-labels'])])
+    (3, '--valid-labels valid.txt', ['has the class 3, the model 2 outputs', '--valid-labels']),
+    ('', '', ['has images without a target', 'name a split with labels']),
+    (0.5, '', ['has the target ', 'which is no number of a class'])])
 def test_images_of_the_hub_that_have_no_class_that_counts(named, tmp_path, third, options, words):
     """Test splits whose labels are kept secret have -1."""
     pytest.importorskip('datasets')

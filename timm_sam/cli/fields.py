@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .errors import OptionError, WorkerError, one_line
+from .errors import OptionError, WorkerError, one_line, shown
 
 _OF_FIELDS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -52,14 +52,20 @@ class CheckedReader(Reader):
         self.origin = origin
 
     def __getitem__(self, index: int) -> Any:
-        """Raises FieldError if a field is not there."""
+        """Raises FieldError if a field is not there, or the target is none."""
         with self._named():
-            return super().__getitem__(index)
+            return self._whole(super().__getitem__(index))
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises FieldError if a field is not there."""
+        """Raises FieldError if a field is not there, or a target is none."""
         with self._named():
-            yield from self.reader
+            yield from map(self._whole, self.reader)
+
+    def _whole(self, sample: Any) -> Any:
+        if sample[1] is None:  # timm makes it -1, which no loss takes
+            raise FieldError(f"{self.origin} has images without a target: name a split with labels, or mend "
+                             f"--target-key")
+        return sample
 
     def _named(self) -> contextlib.AbstractContextManager[None]:
         return _as_field_error(f"{self.origin}: ", "; check --input-key, --target-key and --class-map")
@@ -84,10 +90,18 @@ class CheckedTarget:
         if self.transform is not None:
             with _as_field_error(f"{self.origin}: ", "; check --target-key, --target-format and --num-classes"):
                 return self.transform(target)
-        if int(target) == -1:  # what test splits have whose labels are kept secret
+        try:
+            number = int(target)
+            whole = bool(number == target)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            whole = False
+        if not whole:
+            raise FieldError(f"{self.origin} has the target {shown(target)}, which is no number of a class: name the "
+                             f"field that holds one by --target-key, or give --class-map")
+        if number == -1:  # what test splits have whose labels are kept secret
             raise FieldError(f"{self.origin} has images without a class (-1): name a split with labels, or mend "
                              f"--target-key")
-        if not 0 <= int(target) < self.num_classes:
+        if not 0 <= number < self.num_classes:
             raise FieldError(f"{self.origin} has the class {target}, the model {self.num_classes} outputs: mend "
                              f"{self.flag}, --target-key or --class-map")
         return target
