@@ -94,6 +94,25 @@ def test_grey_images_are_normalized_by_the_attack_as_by_the_loader(tmp_path, fit
     assert preprocessing['mean'] == pytest.approx([0.4]) and images.shape[1] == 1
 
 
+@pytest.mark.parametrize('loader', ['', '--no-prefetcher'])
+def test_images_of_more_than_eight_bits_as_they_are_are_not_attacked_cut_to_one(tmp_path, loader):
+    model = timm.create_model('test_resnet', num_classes=4, in_chans=1)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'grey.pth')
+    for name in 'abcd':
+        (tmp_path / 'deep' / name).mkdir(parents=True)
+        Image.new('I;16', (32, 32), 40_000).save(tmp_path / 'deep' / name / '0.png')
+    model = '--model test_resnet --num-classes 4 --in-chans 1 --checkpoint grey.pth'
+    command = f'{model} --eval val=deep {ATTACK} {loader}'
+    assert result(run_validate(tmp_path, command))  # 16 bits become 8
+    done = run_validate(tmp_path, f'{command} --input-img-mode F')
+    assert done.code == 2 and 'leave out --input-img-mode F' in done.last_line
+    assert ('--attack: images of val lie in [40000, 40000]' if loader else
+            '0.png holds numbers from 40000 to 40000, of which prefetching keeps 8 bits') in done.last_line
+    # without an attack they are what they are, where nothing cuts them
+    done = run_validate(tmp_path, f'{model} --data-dir deep --split "" {loader} --input-img-mode F')
+    assert done.code == (0 if loader else 2), done.err[-2000:]
+
+
 def test_subset_is_class_balanced_seeded_and_part_of_the_result(run, attacks, fitted, tmp_path):
     def chosen(command):
         attacks.clear()

@@ -161,6 +161,10 @@ def _attack_batches(args: argparse.Namespace, subject: Subject, attacked: Attack
     finished, started, robust = 0, time.time(), {radius: utils.AverageMeter() for radius in args.attack}
     for place, (images, labels) in zip(loaded.places, loaded):
         images, labels = images.to(subject.device), labels.to(subject.device)
+        lowest, highest = (float(v) for v in images.aminmax())
+        if not (lowest > -0.5 and highest < 1.5):  # resizing such images may overshoot by a little
+            raise OptionError(f"--attack: images of {attacked.suite.name} lie in [{lowest:g}, {highest:g}], and radii "
+                              f"are those of images in [0, 1]; leave out --input-img-mode {args.input_img_mode}")
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         for radius in args.attack:

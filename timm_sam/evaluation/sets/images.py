@@ -4,9 +4,10 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from PIL import Image, UnidentifiedImageError
+from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import Dataset
 
 from ...cli.errors import OptionError, WorkerError, one_line
@@ -82,8 +83,16 @@ def prepared(transform: Callable[[Image.Image], Any], image: Image.Image, flag: 
         name: What errors call the file.
 
     Raises:
-        UnreadableImage: Nothing is left of it.
+        UnreadableImage: Nothing is left of it, or nothing but the lowest bits.
     """
+    # timm's way to the prefetcher keeps 8 bits of any number: 40,000 would be 64
+    steps = getattr(transform, "transforms", ())
+    if is_deep(image.mode) and any(isinstance(step, MaybePILToTensor) for step in steps):
+        lowest, highest = cast(tuple[float, float], image.getextrema())  # of one channel
+        if not (lowest >= 0 and highest < 256):
+            raise UnreadableImage(f"{flag}: the image {name} holds numbers from {lowest:g} to {highest:g}, of which "
+                                  f"prefetching keeps 8 bits; leave out --input-img-mode {image.mode}, or add "
+                                  f"--no-prefetcher")
     try:
         return transform(image)
     except (ArithmeticError, ValueError) as e:
