@@ -18,8 +18,6 @@ def complete(args: argparse.Namespace) -> list[str]:
         OptionError: An older flag and its newer one say different things.
     """
     args.grad_accum_steps = max(1, args.grad_accum_steps)
-    if args.data and not args.data_dir:
-        args.data_dir = args.data
     warnings = _older_flags(args)
     if args.smoothing is None:
         args.smoothing = 0.0 if is_multilabel(args) else 0.1

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from ..cli.errors import OptionError
+from ..cli.errors import OptionError, shown
 from ..cli.parser import OptionParser, config_defaults
 from .ablations import add_ablation_flags, check_ablations
 from .checks import check_numbers, check_surroundings, check_values
@@ -13,7 +13,7 @@ from .diverged import add_run_flags
 from .flags import add_train_flags
 from .loggers import add_logger_flags
 from .losses import loss_type, without_effect
-from .sam_options import add_sam_flags, check_sam, parse_noting_sam
+from .sam_options import add_sam_flags, check_sam, parse_noting
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         SystemExit: With code 2, for what the parser itself refuses.
     """
     left_out = config_defaults(parser, argv, GONE)
-    args, given = parse_noting_sam(parser, argv)
+    args, given = parse_noting(parser, argv, ["data_dir"])
+    _take_folder(args, args.data != parser.get_default("data"), "data_dir" in given)
     check_numbers(args)
     warnings = [*left_out, *complete(args)]
     check_values(args)
@@ -84,3 +85,24 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     for warning in warnings if os.environ.get("RANK", "0") == "0" else ():
         _logger.warning(warning)
     return args
+
+
+def _take_folder(args: argparse.Namespace, bare: bool, flagged: bool) -> None:
+    """The folder without a flag stands for --data-dir; on the command line it wins over that of a YAML file.
+
+    Args:
+        args: All options; ``data_dir`` is completed.
+        bare: Whether ``data`` is on the command line.
+        flagged: Whether --data-dir is.
+
+    Raises:
+        OptionError: Both are, and are not the same: one may be meant for a flag that takes no value.
+    """
+    if not args.data or args.data == args.data_dir:
+        return
+    if bare and flagged and args.data_dir:
+        raise OptionError(f"{shown(args.data)} belongs to no flag, so that it is the folder of the data set, and "
+                          f"--data-dir {args.data_dir} is another: leave one of the two out (switches take no value, "
+                          f"most other flags one)")
+    if bare or not args.data_dir:
+        args.data_dir = args.data

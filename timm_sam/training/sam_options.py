@@ -135,18 +135,24 @@ def add_sam_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
                 f"{parameter.begun} (default {said}: {parameter.default})")
 
 
-def parse_noting_sam(parser: argparse.ArgumentParser,
-                     argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse_noting(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                 others: Collection[str] = ()) -> tuple[argparse.Namespace, list[str]]:
     """Parses a command line.
 
+    Args:
+        parser: Of the command.
+        argv: Its arguments; None: those of the process.
+        others: Names of further options to note.
+
     Returns:
-        All options, and the names of the SAM options that stand on the command line, whatever their value.
+        All options, and the names of those that stand on the command line, whatever their value: of the SAM options
+        and the others.
 
     Raises:
         SystemExit: With code 2, for what the parser refuses.
     """
     # what the command line leaves out keeps the mark, so that a flag given with its default value is noticed too
-    dests = [a.dest for a in parser._actions if a.dest.startswith("sam_")]
+    dests = [a.dest for a in parser._actions if a.dest.startswith("sam_") or a.dest in others]
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(dests, _UNSET)))
     given = [dest for dest in dests if getattr(args, dest) is not _UNSET]
     for dest in dests:
