@@ -100,6 +100,8 @@ LAUGHS = 'model_kwargs:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
     ('lr: ' + 'x' * 100_000, ['lr:', 'float']),
     ('train_size_schedule: ' + 'x' * 100_000, ['train_size_schedule:', 'one of']),
     ('sam_variant: [sam]', ["sam_variant: ['sam']", 'a single value']),
+    ('lr: 0.1\nepochs: 3\n"lr": 0.2\n', ["'lr' stands in it twice, in lines 1 and 3", 'remove one']),
+    ('model_kwargs:\n  depth: 2\n  depth: 3\n', ["'depth' stands in it twice, in lines 2 and 3"]),
 ])
 def test_content_that_is_no_value_is_one_line(refused, text, words):
     message = refused(text)
@@ -134,7 +136,8 @@ def test_bases_without_end_are_one_line(refused, tmp_path):
 
 @pytest.mark.parametrize('text, expected', [
     ('epochs: 300.0', 300), ('wandb_tags: []', []), ('decay_milestones: [3.0, 5]', [3, 5]),
-    ('experiment: 3', '3'), ('lr: 1', 1.0), ('sam_every: 2.0', 2), ('model_kwargs: {d: 2020-01-01, n: null}', None)])
+    ('experiment: 3', '3'), ('lr: 1', 1.0), ('<<: {lr: 0.1}\nlr: 0.2', 0.2),
+    ('sam_every: 2.0', 2), ('model_kwargs: {d: 2020-01-01, n: null}', None)])
 def test_what_can_be_read_is(tmp_path, text, expected):
     from timm_sam.cli.parser import load_yaml
     (tmp_path / 'c.yaml').write_text(text)

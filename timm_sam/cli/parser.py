@@ -148,19 +148,36 @@ def load_yaml(path: str, parser: argparse.ArgumentParser,
     return values, list(left_out.values())
 
 
-def read_yaml(path: str) -> Any:
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: of its values PyYAML takes the last, without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:  # as they are written: what '<<' merges may be given once more
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{shown(key.value)} stands in it twice, in lines {lines[key.value]} and {line}: "
+                                 f"remove one")
+            lines[key.value] = line
+        return node
+
+
+def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """What a YAML file holds.
 
     Raises:
         OSError: It cannot be read, or is no regular file: a pipe may never end.
-        ValueError: It is no YAML, or no text.
+        ValueError: It is no YAML, or no text, or the loader refuses it.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         kind = "it is a directory" if os.path.isdir(path) else "it is no regular file"
         raise OSError(errno.EINVAL, kind)
     with open(path, encoding="utf-8") as f:
         try:
-            return yaml.safe_load(f)
+            return yaml.load(f, loader)
         except OSError:
             raise
         except Exception as e:  # it makes dates, numbers and more of text, and fails in as many ways
@@ -185,7 +202,7 @@ def _read_yaml(path: str, above: list[str]) -> list[tuple[str, dict[Any, Any]]]:
     if os.path.realpath(path) in above:
         raise OptionError(f"--config {path}: is its own base, by {' -> '.join(above)}; remove one 'base'")
     try:
-        config = read_yaml(path)
+        config = read_yaml(path, _EachKeyOnce)
     except OSError as e:
         raise OptionError(f"--config {path}: {e.strerror or e}; give the path of a YAML file") from None
     except ValueError as e:
