@@ -125,6 +125,10 @@ def test_ranks_stop_after_the_same_update_though_hosts_run_ahead_of_devices(monk
     ({'WORLD_SIZE': '2'}, ['WORLD_SIZE=2', 'MASTER_ADDR, MASTER_PORT, RANK are not set', 'torchrun']),
     ({'WORLD_SIZE': 'two'}, ['WORLD_SIZE=two', 'no number']),
     ({'WORLD_SIZE': '2', 'RANK': ''}, ['RANK=', 'no number']),
+    ({'WORLD_SIZE': '2', 'RANK': '2', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '29500'},
+     ['RANK=2', 'no rank of 2 processes (WORLD_SIZE)', 'set it to 0 to 1']),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '0'}, ['MASTER_PORT=0', '1 to 65535']),
+    ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'node1', 'MASTER_PORT': '99999'}, ['MASTER_PORT=99999']),
 ])
 def test_launcher_that_leaves_something_out_is_one_line(said, words, run_in, tmp_path, monkeypatch):
     for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', *said):

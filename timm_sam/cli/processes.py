@@ -42,6 +42,14 @@ def check_launcher() -> None:
             f"{said_by}={count} in the environment says that this is one of {count} processes, but "
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start them by torchrun, or by srun "
             f"with MASTER_ADDR (a name of the first machine) and MASTER_PORT; for a single process unset {said_by}")
+    numbered_by = "RANK" if "RANK" in os.environ else "SLURM_PROCID"
+    rank, port = int(os.environ[numbered_by]), int(os.environ["MASTER_PORT"])
+    if rank >= count:  # torch waits for a rank that never comes
+        raise OptionError(f"{numbered_by}={rank} in the environment is no rank of {count} processes ({said_by}), which "
+                          f"are counted from 0: set it to 0 to {count - 1}, or start the processes by torchrun")
+    if not 1 <= port <= 65535:
+        raise OptionError(f"MASTER_PORT={port} in the environment is no port: set it to one from 1 to 65535 that is "
+                          f"free on the first machine")
 
 
 def stay_on_machine() -> None:
