@@ -161,11 +161,12 @@ def test_torchrun_restarts_after_a_rank_has_died_and_goes_on_from_the_last_epoch
 
 @pytest.mark.parametrize('options, words', [
     ('--sam-rho 0.7', ['--sam-rho', '0.7']), ('--sam-rho 0.5 --lr 0.01', ['--lr', '0.01']),
-    ('--sam-rho 0.5 --seed 1', ['--seed', '1'])])
+    ('--sam-rho 0.5 --seed 1', ['--seed', '1']),
+    ('--sam-rho 0.5 --epochs 2', ['--epochs', '2'])])
 def test_resume_auto_does_not_go_on_with_another_run(runs, options, words):
     folder = runs.folder / 'out' / 'whole'
     before = (folder / 'args.yaml').read_bytes()
-    out = runs.here(f'--sam-variant sam {options} --epochs 4 --experiment whole --resume auto', code=2)
+    out = runs.here(f'--sam-variant sam --epochs 4 {options} --experiment whole --resume auto', code=2)
     last = out.rstrip().splitlines()[-1]
     assert all(word in last for word in ['--resume auto', 'another', '--experiment', *words]) and 'Traceback' not in out
     assert (folder / 'args.yaml').read_bytes() == before
@@ -179,6 +180,12 @@ def test_options_of_a_run_that_goes_on_with_others_are_kept(runs):
     assert 'other options than before: epochs, sam_rho' in out
     assert (folder / 'args-before-epoch-1.yaml').read_bytes() == before
     assert read_run(str(folder)).status == MIXED
+    between = (folder / 'args.yaml').read_bytes()
+    for _ in range(2):  # from the same epoch once more, and yet once more with what that run had
+        out = runs.here(f'{SAM} --epochs 2 --experiment changed --resume {folder}/checkpoint-0.pth.tar --seed 3')
+    assert (folder / 'args-before-epoch-1.yaml').read_bytes() == before
+    assert (folder / 'args-before-epoch-1-2.yaml').read_bytes() == between
+    assert len(list(folder.glob('args-before*'))) == 2 and 'other options than before' not in out
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """The folder that a run writes: whose it is, what is gone on with there, and what it begins with."""
 import argparse
+import filecmp
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import yaml
 
@@ -39,7 +41,9 @@ def check_output(args: argparse.Namespace) -> None:
                               f"another name")
     if args.resume == "auto":
         # more epochs are a reason to go on; anything else is another run under the name of this one
-        changed = [name for name in _changed(folder, dump_args(args)) if name not in ("epochs", "stop_epoch")]
+        text = dump_args(args)
+        more = ("stop_epoch", "epochs") if _has_more_epochs(folder, args.epochs) else ("stop_epoch",)
+        changed = [name for name in _changed(folder, text) if name not in more]
         if changed and any(name.endswith(files.ENDING) for name in names):
             flag = "--" + changed[0].replace("_", "-")
             raise OptionError(
@@ -200,10 +204,11 @@ class Output:
             # a run that was stopped, and goes on to its end, is the one that was not
             changed = [name for name in _changed(folder, args_text) if name != "stop_epoch"]
             if changed:
-                before = files.ARGS_BEFORE.format(start_epoch)
+                before = _free_name(folder, start_epoch)
                 _logger.warning(f"Going on with other options than before: {', '.join(changed)}. The earlier ones are "
                                 f"kept in {before}.")
-                files.duplicate(path, os.path.join(folder, before))
+                if not os.path.exists(os.path.join(folder, before)):
+                    files.duplicate(path, os.path.join(folder, before))
             with files.replacing(path) as f:
                 f.write(args_text)
         return folder, made
@@ -220,16 +225,39 @@ def _new_folder(folder: str) -> str:
     raise FileExistsError(17, "a thousand of that name are there", folder)
 
 
-def _changed(folder: str, args_text: str) -> list[str]:
-    """The options that make this run another one than that in the folder; none if that one's are unknown."""
+def _options(folder: str) -> dict[str, Any]:
+    """The options of the run in a folder; empty if they are unknown."""
     try:
         before = read_yaml(os.path.join(folder, files.ARGS))
     except (FileNotFoundError, ValueError):
-        return []
+        return {}
     except OSError as e:
         raise OptionError(f"--experiment: {os.path.join(folder, files.ARGS)} cannot be read ({e.strerror}), so nobody "
                           f"knows which run is there; see to the file, or choose another name") from e
-    return changed_options(before, yaml.safe_load(args_text)) if isinstance(before, dict) else []
+    return before if isinstance(before, dict) else {}
+
+
+def _changed(folder: str, args_text: str) -> list[str]:
+    """The options that make this run another one than that in the folder; none if that one's are unknown."""
+    before = _options(folder)
+    return changed_options(before, yaml.safe_load(args_text)) if before else []
+
+
+def _has_more_epochs(folder: str, epochs: int) -> bool:
+    before = _options(folder).get("epochs")
+    return isinstance(before, (int, float)) and epochs > before
+
+
+def _free_name(folder: str, epoch: int) -> str:
+    """Under which the options up to an epoch are kept: earlier ones that were kept there stay.
+
+    A run may go on from the same epoch several times, each time with other options.
+    """
+    path, name, number = os.path.join(folder, files.ARGS), files.ARGS_BEFORE.format(epoch), 1
+    while os.path.exists(kept := os.path.join(folder, name)) and not filecmp.cmp(path, kept, shallow=False):
+        number += 1
+        name = files.ARGS_BEFORE.format(f"{epoch}-{number}")
+    return name
 
 
 def _folder(args: argparse.Namespace, name: str = "") -> str:
