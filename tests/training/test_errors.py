@@ -89,6 +89,7 @@ ROWS = [
     ('--decay-epochs 0', ['--decay-epochs 0']),
     ('--reprob 0.5 --remode foo', ['--remode foo', 'pixel']),
     ('--experiment ..', ['--experiment ..']),
+    ('--experiment ./', ['--experiment ./']),
     ('--device-modules nope', ['--device-modules nope', 'install']),
     ("--device-modules ''", ['--device-modules', 'Empty module name']),
     ('--device-modules .x', ['--device-modules .x', 'relative import']),

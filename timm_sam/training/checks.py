@@ -266,5 +266,6 @@ def _surroundings(args: argparse.Namespace) -> Rules:
     yield (os.path.exists(args.output) and not os.path.isdir(args.output),
            f"--output {args.output} is a file: name a folder")
     parts = args.experiment.split(os.sep)
-    yield (os.path.isabs(args.experiment) or ".." in parts or args.experiment == ".",
+    itself = bool(args.experiment) and os.path.normpath(args.experiment) == "."  # also './': the folder of all runs
+    yield (os.path.isabs(args.experiment) or ".." in parts or itself,
            f"--experiment {args.experiment} is not a name below --output: leave out '..' and leading slashes")
