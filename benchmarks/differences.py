@@ -3,9 +3,8 @@
 
     python benchmarks/differences.py benchmarks/results/digits_table.csv
 
-takes the ``report.csv`` of ``python -m timm_sam.report``, where the runs are not at hand any more; from runs the report
-itself says it. Two comparisons at the chosen radii: each cell minus plain training, and ``onlynorm`` minus ``all`` of
-the same row. Intervals are Welch's over seeds, at 95 %.
+takes the ``report.csv`` of ``python -m timm_sam.report``, or its chosen rows. Two comparisons at the chosen radii: each
+cell minus plain training, and ``onlynorm`` minus ``all`` of the same row. Intervals are Welch's over seeds, at 95 %.
 """
 import csv
 import os

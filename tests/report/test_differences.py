@@ -30,9 +30,21 @@ def test_docs_say_what_the_command_prints(capsys):
     assert re.findall(r'\| (\w+ \w+) - plain .* not distinguishable', out.split('vit_tiny')[0]) == [
         'elementwise_l2 all', 'layerwise_l2 all', 'layerwise_l2 onlynorm']
     # all of the table in the docs is what is stored
-    stored = {f'{row["top1_mean"]} ± {row["top1_std"]}' for row in rows(STORED)}
+    stored = {f'{float(row["top1_mean"]):.2f} ± {float(row["top1_std"]):.2f}' for row in rows(STORED)}
     table = DOCS.split('| | ResNet')[1].split('\n\n')[0]
     assert set(re.findall(r'[\d.]+ ± [\d.]+', table)) == stored and table.count('±') == len(rows(STORED))
+
+
+@pytest.mark.full
+def test_stored_table_is_that_of_the_packed_runs(tmp_path, capsys):
+    from timm_sam.paper.__main__ import main as paper
+    from timm_sam.report.__main__ import main as report
+    packed = ROOT / 'benchmarks' / 'results' / 'digits_table_packed.csv'
+    assert paper(['unpack', str(packed), str(tmp_path / 'runs')]) == 0
+    assert report([str(tmp_path / 'runs'), '--out', str(tmp_path / 'out'), '--no-plots']) == 0
+    drawn = [row for row in rows(tmp_path / 'out' / 'report.csv') if row['chosen'] == '1']
+    stored = rows(STORED)
+    assert [{name: row[name] for name in stored[0]} for row in drawn] == stored
 
 
 def test_of_a_report(grid, tmp_path, capsys):
