@@ -39,7 +39,7 @@ from timm_sam.cli.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, 
 from timm_sam.cli.rules import apply, device_is_there
 from timm_sam.cli.text import csv_text, write_text
 from timm_sam.training.options import build_train_parser
-from timm_sam.training.sam_options import add_sam_flags, check_sam, create_update, merged_methods, parse_noting_sam
+from timm_sam.training.sam_options import add_sam_flags, check_sam, create_update, merged_methods, parse_noting
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": dict(size=Size(width=128, layers=2, between=256, heads=4, subwords=4000), epochs=10, lr=1e-3,
@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         OptionError: Something is wrong with them.
     """
-    args, given = parse_noting_sam(build_parser(), argv)
+    args, given = parse_noting(build_parser(), argv)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
