@@ -95,4 +95,5 @@ def built(wrap, net='tiny', optimizer='sgd', dtype=torch.float64, **options):
     wrapped = WRAP[wrap](model)
     params = options.get('params', 'onlynorm')
     options = {'rho': RHO.get(options.get('variant'), 0.5), 'sync': WAY[params], **options}
-    return model, wrapped, SAM(OPTIMIZERS[optimizer](model), wrapped, **options)
+    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    return model, wrapped, SAM(make(model), wrapped, **options)

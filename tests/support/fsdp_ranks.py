@@ -52,8 +52,12 @@ def train(rank, wrap, net='tiny', optimizer='sgd', updates=UPDATES, way='minimiz
 
 
 def half(rank, wrap):
-    """bfloat16 weights: what they took of a perturbation."""
-    return train(rank, wrap, params='all', dtype=torch.bfloat16, updates=3)
+    """bfloat16 weights: what they took of a perturbation.
+
+    The rate is a power of two: torch rounds `w + alpha * g` once or twice, by where in a tensor, or a part, w stands.
+    """
+    return train(rank, wrap, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.125), params='all',
+                 dtype=torch.bfloat16, updates=3)
 
 
 def counted(rank, wrap, keeps, options, size=64):
