@@ -30,7 +30,7 @@ TRAIN = Path(__file__).resolve().with_name("train.py")
 
 
 def cells(rho_all: float, rho_on: float) -> dict[str, list[str]]:
-    """Flags of each row."""
+    """Flags of each row; the last one is its rho."""
     return {"vanilla": [],
             "SAM-all": ["--sam-variant", "sam", "--sam-params", "all", "--sam-rho", f"{rho_all:g}"],
             "SAM-ON": ["--sam-variant", "sam", "--sam-params", "onlynorm", "--sam-rho", f"{rho_on:g}"]}
@@ -124,7 +124,6 @@ def run_all(args: Namespace, command: str) -> list[Done]:
         OptionError: As of :func:`train`; no further run is begun.
     """
     flags = cells(args.rho_all, args.rho_on)
-    rhos = {"vanilla": "", "SAM-all": f"{args.rho_all:g}", "SAM-ON": f"{args.rho_on:g}"}
     length = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     # several at a time share the cores; one alone takes what torch gives it
     threads = [] if args.jobs == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // args.jobs))]
@@ -136,8 +135,8 @@ def run_all(args: Namespace, command: str) -> list[Done]:
         try:
             for future in as_completed(waiting):
                 (name, seed), result = waiting[future], future.result()
-                done[name, seed] = Done(name, rhos[name], seed, int(result["epochs"]), int(result["updates"]),
-                                        result["valid_bleu"], result["test_bleu"])
+                done[name, seed] = Done(name, "".join(flags[name][-1:]), seed, int(result["epochs"]),
+                                        int(result["updates"]), result["valid_bleu"], result["test_bleu"])
                 say(f"{name}, seed {seed}: test BLEU {result['test_bleu']:.2f}")
                 runs = [done[key] for key in order if key in done]
                 write_text(str(args.out / "table.md"), table(runs, command), "--out")

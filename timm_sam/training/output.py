@@ -41,9 +41,9 @@ def check_output(args: argparse.Namespace) -> None:
                               f"another name")
     if args.resume == "auto":
         # more epochs are a reason to go on; anything else is another run under the name of this one
-        text = dump_args(args)
-        more = ("stop_epoch", "epochs") if _has_more_epochs(folder, args.epochs) else ("stop_epoch",)
-        changed = [name for name in _changed(folder, text) if name not in more]
+        before = _options(folder)
+        more = ("stop_epoch", "epochs") if _has_more_epochs(before, args.epochs) else ("stop_epoch",)
+        changed = [name for name in _changed(before, dump_args(args)) if name not in more]
         if changed and any(name.endswith(files.ENDING) for name in names):
             flag = "--" + changed[0].replace("_", "-")
             raise OptionError(
@@ -202,7 +202,7 @@ class Output:
                 trim(os.path.join(folder, files.SUMMARY), start_epoch)
             path = os.path.join(folder, files.ARGS)
             # a run that was stopped, and goes on to its end, is the one that was not
-            changed = [name for name in _changed(folder, args_text) if name != "stop_epoch"]
+            changed = [name for name in _changed(_options(folder), args_text) if name != "stop_epoch"]
             if changed:
                 before = _free_name(folder, start_epoch)
                 _logger.warning(f"Going on with other options than before: {', '.join(changed)}. The earlier ones are "
@@ -237,15 +237,14 @@ def _options(folder: str) -> dict[str, Any]:
     return before if isinstance(before, dict) else {}
 
 
-def _changed(folder: str, args_text: str) -> list[str]:
-    """The options that make this run another one than that in the folder; none if that one's are unknown."""
-    before = _options(folder)
+def _changed(before: dict[str, Any], args_text: str) -> list[str]:
+    """The options that make this run another one than that of :func:`_options`; none if that one's are unknown."""
     return changed_options(before, yaml.safe_load(args_text)) if before else []
 
 
-def _has_more_epochs(folder: str, epochs: int) -> bool:
-    before = _options(folder).get("epochs")
-    return isinstance(before, (int, float)) and epochs > before
+def _has_more_epochs(before: dict[str, Any], epochs: int) -> bool:
+    had = before.get("epochs")
+    return isinstance(had, (int, float)) and epochs > had
 
 
 def _free_name(folder: str, epoch: int) -> str:
