@@ -190,20 +190,22 @@ def test_learning_rate_rises_and_falls_with_the_root():
 
 # ---- search and score
 
-MOST = 18  # subwords that a search may find for sources of six and END
+def most(source):
+    """How many subwords a search may find for a source, END among them."""
+    return int(1.2 * int((source != data.PAD).sum())) + 10
 
 
 def score_of(model, source, sentence):
     """Log probability per subword, END among them where the sentence is over."""
-    words = [*sentence, data.END][:MOST]
-    logits = model(source, torch.tensor([[data.BEGIN, *sentence][:MOST]]))[0]
+    words = [*sentence, data.END][:most(source)]
+    logits = model(source, torch.tensor([[data.BEGIN, *sentence][:most(source)]]))[0]
     return logits.log_softmax(-1).gather(1, torch.tensor(words)[:, None]).mean().item()
 
 
 def greedily(model, source):
     """One subword after the other, as the definition has it."""
     tokens = [data.BEGIN]
-    while len(tokens) <= MOST and tokens[-1] != data.END:
+    while len(tokens) <= most(source) and tokens[-1] != data.END:
         logits = model(source, torch.tensor([tokens]))[0, -1]
         logits[[data.PAD, data.BEGIN]] = -math.inf
         tokens.append(int(logits.argmax()))
@@ -214,17 +216,39 @@ def greedily(model, source):
 def test_beam_of_one_is_greedy_and_five_are_better():
     model = model_of().eval()
     source = data.collate(examples(8)).source
-    assert int(1.2 * source.shape[1]) + 10 == MOST
     # a fresh model never ends: so END is about as likely as some subword that it likes
     model.output.weight[data.END] = 1.05 * model.output.weight[transformer.search(model, source, 1)[0][0][3]]
     greedy, scores = transformer.search(model, source, 1)
     better, best = transformer.search(model, source, 5)
     assert greedy == [greedily(model, row[None]) for row in source]
-    assert any(len(sentence) < MOST for sentence in greedy)
+    assert any(len(sentence) < most(row) for row, sentence in zip(source, greedy))
     for found, said in ((greedy, scores), (better, best)):
         for i, sentence in enumerate(found):
             assert said[i].item() == pytest.approx(score_of(model, source[i:i + 1], sentence), abs=1e-9)
     assert (best >= scores - 1e-9).all() and (best > scores + 1e-9).any()
+
+
+@torch.no_grad()
+def test_places_one_by_one_are_the_model():
+    model, batch = model_of().eval(), with_padding(data.collate(examples()), 2)
+    decoder = transformer.Decoder(model, *model.encode(batch.source))
+    found = torch.stack([decoder.next(tokens) for tokens in batch.target_in.T], 1)
+    torch.testing.assert_close(found, model(batch.source, batch.target_in), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('beam', [1, 3])
+def test_translation_does_not_depend_on_what_is_beside_it(beam):
+    model = model_of().eval()
+    sources = [row.source[:n] for row, n in zip(examples(8), [6, 2, 4, 1, 6, 3, 5, 6])]
+    batch = data.padded([[*source, data.END] for source in sources])
+    model.output.weight[data.END] = 1.05 * model.output.weight[transformer.search(model, batch, 1)[0][0][3]]
+    found, scores = transformer.search(model, batch, beam)
+    assert len({len(sentence) for sentence in found}) > 3
+    for i, source in enumerate(sources):
+        alone, score = transformer.search(model, torch.tensor([[*source, data.END]]), beam)
+        assert alone == [found[i]] and score.item() == pytest.approx(scores[i].item(), abs=1e-9)
+        assert len(found[i]) <= int(1.2 * (len(source) + 1)) + 10
 
 
 def test_references_have_the_best_score():
