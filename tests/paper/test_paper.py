@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from support.images import write_image_folder
 from support.paper import SETTINGS, paper_tables
 from support.places import ROOT
-from support.reports import write_run
+from support.reports import checkpoint, rows, sam, write_results, write_run
 from support.running import in_process
 from timm.data import create_transform
 
@@ -25,6 +25,7 @@ from timm_sam.paper.exhibits import CIFAR100, TABLE, Config
 from timm_sam.paper.plan import Plan
 from timm_sam.paper.results import Line, collect
 from timm_sam.paper.show import overview, table_text
+from timm_sam.report.__main__ import main as report
 from timm_sam.training.options import build_train_parser, read_args
 
 sys.path.insert(0, str(ROOT / 'examples'))
@@ -248,16 +249,38 @@ def test_figure_that_cannot_be_written_is_a_mistake(tmp_path):
 
 @pytest.mark.parametrize('name, content', [
     ('args.yaml', b'- model'), ('args.yaml', b'model: x\nmean: 2020-01-01\n'), ('summary.csv', b'\xff\n'),
-    ('attack.json', b'{')])
+    ('attack.json', b'{'), ('attack.outputs/test.npz', b'PK')])
 def test_run_that_cannot_be_packed_is_named(tmp_path, name, content):
     folder = write_run(tmp_path / 'runs' / 'a')
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     done = in_process(main, shlex.split('pack runs --to runs.csv'), tmp_path)
     assert done.code == 2 and f'runs/a: {name} cannot be read' in done.err and done.err.count('\n') == 1, done.err
     assert [path.name for path in tmp_path.iterdir()] == ['runs']
 
 
-@pytest.mark.parametrize('line', ['a,summary.csv,0', 'a,summary.csv,0,x,y', 'a,args.yaml,model,{'])
+def test_report_with_evaluations_is_drawn_again_from_one_file(tmp_path):
+    for name, options, accuracy in (('plain', {}, 70.0), ('on', sam(1, params='onlynorm'), 74.0)):
+        for seed in (0, 1):
+            run = write_run(tmp_path / 'out' / 'runs' / f'{name}-{seed}', (1.0, 2.0, accuracy + seed),
+                            **{**options, 'seed': seed})
+            path = checkpoint(run)
+            write_results(run / 'evaluation.json', [path], [seed + (name == 'on')], outputs=True)
+    line = 'runs {} --out report --no-plots'.format('--evaluations ' + ' '.join(
+        f'runs/{name}-{seed}/evaluation.json' for name in ('plain', 'on') for seed in (0, 1)))
+    assert in_process(report, shlex.split(line), tmp_path / 'out').code == 0
+    packed = in_process(main, shlex.split('pack out/runs --to runs.csv'), tmp_path)
+    assert packed.code == 0 and (tmp_path / 'runs.csv').read_text().count('a/0001.png') == 1, packed.err
+    assert in_process(main, shlex.split('unpack runs.csv again/runs'), tmp_path).code == 0
+    assert in_process(report, shlex.split(line), tmp_path / 'again').code == 0
+    for name in ('evaluations.csv', 'differences.csv'):
+        assert (tmp_path / 'again' / 'report' / name).read_text() == (tmp_path / 'out' / 'report' / name).read_text()
+    compared = [row for row in rows(tmp_path / 'again' / 'report' / 'differences.csv') if row['images_low']]
+    assert [(row['variant'], row['dataset'], row['measure']) for row in compared] == [('sam', 'imagenet', 'top1')]
+
+
+@pytest.mark.parametrize('line', ['a,summary.csv,0', 'a,summary.csv,0,x,y', 'a,args.yaml,model,{',
+                                  'a,e.outputs/i.npz,right,ff', 'a,e.outputs/i.npz,names,none'])
 def test_torn_file_is_not_unpacked(tmp_path, line):
     (tmp_path / 'runs.csv').write_text(f'run,file,key,value\nb,args.yaml,seed,1\n{line}\n')
     done = in_process(main, shlex.split('unpack runs.csv runs'), tmp_path)

@@ -115,6 +115,23 @@ def test_checkpoint_that_the_accuracy_is_of_counts(runs, report, tmp_path):
     assert 'recovery-1-3' in report('--evaluations', only).split('## Evaluations without a run')[1]
 
 
+def test_run_whose_checkpoint_is_gone_has_the_evaluations_in_its_folder(runs, report, tmp_path):
+    files = [write_results(path.parent / 'evaluation.json', [path], [step])
+             for step, name in enumerate(runs) for path in runs[name]]
+    whole = report('--evaluations', *files)
+    for path in (path for paths in runs.values() for path in paths):
+        path.unlink()
+    assert report('--evaluations', *files) == whole and '74.00 ± 0.00' in whole
+    # of a checkpoint that lay elsewhere, and beside one that is there and is another
+    first, second = runs['plain']
+    files[0].write_text(files[0].read_text().replace('plain-0', 'older'))
+    checkpoint(second.parent, content='trained anew')
+    text = report('--evaluations', *files)
+    assert all(str(path.parent) in text.split('## Runs without an evaluation')[1].split('##')[0]
+               for path in (first, second))
+    assert 'older' in text.split('## Evaluations without a run')[1]
+
+
 def test_files_that_contradict_each_other_are_named(runs, report, tmp_path):
     first = write_results(tmp_path / 'a.json', runs['plain'][:1], [0])
     other = write_results(tmp_path / 'b.json', runs['plain'][:1], [1])

@@ -1,25 +1,30 @@
 """Runs as one CSV file, small enough for a repository: what they were asked for, and what came out, without weights.
 
 One line per option or line of a file: ``run,file,key,value``. Options that all runs have in common stand once, under
-the run ``*``.
+the run ``*``. Of the outputs of ``validate.py --save-outputs`` the images that were right are kept, as bits, and the
+names of the images once, under the run ``*``: comparisons over images need no more.
 """
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ..cli.errors import OptionError, one_line
 from ..cli.parser import read_yaml
 from ..cli.text import csv_text, write_table
+from ..evaluation import outputs
 from ..report.runs import find_runs
 from ..runs import files, timing
 from ..runs.sameness import NOT_COMPARED, placeless
 
 HEADER = ("run", "file", "key", "value")
 _ALL = "*"
+_NAMES = "names"  # of images, under the run _ALL and by a digest
 _LINES = (files.SUMMARY, timing.FILE)
 
 
@@ -42,11 +47,13 @@ def pack(root: str, path: str) -> int:
     common = {key: value for key, value in first.items()
               if all(key in other and other[key] == value for other in options.values())}
     rows: list[Sequence[object]] = [(_ALL, files.ARGS, key, _text(value)) for key, value in common.items()]
+    images: dict[str, str] = {}
     for folder, args in options.items():
         run = os.path.relpath(folder, root)
         rows += [(run, files.ARGS, key, _text(value)) for key, value in args.items() if key not in common]
         for name in sorted(_names(folder)):
-            rows += [(run, name, *line) for line in _content(folder, name)]
+            rows += [(run, name, *line) for line in _content(folder, name, images)]
+    rows += [(_ALL, _NAMES, digest, names) for digest, names in images.items()]
     write_table(path, csv_text(HEADER, rows), "--to")
     return len(folders)
 
@@ -67,7 +74,8 @@ def unpack(path: str, root: str) -> int:
     if os.path.lexists(root):
         raise OptionError(f"{root} is in use: remove it, or name another folder")
     rows = _read(path)
-    common = {row["key"]: row["value"] for row in rows if row["run"] == _ALL}
+    common = {row["key"]: row["value"] for row in rows if row["run"] == _ALL and row["file"] == files.ARGS}
+    images = {row["key"]: row["value"] for row in rows if row["run"] == _ALL and row["file"] == _NAMES}
     runs: dict[str, dict[str, list[dict[str, str]]]] = {}
     for row in rows:
         if row["run"] != _ALL:
@@ -76,7 +84,9 @@ def unpack(path: str, root: str) -> int:
         # of all runs before anything is written
         options = {run: _options_again({**common, **{row["key"]: row["value"] for row in parts.pop(files.ARGS, [])}})
                    for run, parts in runs.items()}
-    except ValueError as e:
+        saved = {run: {name: _outputs_again(parts.pop(name), images) for name in list(parts) if _holds_outputs(name)}
+                 for run, parts in runs.items()}
+    except (ValueError, KeyError) as e:
         raise OptionError(f"{path}: {one_line(e)}; give a file that pack has written") from e
     try:
         for run, parts in runs.items():
@@ -85,6 +95,9 @@ def unpack(path: str, root: str) -> int:
             _write(folder, files.ARGS, [options[run]])
             for name, lines in parts.items():
                 _write(folder, name, [row["value"] for row in lines])
+            for name, arrays in saved[run].items():
+                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                np.savez(os.path.join(folder, name), allow_pickle=False, **arrays)
     except OSError as e:
         raise OptionError(f"{root} cannot be written ({e.strerror}): name another folder") from e
     return len(runs)
@@ -96,11 +109,26 @@ def _options_again(values: Mapping[str, str]) -> str:
                           default_flow_style=False).rstrip("\n")
 
 
+def _outputs_again(lines: Sequence[Mapping[str, str]], images: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The arrays of a file of outputs, of lines as :func:`_bits` has written them."""
+    found = {line["key"]: line["value"] for line in lines}
+    names = np.array(json.loads(images[found["names"]]))
+    bits = np.frombuffer(bytes.fromhex(found["right"]), np.uint8)
+    if names.ndim != 1 or names.dtype.kind != "U" or len(bits) != -(-len(names) // 8):
+        raise ValueError("outputs are torn")
+    return dict(names=names, right=np.unpackbits(bits, count=len(names)).astype(bool))
+
+
 def _names(folder: str) -> list[str]:
-    """The files that are kept: tables of the training, and results of evaluations, which may lie in folders."""
-    found = [os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder)
-             for name in names if name.endswith(".json")]
-    return [*found, *(name for name in _LINES if os.path.isfile(os.path.join(folder, name)))]
+    """The files that are kept: tables of the training, results of evaluations, in folders too, and outputs."""
+    found = [os.path.relpath(os.path.join(place, name), folder)
+             for place, _, names in os.walk(folder) for name in names]
+    return [*(name for name in found if name.endswith(".json") or _holds_outputs(name)),
+            *(name for name in _LINES if os.path.isfile(os.path.join(folder, name)))]
+
+
+def _holds_outputs(name: str) -> bool:
+    return name.endswith(".npz") and os.path.dirname(name).endswith(".outputs")
 
 
 def _portable(value: Any) -> Any:
@@ -112,9 +140,20 @@ def _portable(value: Any) -> Any:
     return os.path.join(*value.split(os.sep)[-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _content(folder: str, name: str) -> list[tuple[object, str]]:
-    """The lines of a table with their numbers, or all of a JSON file in one."""
+def _bits(path: str, images: dict[str, str]) -> list[tuple[object, str]]:
+    """Which images were right, eight a byte in hexadecimal, and the digest of their names, which go to ``images``."""
+    saved = outputs.read(path)
+    names = _text(list(saved.names))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+    images[digest] = names
+    return [("names", digest), ("right", np.packbits(saved.right).tobytes().hex())]
+
+
+def _content(folder: str, name: str, images: dict[str, str]) -> list[tuple[object, str]]:
+    """The lines of a table with their numbers, all of a JSON file in one, or what is kept of outputs."""
     try:
+        if _holds_outputs(name):
+            return _bits(os.path.join(folder, name), images)
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             if name in _LINES:
                 return [(number, line.rstrip("\n")) for number, line in enumerate(f)]

@@ -1,4 +1,4 @@
-"""Which runs results of validate.py are of: joined by the hash of the checkpoint."""
+"""Which runs results of validate.py are of: joined by the hash of the checkpoint; where that is gone, by folder."""
 import os
 import statistics
 from collections.abc import Sequence
@@ -70,6 +70,9 @@ class Spread:
 def join(runs: Sequence[Run], evaluations: Sequence[Evaluated], epoch: str) -> Joined:
     """Finds the run of each evaluation.
 
+    A run that keeps no checkpoint any more, as those that were unpacked, has the evaluations whose files lie in its
+    folder and are of a checkpoint that lay there.
+
     Args:
         runs: All that were found.
         evaluations: As read.
@@ -85,7 +88,9 @@ def join(runs: Sequence[Run], evaluations: Sequence[Evaluated], epoch: str) -> J
     claimed: set[str] = set()
     preferred = files.BEST if epoch == "best" else files.LAST
     for run in runs:
-        there = [sha256 for sha256 in _checkpoints(run.path, preferred, hashes, joined.notes) if sha256 in by_hash]
+        paths = _checkpoints(run.path, preferred)
+        found = _hashes(paths, hashes, joined.notes) if paths else _left_in(run.path, preferred, evaluations)
+        there = [sha256 for sha256 in found if sha256 in by_hash]
         claimed.update(there)
         if not there:
             joined.runs_without.append(run)
@@ -98,10 +103,14 @@ def join(runs: Sequence[Run], evaluations: Sequence[Evaluated], epoch: str) -> J
     return joined
 
 
-def _checkpoints(folder: str, preferred: str, hashes: Hashes, notes: list[str]) -> list[str]:
-    """The hashes of a run's checkpoints, the preferred one's first, then the newest."""
+def _checkpoints(folder: str, preferred: str) -> list[str]:
+    """A run's checkpoints, the preferred one first, then the newest."""
     paths = [path for path in files.checkpoints(folder) if os.path.isfile(path) and not files.is_unfinished(path)]
-    paths.sort(key=lambda path: (os.path.basename(path) != preferred, -os.path.getmtime(path), path))
+    return sorted(paths, key=lambda path: (os.path.basename(path) != preferred, -os.path.getmtime(path), path))
+
+
+def _hashes(paths: Sequence[str], hashes: Hashes, notes: list[str]) -> list[str]:
+    """Of all files that can be read, each once."""
     found: list[str] = []
     for path in paths:
         try:
@@ -109,3 +118,13 @@ def _checkpoints(folder: str, preferred: str, hashes: Hashes, notes: list[str]) 
         except OptionError as e:
             notes.append(str(e).removeprefix("--checkpoint "))
     return list(dict.fromkeys(found))
+
+
+def _left_in(folder: str, preferred: str, evaluations: Sequence[Evaluated]) -> list[str]:
+    """The hashes of checkpoints that lay in a run's folder, the preferred one first, of evaluations that lie there."""
+    name = os.path.basename(os.path.abspath(folder))
+    found = [evaluated for evaluated in evaluations
+             if os.path.realpath(os.path.dirname(evaluated.file)) == os.path.realpath(folder)
+             and os.path.basename(os.path.dirname(evaluated.checkpoint)) in ("", ".", name)]
+    found.sort(key=lambda evaluated: os.path.basename(evaluated.checkpoint) != preferred)
+    return list(dict.fromkeys(evaluated.sha256 for evaluated in found))
