@@ -4,8 +4,8 @@
     python examples/translation/table.py data/bible_es_en --out output/translation_table --jobs 2
 
 Runs ``train.py`` for each of them and three seeds, and writes ``table.md`` and ``runs.csv``. It can be stopped and
-started again: a run that is finished is not run again, any other starts anew. ``--show runs.csv`` prints the table of
-runs that are over.
+started again: a run that is finished is not run again, any other starts anew. ``--done runs.csv`` takes runs that were
+finished elsewhere, ``--show runs.csv`` prints the table of runs that are over.
 """
 import csv
 import json
@@ -101,8 +101,8 @@ def table(runs: Sequence[Done], command: str) -> str:
                         f"Written by `{command}`.\n"])
 
 
-def read_runs(path: Path) -> list[Done]:
-    """A file ``runs.csv``.
+def read_runs(flag: str, path: Path) -> list[Done]:
+    """A file ``runs.csv``, which a flag names.
 
     Raises:
         OptionError: It is none.
@@ -112,26 +112,46 @@ def read_runs(path: Path) -> list[Done]:
             return [Done(row["row"], row["rho"], int(row["seed"]), int(row["epochs"]), int(row["updates"]),
                          float(row["valid_bleu"]), float(row["test_bleu"])) for row in csv.DictReader(f)]
     except OSError as e:
-        raise OptionError(f"--show {path} cannot be read ({e.strerror}): name a runs.csv of this script") from e
+        raise OptionError(f"{flag} {path} cannot be read ({e.strerror}): name a runs.csv of this script") from e
     except (KeyError, TypeError, ValueError) as e:
-        raise OptionError(f"--show {path} is no file of runs: name a runs.csv of this script") from e
+        raise OptionError(f"{flag} {path} is no file of runs: name a runs.csv of this script") from e
+
+
+def done_elsewhere(args: Namespace, flags: dict[str, list[str]]) -> dict[tuple[str, int], Done]:
+    """The runs of ``--done`` that are asked for.
+
+    Raises:
+        OptionError: It is no file of runs, or has a run of another radius or length.
+    """
+    if args.done is None:
+        return {}
+    found = {(run.row, run.seed): run for run in read_runs("--done", args.done)
+             if run.row in flags and run.seed in args.seeds}
+    for run in found.values():
+        rho = "".join(flags[run.row][-1:])
+        if run.rho != rho or args.epochs not in (None, run.epochs):
+            raise OptionError(f"--done {args.done}: {run.row}, seed {run.seed}, has rho {run.rho or 'none'} and "
+                              f"{run.epochs} epochs: give the same, or leave it out")
+    return found
 
 
 def run_all(args: Namespace, command: str) -> list[Done]:
     """All runs, ``args.jobs`` at a time; both files are written after each, with what is there.
 
     Raises:
-        OptionError: As of :func:`train`; no further run is begun.
+        OptionError: As of :func:`train` and :func:`done_elsewhere`; no further run is begun.
     """
     flags = cells(args.rho_all, args.rho_on)
     length = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     # several at a time share the cores; one alone takes what torch gives it
     threads = [] if args.jobs == 1 else ["--threads", str(max(1, (os.cpu_count() or 1) // args.jobs))]
     order = [(name, seed) for seed in dict.fromkeys(args.seeds) for name in flags]
-    done: dict[tuple[str, int], Done] = {}
+    done = done_elsewhere(args, flags)
+    runs = [done[key] for key in order if key in done]
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = {pool.submit(train, [str(args.data), "--seed", str(seed), *length], flags[name],
-                               args.out / f"{name}-seed{seed}", threads): (name, seed) for name, seed in order}
+                               args.out / f"{name}-seed{seed}", threads): (name, seed)
+                   for name, seed in order if (name, seed) not in done}
         try:
             for future in as_completed(waiting):
                 (name, seed), result = waiting[future], future.result()
@@ -152,6 +172,7 @@ def build_parser() -> OptionParser:
     add = parser.add_argument
     add("data", type=Path, nargs="?", default=None, help="folder of parallel text, as of bible_es_en.py")
     add("--show", type=Path, default=None, metavar="FILE", help="train nothing: print the table of a runs.csv")
+    add("--done", type=Path, default=None, metavar="FILE", help="a runs.csv, of the same data: what it has is not run")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at the same time, which share the cores")
     add("--out", type=Path, default=Path("output/translation_table"), metavar="DIR",
         help="folder of runs and table; started again, it goes on there")
@@ -172,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (args.data is None) == (args.show is None):
             raise OptionError("Name either a folder of parallel text or --show FILE: there is nothing to do otherwise")
         if args.show is not None:
-            say(table(read_runs(args.show), command))
+            say(table(read_runs("--show", args.show), command))
             return 0
         with locked(str(args.out)):
             say(table(run_all(args, command), command))

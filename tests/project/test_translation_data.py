@@ -135,6 +135,25 @@ def test_table_by_two_processes_is_in_order_and_goes_on_with_one(tmp_path, train
     assert table.main(['corpus', '--out', 'out']) == 0 and len(trainings) == 9
 
 
+def test_runs_that_were_finished_elsewhere_are_not_run(tmp_path, trainings, capsys):
+    assert table.main(['corpus', '--out', 'out', '--seeds', '0']) == 0 and len(trainings) == 3
+    (tmp_path / 'out').rename('there')
+    some = (tmp_path / 'there' / 'runs.csv').read_text().splitlines(keepends=True)
+    (tmp_path / 'some.csv').write_text(''.join(some[:3]))
+    line = ['corpus', '--out', 'out', '--done', 'some.csv', '--seeds', '0']
+    assert table.main(line) == 0 and len(trainings) == 4
+    again = (tmp_path / 'out' / 'runs.csv').read_text().splitlines(keepends=True)
+    assert again[:3] == some[:3] and again[3].startswith('SAM-ON,0.5,0,') and len(again) == 4
+    assert table.main([*line, '1']) == 0 and len(trainings) == 7
+    assert table.main(['corpus', '--out', 'all', '--done', 'there/runs.csv', '--seeds', '0']) == 0
+    assert len(trainings) == 7
+    capsys.readouterr()
+    for wrong, said in ((['--rho-all', '0.2'], 'SAM-all, seed 0, has rho 0.1'), (['--epochs', '7'], 'vanilla, seed 0'),
+                        (['--done', 'none.csv'], '--done none.csv cannot be read')):
+        assert table.main([*line, *wrong]) == 2 and len(trainings) == 7
+        assert said in capsys.readouterr().err
+
+
 def test_table_of_runs_is_drawn_again_without_training(tmp_path, trainings, capsys):
     assert table.main(['corpus', '--out', 'out']) == 0
     rows = [line for line in (tmp_path / 'out' / 'table.md').read_text().splitlines() if line.startswith('|')]
