@@ -13,7 +13,8 @@ from torch.utils import checkpoint as torchs
 REASON = "gradient checkpointing computes the forward again"
 
 # what `torch.utils.checkpoint.checkpoint` looks up when it is called, however a model has imported it
-_REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
+_REENTRANT = "CheckpointFunction"
+_OTHERS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")  # from 2.15 on
 
 
 @contextmanager
@@ -23,16 +24,17 @@ def without_reentrance(notice: Callable[[str], None]) -> Iterator[None]:
     Args:
         notice: Called before the forward of each, with ``REASON``.
     """
-    earlier = {name: getattr(torchs, name) for name in (_REENTRANT, _OTHER) if hasattr(torchs, name)}
+    earlier = {name: getattr(torchs, name) for name in (_REENTRANT, *_OTHERS) if hasattr(torchs, name)}
 
-    def other(*args: Any, **kwargs: Any) -> Any:
-        notice(REASON)
-        return earlier[_OTHER](*args, **kwargs)
+    def noticed(generator: Callable[..., Any]) -> Callable[..., Any]:
+        def other(*args: Any, **kwargs: Any) -> Any:
+            notice(REASON)
+            return generator(*args, **kwargs)
+        return other
 
-    replaced = {_REENTRANT: _Instead, _OTHER: other}
     try:
-        for name in earlier:
-            setattr(torchs, name, replaced[name])
+        for name, value in earlier.items():
+            setattr(torchs, name, _Instead if name == _REENTRANT else noticed(value))
         yield
     finally:
         for name, value in earlier.items():
