@@ -42,6 +42,7 @@ from .training.losses import create_loss
 from .training.model_checks import check_filter, check_single_samples, check_views
 from .training.options import build_train_parser, parse_args
 from .training.output import Output, check_output, writing
+from .training.position import fitted
 from .training.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from .training.progress import Progress
 from .training.resolved import Resolved
@@ -164,6 +165,7 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
     if args.start_epoch is not None:
         start_epoch, place = args.start_epoch, None
     elif place is not None:
+        place = fitted(process, place, len(data.train), args.grad_accum_steps)
         start_epoch = place["epoch"]
     start_epoch = start_epoch or 0
     eval_metric = args.eval_metric if data.eval is not None else "loss"

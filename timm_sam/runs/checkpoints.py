@@ -258,7 +258,7 @@ def _known_progress(path: str) -> tuple[int, float, float] | None:
 
 
 def _progress(path: str) -> tuple[int, float, float]:
-    """How often the run had gone back, epochs that are done, and batches of the one that has begun."""
+    """How often the run had gone back, epochs that are done, and what share of the one that has begun."""
     try:
         checkpoint = read(path)
     except NotWhole as e:
@@ -270,14 +270,20 @@ def _progress(path: str) -> tuple[int, float, float]:
                 raise NotWhole("it is from within an epoch, and does not say where")  # timm's
             kept = checkpoint.get("saver")
             branch = int(kept.get("branch", 0)) if isinstance(kept, dict) else 0
-            return (branch, float(checkpoint["epoch"]) + (0.0 if place else 1.0),
-                    float(place["batch"]) if place else 0.0)
+            return branch, float(checkpoint["epoch"]) + (0.0 if place else 1.0), _share(place) if place else 0.0
         except (AttributeError, LookupError, TypeError, ValueError):
             reason = "it is no checkpoint of a training"
     if files.is_a_runs_own(path) and check_records(path):
         raise Unreadable(f"{path} cannot be gone on with, though nothing is damaged: {reason}; move it away, or name a "
                          f"checkpoint by --resume")
     raise NotWhole(reason)
+
+
+def _share(place: dict[str, Any]) -> float:
+    """How much of an epoch is done: its batches are others where the run goes on with another number of ranks."""
+    if "batches" in place:
+        return float(place["batch"]) / float(place["batches"])
+    return float(place["batch"]) * 1e-12  # older versions do not say of how many: all that do were written since then
 
 
 def _candidates(folder: str) -> list[str]:

@@ -191,9 +191,9 @@ def train_one_epoch(run: Run, epoch: int, saved_position: dict[str, Any] | None 
         if stop or args.recovery_interval and (update_idx + 1) % args.recovery_interval == 0:
             run.watch.weights(epoch, num_updates)
             place = position(
-                process, epoch=epoch, batch=batch_idx + 1, update=num_updates, nonfinite=nonfinite(),
-                meters=meters.state_dict(), started_from=started_from, fetched_from=fetching.state() or started_from,
-                now=states.local_states(process.device, None, ()))
+                process, epoch=epoch, batch=batch_idx + 1, batches=batches, group=group, update=num_updates,
+                nonfinite=nonfinite(), meters=meters.state_dict(), started_from=started_from,
+                fetched_from=fetching.state() or started_from, now=states.local_states(process.device, None, ()))
             extras = checkpoint_extras(run, position=place)
             if run.saver is not None:
                 run.saver.save_recovery(epoch, update_idx, extras)

@@ -1,4 +1,5 @@
 """Where inside an epoch a checkpoint was written, and how the epoch goes on from there."""
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from ..cli.device import Process
 from ..random_state import RandomState
 from .states import of_all_ranks, of_this_rank, restore_process
+
+_logger = logging.getLogger(__name__)
 
 
 class Fetching:
@@ -31,14 +34,17 @@ class Fetching:
         return None if self.before is None else dict(process=self.before.to_dict(), workers={})
 
 
-def position(process: Process, *, epoch: int, batch: int, update: int, nonfinite: int, meters: dict[str, Any],
-             started_from: dict[str, Any], fetched_from: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def position(process: Process, *, epoch: int, batch: int, batches: int, group: int, update: int, nonfinite: int,
+             meters: dict[str, Any], started_from: dict[str, Any], fetched_from: dict[str, Any],
+             now: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint inside an epoch holds of its place. Every rank has to call it.
 
     Args:
         process: This one.
         epoch: From 0.
         batch: Batches of the epoch that were trained on.
+        batches: Batches of the epoch in all.
+        group: Of how many batches an update is made.
         update: Updates of all epochs.
         nonfinite: Batches of the epoch on this rank whose gradient at w was not finite.
         meters: The averages of the epoch so far, on this rank.
@@ -47,9 +53,36 @@ def position(process: Process, *, epoch: int, batch: int, update: int, nonfinite
         now: Those of now.
     """
     return dict(
-        epoch=epoch, batch=batch, update=update, nonfinite=of_all_ranks(process, nonfinite),
+        epoch=epoch, batch=batch, batches=batches, group=group, update=update,
+        nonfinite=of_all_ranks(process, nonfinite),
         started_from=of_all_ranks(process, started_from), fetched_from=of_all_ranks(process, fetched_from),
         random_state=of_all_ranks(process, now), meters=of_all_ranks(process, meters))
+
+
+def fitted(process: Process, saved: dict[str, Any], batches: int, group: int) -> dict[str, Any]:
+    """A saved place as one in an epoch of other batches: of another number of ranks, or other options.
+
+    The number of a batch means nothing there: it may be behind the end of the epoch. What counts is the share of the
+    epoch that is done, by which the schedule goes on from where it was, too.
+
+    Args:
+        process: This one.
+        saved: Of :func:`position`.
+        batches: Batches of an epoch now.
+        group: Of how many batches an update is made now.
+    """
+    # what older checkpoints do not say can only have changed with the number of ranks
+    had = saved.get("batches", round(batches * process.world_size / saved["nonfinite"]["world_size"]))
+    grouped = saved.get("group", group)
+    if (had, grouped) == (batches, group):
+        return saved
+    per_epoch = -(-batches // group)
+    done = -(-saved["batch"] // grouped) * per_epoch // -(-had // grouped)
+    batch = min(done * group, batches)
+    if process.primary:
+        _logger.warning(f"The checkpoint is of an epoch of {had} batches, {saved['batch']} of them done. There are "
+                        f"{batches} now, of which {batch} are left out for them.")
+    return {**saved, "batch": batch, "update": saved["epoch"] * per_epoch + done}
 
 
 class Resumed:
@@ -67,7 +100,11 @@ class Resumed:
     def __init__(self, process: Process, saved: dict[str, Any] | None) -> None:
         self._process = process
         self._saved = saved
-        self.nonfinite: int = 0 if saved is None else of_this_rank(process, saved["nonfinite"])
+        self.nonfinite: int = 0
+        if saved is not None:  # of all ranks together it is as many, whatever their number is now
+            counts = saved["nonfinite"]
+            same = counts["world_size"] == process.world_size
+            self.nonfinite = counts["ranks"][process.rank] if same else sum(counts["ranks"]) * process.primary
         self.meters: dict[str, Any] = {} if saved is None else of_this_rank(process, saved["meters"])
 
     def update(self, first: int) -> int:
