@@ -32,7 +32,7 @@ from .cli.processes import end_failed_rank, leave_process_group
 from .cli.rules import apply, device_is_there
 from .cli.text import say
 from .runs import files, summary, timing
-from .training import averaging, checkpoint, factory, failed, states, workers
+from .training import agreement, averaging, checkpoint, factory, failed, states, workers
 from .training.compiling import compile_task
 from .training.data import create_data
 from .training.diverged import EXIT_DIVERGED, Diverged, Watch
@@ -103,6 +103,7 @@ def train(args: argparse.Namespace) -> None:
         Diverged: Loss or weights are not finite any more.
     """
     process = prepare_process(args)
+    agreement.check_options(args, process)
     with Output(args, process) as output:
         try:
             train_in(args, process, output)
