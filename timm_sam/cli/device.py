@@ -1,4 +1,5 @@
 """The device of this process: its set-up, and how batches come to it."""
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from timm.utils import reduce_tensor, set_jit_fuser
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
+from .errors import OptionError, one_line
 from .processes import check_launcher, rendezvous_url, stay_on_machine
 
 
@@ -70,14 +72,20 @@ def set_up(device: str, fuser: str = "", fast_norm: bool = False) -> Process:
         fast_norm: Normalization layers in low precision under autocast.
 
     Raises:
-        OptionError: The environment names other processes, but not where they are.
+        OptionError: The environment names other processes, but not where they are, or they are not found there.
     """
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     check_launcher()
     stay_on_machine()
-    found = init_distributed_device_so(device, dist_url=rendezvous_url())
+    try:
+        found = init_distributed_device_so(device, dist_url=rendezvous_url())
+    except torch.distributed.DistError as e:  # a port that is taken, a name that nobody knows, a rank that never came
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} and MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise OptionError(f"{where} in the environment: the processes do not find each other there ({one_line(e)}); "
+                          f"name the first machine and a port that is free on it, and start all ranks at the same "
+                          f"time") from e
     if fuser:
         set_jit_fuser(fuser)
     set_fast_norm(fast_norm)  # both ways: a process may run one command after another

@@ -31,13 +31,16 @@ def report(prog: str, message: object) -> None:
     """Prints the one line of an error, once per machine where every rank finds the same mistake."""
     who, key = "", f"timm_sam/error/{os.environ.get('GROUP_RANK')}"
     store = torch.distributed.distributed_c10d._get_default_store() if in_group() else None
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(3)  # the launcher stops all ranks when one is gone: leave the first one the time to speak
-        if store is None or store.check([key]):
-            return
-        who = f" (rank {os.environ.get('RANK')})"
-    elif store is not None:
-        store.set(key, "1")
+    try:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            who = f" (rank {os.environ.get('RANK')})"
+            time.sleep(3)  # the launcher stops all ranks when one is gone: leave the first one the time to speak
+            if store is None or store.check([key]):
+                return
+        elif store is not None:
+            store.set(key, "1")
+    except RuntimeError:  # without torchrun the store is the first rank's, and has gone with it: say it once more
+        pass
     print(f"{prog}: error{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from .errors import OptionError, one_line
 from .models import channels
+from .processes import check_launcher
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 LOWER_PRECISIONS = ("float16", "bfloat16")
@@ -106,9 +108,15 @@ def device_is_there(args: argparse.Namespace, others: Collection[str] | None = N
     if device.type == "cuda":
         yield (not torch.cuda.is_available(),
                f"--device {args.device}: torch finds no CUDA device here; add --device cpu, or install a driver")
-        # of several processes each takes the index of its place on the machine
         count = torch.cuda.device_count()
-        yield ((device.index or 0) >= count and "WORLD_SIZE" not in os.environ,
+        check_launcher()  # what it has set are numbers
+        if is_distributed_env():  # of several processes each takes the index of its place on the machine
+            place = world_info_from_env()[0]
+            yield (place >= count,
+                   f"--device {args.device}: there are {count} CUDA devices here, but also a process number {place} "
+                   f"from 0: start one for each device (torchrun --nproc-per-node {count}), and let each see them all")
+            return
+        yield ((device.index or 0) >= count,
                f"--device {args.device}: there are {count} CUDA devices here, numbered from 0; use one of them")
     elif device.type != "cpu":
         reason = _why_not(device)
