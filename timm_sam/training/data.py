@@ -26,6 +26,7 @@ from ..cli.rules import reads_files
 from ..cli.tasks import is_multilabel, target_transform
 from . import cifar_policy, posterize
 from .agreement import check_data
+from .downloads import one_at_first
 from .holdout import hold_out
 from .losses import mixup_active
 
@@ -97,7 +98,8 @@ def create_data(
     Raises:
         OptionError: A data set is missing or empty, or does not fit the number of classes.
     """
-    train_set, eval_set = _datasets(args, process, data_config, num_classes)
+    with one_at_first(process, args.dataset_download):
+        train_set, eval_set = _datasets(args, process, data_config, num_classes)
     held_out = "" if args.holdout is None else f" less --holdout {args.holdout:g}"
     check_data(args, process, {f"--train-split {args.train_split}{held_out}": train_set,
                                f"--val-split {args.val_split}": eval_set if args.holdout is None else None})
