@@ -163,7 +163,9 @@ def train_in(args: argparse.Namespace, process: Process, output: Output) -> None
     # schedule, SAM
     saved = checkpoint.metadata(resume)
     place = saved.get("position")
-    if args.start_epoch is not None:
+    # a job script says both, every time it is started: what it goes on with knows better where that was
+    found_by_auto = args.resume == "auto" and start_epoch is not None
+    if args.start_epoch is not None and not found_by_auto:
         start_epoch, place = args.start_epoch, None
     elif place is not None:
         place = fitted(process, place, len(data.train), args.grad_accum_steps)

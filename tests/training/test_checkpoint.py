@@ -267,6 +267,15 @@ def test_start_epoch_wins_over_the_epoch_of_the_checkpoint(run_train, script):
     assert epochs == [0, 1]
 
 
+def test_start_epoch_is_for_the_first_start_of_a_run_that_goes_on_by_itself(run_train, script):
+    epochs = script()
+    options = '--epochs 4 --start-epoch 1 --resume auto'
+    assert run_train(f'{options} --stop-epoch 3').code == 0
+    assert epochs == [1, 2]
+    assert run_train(options).code == 0
+    assert epochs == [1, 2, 3]
+
+
 # Which epoch is best
 
 def best_epoch(done):

@@ -184,7 +184,8 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add("--epoch-repeats", type=float, metavar="N", default=0.0,
         help="passes over the data per training epoch, for streamed tfds/ and hfids/ datasets; 0 and 1 mean one")
     add("--start-epoch", type=int, metavar="N",
-        help="epoch to start at, counted from 0; wins over the one in the --resume checkpoint")
+        help="epoch to start at, counted from 0; wins over the one in the --resume checkpoint; with --resume auto it "
+             "is that of a new run")
     add("--stop-epoch", type=int, metavar="N",
         help="stop once N epochs are done, with the schedule of the whole run; None: at its end")
     add("--decay-milestones", type=int, nargs="+", metavar="EPOCH", default=[90, 180, 270],
