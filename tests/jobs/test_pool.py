@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from support.processes import Process, family, python
-from support.running import in_process
+from support.running import in_process, logging_as_before, quiet_about_timm
+from support.states import summary
 
 from timm_sam.cli.errors import OptionError
 from timm_sam.jobs.job import VALIDATE, Job, is_done, options_of
@@ -72,6 +73,16 @@ def test_run_that_diverged_is_done_unless_others_need_its_weights(tmp_path):
     assert is_done(dataclasses.replace(kept, keep=False)) and not is_done(kept)
     torch.save(dict(epoch=0), tmp_path / 'run' / 'last.pth.tar')
     assert not is_done(kept)
+
+
+def test_run_that_diverged_and_left_no_weights_begins_anew_where_they_are_needed(image_folder, tmp_path):
+    job = training(tmp_path / 'run', image_folder, '--epochs', '2', '--resume', 'auto', keep=True)
+    leave(job, 1)
+    with open(f'{job.folder}/summary.csv', 'a') as f:
+        f.write('1,nan,nan,nan\n')
+    with quiet_about_timm(), logging_as_before():
+        assert run_job(job) is None
+    assert is_done(job) and len(summary(job.folder)) == 2
 
 
 def test_unfinished_run_of_other_epochs_is_not_gone_on_with(tmp_path):

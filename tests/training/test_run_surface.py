@@ -130,6 +130,24 @@ def test_stop_before_what_is_done_is_the_end_of_the_run(run_train):
     assert again.code == 0 and epochs(again.summary()) == [0, 1]
 
 
+def test_results_of_a_run_without_checkpoints_are_not_written_over(run_train):
+    done = run_train('--epochs 2 --resume auto')
+    for path in done.folder().glob('*.pth.tar'):
+        path.unlink()
+    before = tree(done.folder())
+    for options in ('--epochs 2', '--epochs 3 --lr 0.01'):
+        again = run_train(f'{options} --resume auto')
+        assert again.code == 2 and 'summary.csv, 2 epochs' in again.last_line and 'no checkpoint' in again.last_line
+        assert tree(done.folder()) == before
+
+
+def test_run_that_was_killed_in_front_of_its_first_checkpoint_starts_anew(run_train):
+    done = run_train('--epochs 1 --resume auto')
+    for path in done.folder().glob('*.pth.tar'):
+        path.unlink()
+    assert run_train('--epochs 1 --resume auto').code == 0 and epochs(done.summary()) == [0]
+
+
 # Schedules
 
 @pytest.mark.parametrize('options, rates', [

@@ -63,6 +63,9 @@ def run_job(job: Job) -> str | None:
     try:
         if job.command == TRAIN and not job.keep and os.path.isdir(job.folder):  # what an interrupted run has left
             shutil.rmtree(job.folder)
+        if job.command == TRAIN and job.keep and not files.checkpoints(job.folder):
+            with contextlib.suppress(FileNotFoundError):  # there is nothing to go on with, and it is not finished
+                os.remove(os.path.join(job.folder, files.SUMMARY))
         os.makedirs(job.folder, exist_ok=True)
         # what an earlier start said is kept where it is gone on with
         log = open(job.log, "a" if job.keep else "w", encoding="utf-8")  # noqa: SIM115

@@ -65,6 +65,14 @@ def add(path: str, row: Mapping[str, Any]) -> None:
         writer.writerow(row)
 
 
+def number_of_rows(path: str) -> int:
+    """How many rows a table has beside its header; 0 where there is none."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as f:
+        return max(0, sum(1 for line in f if line.strip()) - 1)
+
+
 def _header(path: str) -> list[str] | None:
     if not os.path.exists(path):
         return None

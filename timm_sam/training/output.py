@@ -17,7 +17,7 @@ from ..runs import files, timing
 from ..runs.checkpoints import NotWhole, Unreadable, check_records, newest_checkpoint, read
 from ..runs.lock import Lock, Locked
 from ..runs.sameness import changed_options
-from ..runs.summary import trim
+from ..runs.summary import number_of_rows, trim
 from .saver import Saver
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +44,14 @@ def check_output(args: argparse.Namespace) -> None:
         before = _options(folder)
         more = ("stop_epoch", "epochs") if _has_more_epochs(before, args.epochs) else ("stop_epoch",)
         changed = [name for name in _changed(before, dump_args(args)) if name not in more]
-        if changed and any(name.endswith(files.ENDING) for name in names):
+        checkpoints = any(name.endswith(files.ENDING) for name in names)
+        with writing(folder):
+            results = number_of_rows(os.path.join(folder, files.SUMMARY))
+        if results > 1 and not checkpoints:  # one may be there a moment before the first checkpoint
+            raise OptionError(
+                f"--resume auto: {folder} has the results of a run ({files.SUMMARY}, {results} epochs), which would be "
+                f"lost, but no checkpoint to go on with; choose another --experiment, or move the folder away")
+        if changed and checkpoints:
             flag = "--" + changed[0].replace("_", "-")
             raise OptionError(
                 f"--resume auto: the run in {folder} had another {flag} than {getattr(args, changed[0])}; choose "
