@@ -78,9 +78,10 @@ from timm_sam import train
 class Downloaded:
     """A data set that takes its time to come, and finds files that others are writing corrupt."""
 
-    transform = target_transform = None
+    transform = None
 
-    def __init__(self, root, train, download):
+    def __init__(self, root, train, download, target_transform):
+        self.target_transform = target_transform
         part, whole = Path(root, 'part'), Path(root, 'whole')
         if not whole.exists():
             if part.exists():
@@ -93,7 +94,7 @@ class Downloaded:
         return 16
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(numpy.zeros((32, 32, 3), numpy.uint8))), index % 10
+        return self.transform(Image.fromarray(numpy.zeros((32, 32, 3), numpy.uint8))), self.target_transform(index % 10)
 
 
 dataset_factory._TORCH_BASIC_DS['cifar10'] = Downloaded
