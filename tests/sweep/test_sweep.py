@@ -44,6 +44,8 @@ def test_plain_training_has_all_combinations_of_what_is_not_sams():
     ('--grid sam_params=all --sam-variant sam', 'sam_params=all: error: --sam-variant sam needs --sam-rho'),
     ('--grid sam_params=all --sam-rho 1 --sam-variant sam --plain',
      'plain: error: the recipe or a flag sets --sam-variant sam'),
+    ('--grid lr=1,2 sam_params=all --sam-rho 1 --sam-variant sam --plain',
+     'lr=1: error: the recipe or a flag sets --sam-variant sam'),
     ('--grid lr=1 --data-dir nowhere', 'lr=1: error: --data-dir nowhere does not exist'),
     ('--grid lr=1 --devices 0', '--devices'),
     ('--grid lr=1 --seeds 0', '--seeds'),

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cli.errors import OptionError
 from ..cli.rules import flag
@@ -22,12 +22,14 @@ class Cell:
     """One point of the grid.
 
     Attributes:
-        values: Option -> its value as text; empty for plain training.
+        values: Option -> its value as text; empty for plain training with no other key in the grid.
         flags: The same as flags of train.py.
+        plain: Whether it is what ``--plain`` adds: training without SAM.
     """
 
     values: tuple[tuple[str, str], ...]
     flags: tuple[str, ...]
+    plain: bool = False
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ def cells(given: Sequence[str], plain: bool) -> list[Cell]:
     found = [_cell(axes, chosen) for chosen in itertools.product(*axes.values())]
     if plain:
         others = {key: values for key, values in axes.items() if not key.startswith("sam_")}
-        found = [_cell(others, chosen) for chosen in itertools.product(*others.values())] + found
+        found = [replace(_cell(others, chosen), plain=True) for chosen in itertools.product(*others.values())] + found
     names = [cell.name for cell in found]
     for name in names:
         if names.count(name) > 1:
@@ -125,7 +127,7 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
                 check_surroundings(args)
             except OptionError as e:
                 parser.error(str(e))
-        if not cell.values and args.sam_variant is not None:
+        if cell.plain and args.sam_variant is not None:
             parser.error(f"the recipe or a flag sets --sam-variant {args.sam_variant}: give a plain recipe and the "
                          f"variant in --grid, or leave out --plain")
         stuck = next((key for key, value in cell.values if value == "false" and getattr(args, key) is True), None)
