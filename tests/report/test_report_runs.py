@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from support.reports import age, rows, sam, write_run
+from support.reports import age, rows, sam, tables_of, write_run
 
 from timm_sam.report import __main__ as command
 from timm_sam.report.runs import (
@@ -94,6 +94,16 @@ def test_run_of_timms_own_script_is_read(tmp_path):
     (folder / 'args.yaml').write_text(yaml.safe_dump({k: v for k, v in given.items() if not k.startswith('sam_')}))
     run = read_run(str(folder))
     assert run.status == FINISHED and run.args['sam_variant'] is None and run.seconds is None
+
+
+def test_runs_of_timms_own_script_on_other_data_are_not_averaged_together(tmp_path):
+    """It leaves a folder that was given without a flag where it was given."""
+    for seed, name in enumerate(('cifar10', 'cifar10', 'cifar100')):
+        folder = write_run(tmp_path / f'run-{seed}', seed=seed)
+        given = yaml.safe_load((folder / 'args.yaml').read_text())
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**given, 'data': f'/disk-{seed}/{name}', 'data_dir': None}))
+    tables, _ = tables_of(tmp_path)
+    assert [(table.data, table.plain.seeds) for table in tables] == [('cifar10', [0, 1]), ('cifar100', [2])]
 
 
 def test_unfinished_run_is_running_while_it_writes_and_stopped_afterwards(tmp_path):

@@ -15,6 +15,12 @@ def test_paths_are_the_same_by_their_last_names(name, here, elsewhere, other):
     assert changed_options({name: here}, {name: other}) == changed_options({name: other}, {name: here}) == [name]
 
 
+def test_folder_without_a_flag_is_the_data_sets():
+    timms = dict(data='/disk/cifar10', data_dir=None)
+    assert changed_options(timms, dict(data='', data_dir='data/cifar10')) == []
+    assert changed_options(timms, dict(data='', data_dir='data/cifar100')) == ['data_dir']
+
+
 def test_what_changes_nothing_is_not_compared_and_seeds_are():
     before = dict(seed=1, output='a', workers=4, lr=0.1, opt='sgd')
     assert changed_options(before, {**before, 'output': 'b', 'workers': 8}) == []

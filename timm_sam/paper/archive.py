@@ -20,7 +20,7 @@ from ..cli.text import csv_text, write_table
 from ..evaluation import outputs
 from ..report.runs import find_runs
 from ..runs import files, timing
-from ..runs.sameness import NOT_COMPARED, placeless
+from ..runs.sameness import NOT_COMPARED, data_dir_of, placeless
 
 HEADER = ("run", "file", "key", "value")
 _ALL = "*"
@@ -172,7 +172,7 @@ def _options(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as e:  # dates and sets are no option's value
         raise OptionError(f"{folder}: {files.ARGS} cannot be read: {one_line(e)}; remove the folder") from e
     kept = {key: placeless(key, value) for key, value in found.items() if key not in NOT_COMPARED or key == "seed"}
-    kept.setdefault("data_dir", "")
+    kept["data_dir"] = placeless("data_dir", data_dir_of(found))
     return kept
 
 

@@ -17,6 +17,7 @@ from ..cli.parser import read_yaml, yaml_value
 from ..cli.tasks import EVALUATORS
 from ..perturbation import VARIANTS
 from ..runs import files, timing
+from ..runs.sameness import data_dir_of
 from ..selection import SELECTIONS
 from ..training.options import build_train_parser
 from ..training.schedule import planned_epochs
@@ -201,6 +202,7 @@ def _read_args(path: str) -> dict[str, Any]:
     if not isinstance(given, dict) or "model" not in given:
         raise _Unusable(UNREADABLE, "args.yaml holds no options of a training (torn?)")
     args = {**default_args(), **{str(key): value for key, value in given.items()}}
+    args["data_dir"] = data_dir_of(args)
     for name in _TYPED:
         try:
             args[name] = yaml_value("args.yaml", _flags_of_training()[name], args[name])

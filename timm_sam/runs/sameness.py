@@ -59,6 +59,12 @@ def data_name(data_dir: str | None) -> str:
     return os.path.basename(os.path.normpath(str(data_dir or "")))
 
 
+def data_dir_of(args: Mapping[str, Any]) -> Any:
+    """The folder of the data set, as a run's options name it: timm's script leaves it in ``data`` where it was given
+    without a flag."""
+    return args.get("data_dir") or args.get("data")
+
+
 def placeless(name: str, value: Any) -> Any:
     """What is compared of an option: of a path only what is called the same on every machine.
 
@@ -81,7 +87,7 @@ def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     for name, value in now.items():
         if name in NOT_COMPARED and name != "seed" or name not in before and name not in SINCE:
             continue
-        old = before.get(name, SINCE.get(name))
+        old = data_dir_of(before) if name == "data_dir" else before.get(name, SINCE.get(name))
         if normal(placeless(name, old)) != normal(placeless(name, value)):
             changed.append(name)
     return changed
