@@ -249,7 +249,8 @@ def test_figure_that_cannot_be_written_is_a_mistake(tmp_path):
 
 @pytest.mark.parametrize('name, content', [
     ('args.yaml', b'- model'), ('args.yaml', b'model: x\nmean: 2020-01-01\n'), ('summary.csv', b'\xff\n'),
-    ('attack.json', b'{'), ('attack.outputs/test.npz', b'PK')])
+    ('summary.csv', b'epoch,train_loss\n0,1'), ('args-before-epoch-1.yaml', b'- model'), ('attack.json', b'{'),
+    ('attack.outputs/test.npz', b'PK')])
 def test_run_that_cannot_be_packed_is_named(tmp_path, name, content):
     folder = write_run(tmp_path / 'runs' / 'a')
     (folder / name).parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ the run ``*``. Of the outputs of ``validate.py --save-outputs`` the images that 
 names of the images once, under the run ``*``: comparisons over images need no more.
 """
 import csv
+import fnmatch
 import hashlib
 import json
 import os
@@ -45,12 +46,16 @@ def pack(root: str, path: str) -> int:
     options = {folder: _options(folder) for folder in folders}
     first = next(iter(options.values()))
     common = {key: value for key, value in first.items()
-              if all(key in other and other[key] == value for other in options.values())}
+              if key != "seed"  # so that each run has a line, though nothing came of it
+              and all(key in other and other[key] == value for other in options.values())}
     rows: list[Sequence[object]] = [(_ALL, files.ARGS, key, _text(value)) for key, value in common.items()]
     images: dict[str, str] = {}
     for folder, args in options.items():
         run = os.path.relpath(folder, root)
         rows += [(run, files.ARGS, key, _text(value)) for key, value in args.items() if key not in common]
+        # a run that went on with other options is no run of these
+        rows += [(run, name, key, _text(value)) for name in sorted(filter(_is_before, os.listdir(folder)))
+                 for key, value in _options(folder, name).items()]
         for name in sorted(_names(folder)):
             rows += [(run, name, *line) for line in _content(folder, name, images)]
     rows += [(_ALL, _NAMES, digest, names) for digest, names in images.items()]
@@ -82,10 +87,11 @@ def unpack(path: str, root: str) -> int:
             runs.setdefault(row["run"], {}).setdefault(row["file"], []).append(row)
     try:
         # of all runs before anything is written
-        options = {run: _options_again({**common, **{row["key"]: row["value"] for row in parts.pop(files.ARGS, [])}})
-                   for run, parts in runs.items()}
-        saved = {run: {name: _outputs_again(parts.pop(name), images) for name in list(parts) if _holds_outputs(name)}
-                 for run, parts in runs.items()}
+        options = {run: _options_again({**common, **_by_key(parts.pop(files.ARGS, []))}) for run, parts in runs.items()}
+        earlier = {(run, name): _options_again(_by_key(parts.pop(name)))
+                   for run, parts in runs.items() for name in list(filter(_is_before, parts))}
+        saved = {(run, name): _outputs_again(parts.pop(name), images)
+                 for run, parts in runs.items() for name in list(filter(_holds_outputs, parts))}
     except (ValueError, KeyError) as e:
         raise OptionError(f"{path}: {one_line(e)}; give a file that pack has written") from e
     try:
@@ -95,12 +101,23 @@ def unpack(path: str, root: str) -> int:
             _write(folder, files.ARGS, [options[run]])
             for name, lines in parts.items():
                 _write(folder, name, [row["value"] for row in lines])
-            for name, arrays in saved[run].items():
-                os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-                np.savez(os.path.join(folder, name), allow_pickle=False, **arrays)
+        for (run, name), text in earlier.items():
+            _write(os.path.join(root, run), name, [text])
+        for (run, name), arrays in saved.items():
+            os.makedirs(os.path.dirname(os.path.join(root, run, name)), exist_ok=True)
+            np.savez(os.path.join(root, run, name), allow_pickle=False, **arrays)
     except OSError as e:
         raise OptionError(f"{root} cannot be written ({e.strerror}): name another folder") from e
     return len(runs)
+
+
+def _is_before(name: str) -> bool:
+    """Whether a file holds the options of a run up to where it went on with others."""
+    return fnmatch.fnmatchcase(name, files.ARGS_BEFORE.format("*"))
+
+
+def _by_key(rows: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {row["key"]: row["value"] for row in rows}
 
 
 def _options_again(values: Mapping[str, str]) -> str:
@@ -111,7 +128,7 @@ def _options_again(values: Mapping[str, str]) -> str:
 
 def _outputs_again(lines: Sequence[Mapping[str, str]], images: Mapping[str, str]) -> dict[str, np.ndarray]:
     """The arrays of a file of outputs, of lines as :func:`_bits` has written them."""
-    found = {line["key"]: line["value"] for line in lines}
+    found = _by_key(lines)
     names = np.array(json.loads(images[found["names"]]))
     bits = np.frombuffer(bytes.fromhex(found["right"]), np.uint8)
     if names.ndim != 1 or names.dtype.kind != "U" or len(bits) != -(-len(names) // 8):
@@ -156,21 +173,24 @@ def _content(folder: str, name: str, images: dict[str, str]) -> list[tuple[objec
             return _bits(os.path.join(folder, name), images)
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             if name in _LINES:
-                return [(number, line.rstrip("\n")) for number, line in enumerate(f)]
+                lines = list(f)
+                if lines and not lines[-1].endswith("\n"):
+                    raise ValueError("its last line does not end")  # unpacked it would pass for a whole one
+                return [(number, line.rstrip("\n")) for number, line in enumerate(lines)]
             return [("", _text(_portable(json.load(f))))]  # of an evaluation
     except (OSError, ValueError, RecursionError) as e:
         raise OptionError(f"{folder}: {name} cannot be read: {one_line(e)}; remove the file, or the folder") from e
 
 
-def _options(folder: str) -> dict[str, Any]:
+def _options(folder: str, name: str = files.ARGS) -> dict[str, Any]:
     """What the run was asked for, without what is of the machine."""
     try:
-        found = read_yaml(os.path.join(folder, files.ARGS))
+        found = read_yaml(os.path.join(folder, name))
         if not isinstance(found, dict):
             raise ValueError("it holds no options of a training")
         _text(found)
     except (OSError, ValueError, TypeError, RecursionError) as e:  # dates and sets are no option's value
-        raise OptionError(f"{folder}: {files.ARGS} cannot be read: {one_line(e)}; remove the folder") from e
+        raise OptionError(f"{folder}: {name} cannot be read: {one_line(e)}; remove the folder") from e
     kept = {key: placeless(key, value) for key, value in found.items() if key not in NOT_COMPARED or key == "seed"}
     kept["data_dir"] = placeless("data_dir", data_dir_of(found))
     return kept
