@@ -23,6 +23,11 @@ def test_cells_are_all_combinations_in_the_order_of_the_line():
     assert cells(['lr=0.1,0.1,1'], plain=False) == cells(['lr=0.1,1'], plain=False)
     assert [cell.flags for cell in cells(['sam_method=gsam usam,late', 'pin_mem=false'], plain=False)] == [
         ('--sam-method', 'gsam', 'usam'), ('--sam-method', 'late')]
+    # switches that have a flag for on and one for off
+    assert [cell.flags for cell in cells(['persistent-workers=true,false'], plain=False)] == [
+        ('--persistent-workers',), ('--no-persistent-workers',)]
+    assert [cell.flags for cell in cells(['sam_late_ramp=true,false'], plain=False)] == [
+        ('--sam-late-ramp',), ('--no-sam-late-ramp',)]
 
 
 def test_plain_training_has_all_combinations_of_what_is_not_sams():

@@ -48,7 +48,9 @@ def cells(given: Sequence[str], plain: bool) -> list[Cell]:
     Raises:
         OptionError: A key is no flag of train.py, is there twice, or has no values.
     """
-    actions = {action.dest: action for action in build_train_parser()._actions}
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in build_train_parser()._actions:
+        actions.setdefault(action.dest, []).append(action)
     axes: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for text in given:
         name, equals, values = text.partition("=")
@@ -79,8 +81,14 @@ def _cell(axes: dict[str, list[tuple[str, tuple[str, ...]]]], chosen: Sequence[t
                 tuple(word for _, words in chosen for word in words))
 
 
-def _flags(action: argparse.Action, value: str) -> tuple[str, ...]:
-    """A value as it stands on the command line; switches take true and false, lists words."""
+def _flags(actions: Sequence[argparse.Action], value: str) -> tuple[str, ...]:
+    """A value as it stands on the command line; switches take true and false, lists words.
+
+    Args:
+        actions: The flags that set the option: a switch may have one for on and one for off.
+        value: As it stands in ``--grid``.
+    """
+    action = actions[0]
     name = next((option for option in action.option_strings if option.startswith("--")), None)
     if name is None:
         raise OptionError(f"--grid {action.dest}={value}: this is no flag of train.py")
@@ -88,10 +96,12 @@ def _flags(action: argparse.Action, value: str) -> tuple[str, ...]:
         return (name, *value.split()) if action.nargs in ("+", "*") or isinstance(action.nargs, int) else (name, value)
     if value not in ("true", "false"):
         raise OptionError(f"--grid {action.dest}={value}: it is a switch; its values are true and false")
-    if value == "true":
-        return (name,)
-    off = f"--no-{name[2:]}"
-    return (off,) if off in action.option_strings else ()
+    for action in actions:
+        for option in action.option_strings:
+            on = not option.startswith("--no-") if isinstance(action, argparse.BooleanOptionalAction) else action.const
+            if option.startswith("--") and on is (value == "true"):
+                return (option,)
+    return ()
 
 
 def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argparse.Namespace]:
@@ -130,7 +140,8 @@ def check(found: Sequence[Cell], flags: Sequence[str], prog: str) -> list[argpar
         if cell.plain and args.sam_variant is not None:
             parser.error(f"the recipe or a flag sets --sam-variant {args.sam_variant}: give a plain recipe and the "
                          f"variant in --grid, or leave out --plain")
-        stuck = next((key for key, value in cell.values if value == "false" and getattr(args, key) is True), None)
+        stuck = next((key for key, value in cell.values
+                      if value in ("true", "false") and getattr(args, key) is (value != "true")), None)
         if stuck is not None:
             parser.error(f"the recipe sets {flag(stuck)}, which no flag takes back: use a recipe without it")
         twin = next((other for other, its in zip(found, every) if vars(its) == vars(args)), None)
