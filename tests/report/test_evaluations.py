@@ -132,6 +132,16 @@ def test_run_whose_checkpoint_is_gone_has_the_evaluations_in_its_folder(runs, re
     assert 'older' in text.split('## Evaluations without a run')[1]
 
 
+def test_run_of_which_another_checkpoint_was_evaluated_is_named(runs, report, tmp_path):
+    run = runs['plain'][0].parent
+    best = checkpoint(run, 'model_best.pth.tar')
+    file = write_results(tmp_path / 'r.json', [best, runs['plain'][1]], [1, 2])
+    notes = report('--evaluations', file).split('## Notes on evaluations')[1]
+    assert notes.count('is not among the results') == 1 and f'{run} model_best.pth.tar counts' in notes
+    notes = report('--evaluations', file, '--epoch', 'best').split('## Notes on evaluations')[1]
+    assert notes.count('is not among the results') == 1 and f'{runs["plain"][1].parent} last.pth.tar counts' in notes
+
+
 def test_files_that_contradict_each_other_are_named(runs, report, tmp_path):
     first = write_results(tmp_path / 'a.json', runs['plain'][:1], [0])
     other = write_results(tmp_path / 'b.json', runs['plain'][:1], [1])

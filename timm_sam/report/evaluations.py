@@ -11,7 +11,7 @@ from ..evaluation.evaluated import Evaluated, Key, Number, merged
 from ..evaluation.tables import GROUPS
 from ..evaluation.weights import Hashes
 from ..runs import files
-from .runs import Run
+from .runs import FINISHED, Run
 from .tables import Cell
 
 
@@ -89,13 +89,16 @@ def join(runs: Sequence[Run], evaluations: Sequence[Evaluated], epoch: str) -> J
     preferred = files.BEST if epoch == "best" else files.LAST
     for run in runs:
         paths = _checkpoints(run.path, preferred)
-        found = _hashes(paths, hashes, joined.notes) if paths else _left_in(run.path, preferred, evaluations)
-        there = [sha256 for sha256 in found if sha256 in by_hash]
+        names = _hashes(paths, hashes, joined.notes) if paths else _left_in(run.path, preferred, evaluations)
+        there = [sha256 for sha256 in names if sha256 in by_hash]
         claimed.update(there)
         if not there:
             joined.runs_without.append(run)
             continue
         joined.numbers[run.path] = merged(by_hash[there[0]], joined.notes)
+        if names[there[0]] != preferred and run.status == FINISHED:
+            joined.notes.append(f"of {run.path} {names[there[0]]} counts, since {preferred}, which the accuracy of its "
+                                f"{epoch} epoch is of, is not among the results")
         for other in there[1:]:
             joined.notes.append(f"{by_hash[other][0].checkpoint} is of {run.path}, too, and is not used: "
                                 f"{by_hash[there[0]][0].checkpoint} is")
@@ -109,22 +112,21 @@ def _checkpoints(folder: str, preferred: str) -> list[str]:
     return sorted(paths, key=lambda path: (os.path.basename(path) != preferred, -os.path.getmtime(path), path))
 
 
-def _hashes(paths: Sequence[str], hashes: Hashes, notes: list[str]) -> list[str]:
-    """Of all files that can be read, each once."""
-    found: list[str] = []
+def _hashes(paths: Sequence[str], hashes: Hashes, notes: list[str]) -> dict[str, str]:
+    """The hashes of all files that can be read, and their names."""
+    found: dict[str, str] = {}
     for path in paths:
         try:
-            found.append(hashes.of_file(path))
+            found.setdefault(hashes.of_file(path), os.path.basename(path))
         except OptionError as e:
             notes.append(str(e).removeprefix("--checkpoint "))
-    return list(dict.fromkeys(found))
+    return found
 
 
-def _left_in(folder: str, preferred: str, evaluations: Sequence[Evaluated]) -> list[str]:
-    """The hashes of checkpoints that lay in a run's folder, the preferred one first, of evaluations that lie there."""
+def _left_in(folder: str, preferred: str, evaluations: Sequence[Evaluated]) -> dict[str, str]:
+    """The same of checkpoints that lay in a run's folder, the preferred one first, by the evaluations that lie there."""
     name = os.path.basename(os.path.abspath(folder))
-    found = [evaluated for evaluated in evaluations
+    found = [(evaluated.sha256, os.path.basename(evaluated.checkpoint)) for evaluated in evaluations
              if os.path.realpath(os.path.dirname(evaluated.file)) == os.path.realpath(folder)
              and os.path.basename(os.path.dirname(evaluated.checkpoint)) in ("", ".", name)]
-    found.sort(key=lambda evaluated: os.path.basename(evaluated.checkpoint) != preferred)
-    return list(dict.fromkeys(evaluated.sha256 for evaluated in found))
+    return dict(sorted(found, key=lambda pair: pair[1] != preferred))
