@@ -1,4 +1,5 @@
 """What the report reads from the folder of one run: its state and its times."""
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from timm_sam.report.runs import (
     STOPPED,
     UNREADABLE,
     UNSCORED,
+    find_runs,
     read_run,
 )
 from timm_sam.runs import timing
@@ -104,6 +106,31 @@ def test_runs_of_timms_own_script_on_other_data_are_not_averaged_together(tmp_pa
         (folder / 'args.yaml').write_text(yaml.safe_dump({**given, 'data': f'/disk-{seed}/{name}', 'data_dir': None}))
     tables, _ = tables_of(tmp_path)
     assert [(table.data, table.plain.seeds) for table in tables] == [('cifar10', [0, 1]), ('cifar100', [2])]
+
+
+def test_run_behind_a_link_is_found_once_and_by_its_own_name(tmp_path):
+    write_run(tmp_path / 'elsewhere')
+    write_run(tmp_path / 'runs' / 'own', seed=1)
+    for name, target in (('all', '..'), ('latest', 'own'), ('linked', '../elsewhere'), ('nothing', 'nowhere')):
+        (tmp_path / 'runs' / name).symlink_to(target)
+    assert find_runs([str(tmp_path / 'runs')]) == [str(tmp_path / 'runs' / name) for name in ('own', 'linked')]
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write_run(tmp_path / 'own')
+    locked = write_run(tmp_path / 'locked', seed=1)
+    list_of, state_of = os.scandir, os.stat
+
+    def refused(path, real, *args, **kwargs):
+        if os.path.dirname(os.path.join(path, '')) == str(locked) or os.path.dirname(path) == str(locked):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path, *args, **kwargs)
+    monkeypatch.setattr(os, 'scandir', lambda path='.': refused(path, list_of))
+    found = find_runs([str(tmp_path)])
+    assert sorted(found) == [str(locked), str(tmp_path / 'own')]
+    monkeypatch.setattr(os, 'stat', lambda path, *args, **kwargs: refused(path, state_of, *args, **kwargs))
+    run = read_run(str(locked))
+    assert run.status == UNREADABLE and 'Permission denied' in run.reason
 
 
 def test_unfinished_run_is_running_while_it_writes_and_stopped_afterwards(tmp_path):

@@ -81,7 +81,9 @@ class _Unusable(Exception):
 
 
 def find_runs(paths: Sequence[str]) -> list[str]:
-    """Folders of runs: the given ones and those below them.
+    """Folders of runs: the given ones and those below them, those that a link there leads to as well.
+
+    A folder that cannot be listed is named, too: what nobody can read may be a run.
 
     Raises:
         OptionError: A path is no folder, or none holds a run.
@@ -90,16 +92,26 @@ def find_runs(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.isdir(path):
             raise OptionError(f"{path} is not a folder: give folders of runs, or folders that hold them")
-        before = len(found)
-        seen = False
-        for folder, subfolders, names in os.walk(path):
-            subfolders.sort()
-            if files.ARGS in names or files.SUMMARY in names:
-                found.setdefault(os.path.realpath(folder), folder)
-                seen = True
-        if not seen and len(found) == before:
+        below = _runs_below(path)
+        if not below:
             raise OptionError(f"{path} holds no run: no {files.ARGS} and no {files.SUMMARY} in it or below it")
+        for folder in below:
+            found.setdefault(os.path.realpath(folder), folder)
     return list(found.values())
+
+
+def _runs_below(path: str) -> list[str]:
+    """As of :func:`find_runs`; links stand last, so that a run counts by its own name where it is found by both."""
+    found: list[str] = []
+    links: list[str] = []
+    for folder, subfolders, names in os.walk(path, onerror=lambda error: found.append(str(error.filename))):
+        subfolders.sort()
+        if files.ARGS in names or files.SUMMARY in names:
+            found.append(folder)
+        # behind a link only a run itself is looked for: it may lead to all images of a data set, or back up
+        links += [link for name in subfolders if os.path.islink(link := os.path.join(folder, name)) and any(
+            os.path.lexists(os.path.join(link, file)) for file in (files.ARGS, files.SUMMARY))]
+    return [*found, *links]
 
 
 def read_run(folder: str, running_minutes: float = 60) -> Run:
