@@ -40,6 +40,7 @@ OPTIONS = {
     'dataset': ('model: a\ndataset: [1]\n', 'dataset'),
     'opt': ('model: a\nopt: 2020-01-01\n', 'opt'),
     'interval': ('model: a\nval_interval: x\n', 'val_interval'),
+    'holdout': ('model: a\nholdout: x\n', 'holdout'),
     'rho infinite': ('model: a\nsam_variant: sam\nsam_rho: .inf\n', 'sam_rho: inf'),
     'rho negative': ('model: a\nsam_variant: sam\nsam_rho: -1\n', 'sam_rho: -1'),
     'rho text': ('model: a\nsam_variant: sam\nsam_rho: x\n', 'sam_rho'),

@@ -27,7 +27,8 @@ FINISHED, DIVERGED, RUNNING, STOPPED, MIXED, UNREADABLE, UNSCORED, DUPLICATE = (
 COLUMN = "eval_{}"  # of summary.csv, by the name of a metric
 
 # What the report itself computes or sorts with; all other options are only compared.
-_TYPED = ("task", "model", "dataset", "data_dir", "opt", "seed", "val_interval", "sam_variant", "sam_params", "sam_rho")
+_TYPED = ("task", "model", "dataset", "data_dir", "opt", "seed", "val_interval", "holdout", "sam_variant", "sam_params",
+          "sam_rho")
 _MOST_BYTES = {files.ARGS: 1 << 20, files.SUMMARY: 1 << 26, timing.FILE: 1 << 26}  # far more than any run writes
 _MOST_VALUES = 10_000  # of args.yaml, which may repeat a part of itself so often that no memory holds it
 
