@@ -124,7 +124,7 @@ def _hashes(paths: Sequence[str], hashes: Hashes, notes: list[str]) -> dict[str,
 
 
 def _left_in(folder: str, preferred: str, evaluations: Sequence[Evaluated]) -> dict[str, str]:
-    """The same of checkpoints that lay in a run's folder, by the evaluations that lie there; the preferred one first."""
+    """The same of checkpoints that lay in a run's folder, by evaluations that lie there, the preferred one first."""
     name = os.path.basename(os.path.abspath(folder))
     found = [(evaluated.sha256, os.path.basename(evaluated.checkpoint)) for evaluated in evaluations
              if os.path.realpath(os.path.dirname(evaluated.file)) == os.path.realpath(folder)
