@@ -11,6 +11,7 @@ outputs are used in the second pass of the same batch only; if a perturbed modul
 used in some other way) or a kept output was changed in place by something else than a recorded module, nothing is
 shared. The first time, the modules compute their outputs again all the same, and must find what was kept.
 """
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -187,7 +188,8 @@ class Recording:
             if id(module) not in self.outputs:
                 self.outputs[id(module)] = deque()
                 self.modules.append(module)
-            kept = _Kept(output, RandomState(self.devices), [(t, t._version) for t in tensors])
+            # of its own lists and dictionaries: what is above may take out of them, or put something in
+            kept = _Kept(_copied(output), RandomState(self.devices), [(t, t._version) for t in tensors])
             self.outputs[id(module)].append(kept)
             self.kept.update((id(t), t) for t in tensors)
             self.version = self._version()
@@ -360,6 +362,23 @@ def _replaced(nested: Any, tensors: Iterator[Tensor]) -> Any:
         items = [_replaced(item, tensors) for item in nested]
         return type(nested)(*items) if hasattr(nested, "_fields") else type(nested)(items)
     return nested
+
+
+def _copied(nested: Any) -> Any:
+    """``nested`` with lists and dictionaries of its own, and the tensors as they are."""
+    if not isinstance(nested, (dict, list, tuple)):
+        return nested
+    new: Any = nested if isinstance(nested, tuple) else copy.copy(nested)
+    places = list(nested.items() if isinstance(nested, dict) else enumerate(nested))
+    changed = {place: inner for place, item in places if (inner := _copied(item)) is not item}
+    if not changed:
+        return new
+    if isinstance(nested, tuple):
+        items = [changed.get(place, item) for place, item in places]
+        return type(nested)(*items) if hasattr(nested, "_fields") else type(nested)(items)
+    for place, inner in changed.items():
+        new[place] = inner
+    return new
 
 
 def _tensors(output: Any) -> list[Tensor] | None:

@@ -220,3 +220,44 @@ def test_a_copy_knows_its_own_parameters():
     for m, s in (copy.deepcopy((model, sam)), (model, sam)):
         s.minimize(lambda m=m: loss_of(m))
         assert s.sharing.endswith('perturbed parameters are used below the module that owns them')
+
+
+class Below(nn.Module):
+    """Returns its features in a list of a dictionary, as encoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+        return {'features': [self.conv(x)]}
+
+
+class Taking(nn.Module):
+    """Changes the containers that a module gave it."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what, self.below, self.relu = what, Below(), nn.ReLU(inplace=True)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.below(x)
+        features = found.pop('features') if self.what == 'takes out' else found['features']
+        self.relu(features[0])
+        features.append(self.norm(features[0]) * len(features))
+        return self.head(sum(features).mean((2, 3)))
+
+
+@pytest.mark.parametrize('what', ['takes out', 'puts in'])
+def test_containers_that_are_changed_above_are_whole_in_the_second_pass(what):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(5, (8,))
+    model = Taking(what)
+    shared, apart = copy.deepcopy(model), copy.deepcopy(model)
+    for m, share in ((shared, True), (apart, False)):
+        sam = SAM(torch.optim.SGD(m.parameters(), lr=0.1), m, rho=0.5, share_forward=share)
+        for _ in range(5):
+            sam.minimize(lambda m=m: F.cross_entropy(m(x), y))
+        assert sam.sharing.startswith('one forward for both passes') == share
+    torch.testing.assert_close(shared.state_dict(), apart.state_dict(), rtol=1e-5, atol=1e-6)
