@@ -13,12 +13,12 @@ from support.models import (
     assert_identical,
     batch,
     buffers,
+    flops,
     one_step,
     sam_on,
     weights,
 )
 from timm.scheduler import StepLRScheduler
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, VARIANTS, methods
 from timm_sam.methods.gsam import Decomposition, RadiusOfRate
@@ -223,11 +223,6 @@ def test_radius_is_rho_at_the_highest_rate_of_a_schedule_with_rates_by_layer(sch
 
 @pytest.mark.parametrize('selection', ['all', 'onlynorm'])
 def test_update_costs_two_plain_ones_whatever_is_perturbed(selection):
-    def flops(update):
-        with FlopCounterMode(display=False) as counter:
-            update()
-        return counter.get_total_flops()
-
     model = TinyNet()
     loss = BatchLoss(model, batch(0, dtype=torch.float32))
     plain = flops(lambda: loss().backward())

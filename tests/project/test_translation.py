@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 from reference import sam_gradients
+from support.models import flops
 from support.running import in_process
 from support.translation import LANGUAGES, TINY, data, examples, model_of, train, transformer, translated, write_toy
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sam import SAM, select_parameters
 
@@ -165,12 +165,6 @@ def test_loss_falls(flags, toy, tmp_path):
 def test_cost_is_that_of_linear_layers():
     model = transformer.Transformer(train.PRESETS['small']['size'], 200, 0.0)
     batch = data.collate(examples(8, subwords=200))
-
-    def flops(update):
-        model.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            update()
-        return counter.get_total_flops()
 
     def loss():
         return train.loss_of(model, batch, 0.1)
