@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support.places import ROOT
 from support.running import in_process
 from support.translation import LANGUAGES, bible_es_en, data, examples, table, train, write_toy
 
@@ -165,6 +166,14 @@ def test_table_of_runs_is_drawn_again_without_training(tmp_path, trainings, caps
                         ([], 'Name either'), (['corpus', '--show', 'out/runs.csv'], 'Name either')):
         assert table.main(wrong) == 2
         assert said in capsys.readouterr().err
+
+
+def test_readme_says_what_the_stored_runs_came_to():
+    text = ' '.join((ROOT / 'examples' / 'translation' / 'README.md').read_text().split())
+    run, = table.read_runs('--show', ROOT / 'benchmarks' / 'results' / 'translation_runs.csv')
+    assert (f'one is over, with {run.epochs} epochs instead of {train.PRESETS["small"]["epochs"]}: {run.row}, '
+            f'seed {run.seed}, with a test BLEU of {run.test_bleu:.2f},') in text
+    assert f'An epoch is {run.updates // run.epochs} updates' in text and run.updates % run.epochs == 0
 
 
 def test_table_does_not_begin_further_runs_after_one_that_failed(tmp_path, trainings, monkeypatch, capsys):
