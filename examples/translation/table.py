@@ -36,6 +36,11 @@ def cells(rho_all: float, rho_on: float) -> dict[str, list[str]]:
             "SAM-ON": ["--sam-variant", "sam", "--sam-params", "onlynorm", "--sam-rho", f"{rho_on:g}"]}
 
 
+def rho_of(flags: Sequence[str]) -> str:
+    """The radius in the flags of a row, as it is printed; empty: none."""
+    return "".join(flags[-1:])
+
+
 @dataclass(frozen=True)
 class Done:
     """A row of ``runs.csv``: a run that is over.
@@ -128,8 +133,7 @@ def done_elsewhere(args: Namespace, flags: dict[str, list[str]]) -> dict[tuple[s
     found = {(run.row, run.seed): run for run in read_runs("--done", args.done)
              if run.row in flags and run.seed in args.seeds}
     for run in found.values():
-        rho = "".join(flags[run.row][-1:])
-        if run.rho != rho or args.epochs not in (None, run.epochs):
+        if run.rho != rho_of(flags[run.row]) or args.epochs not in (None, run.epochs):
             raise OptionError(f"--done {args.done}: {run.row}, seed {run.seed}, has rho {run.rho or 'none'} and "
                               f"{run.epochs} epochs: give the same, or leave it out")
     return found
@@ -155,7 +159,7 @@ def run_all(args: Namespace, command: str) -> list[Done]:
         try:
             for future in as_completed(waiting):
                 (name, seed), result = waiting[future], future.result()
-                done[name, seed] = Done(name, "".join(flags[name][-1:]), seed, int(result["epochs"]),
+                done[name, seed] = Done(name, rho_of(flags[name]), seed, int(result["epochs"]),
                                         int(result["updates"]), result["valid_bleu"], result["test_bleu"])
                 say(f"{name}, seed {seed}: test BLEU {result['test_bleu']:.2f}")
                 runs = [done[key] for key in order if key in done]

@@ -25,7 +25,7 @@ from ..runs.sameness import NOT_COMPARED, data_dir_of, placeless
 
 HEADER = ("run", "file", "key", "value")
 _ALL = "*"
-_NAMES = "names"  # of images, under the run _ALL and by a digest
+_IMAGES = "names"  # of images, under the run _ALL and by a digest
 _LINES = (files.SUMMARY, timing.FILE)
 
 
@@ -58,7 +58,7 @@ def pack(root: str, path: str) -> int:
                  for key, value in _options(folder, name).items()]
         for name in sorted(_names(folder)):
             rows += [(run, name, *line) for line in _content(folder, name, images)]
-    rows += [(_ALL, _NAMES, digest, names) for digest, names in images.items()]
+    rows += [(_ALL, _IMAGES, digest, names) for digest, names in images.items()]
     write_table(path, csv_text(HEADER, rows), "--to")
     return len(folders)
 
@@ -80,7 +80,7 @@ def unpack(path: str, root: str) -> int:
         raise OptionError(f"{root} is in use: remove it, or name another folder")
     rows = _read(path)
     common = {row["key"]: row["value"] for row in rows if row["run"] == _ALL and row["file"] == files.ARGS}
-    images = {row["key"]: row["value"] for row in rows if row["run"] == _ALL and row["file"] == _NAMES}
+    images = {row["key"]: row["value"] for row in rows if row["run"] == _ALL and row["file"] == _IMAGES}
     runs: dict[str, dict[str, list[dict[str, str]]]] = {}
     for row in rows:
         if row["run"] != _ALL:
