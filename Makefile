@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table flatness methods-table fashion-table normalization translation-table test test-fast test-slow \
+.PHONY: train validate digits-table flatness methods-table fashion-table normalization translation-table test test-fast test-slow test-gpu \
 	test-newest test-python lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
@@ -71,7 +71,7 @@ test: $(INSTALLED)
 
 # plugin and unit tests: no whole runs, no recipes, one case of each test
 test-fast: $(INSTALLED)
-	$(BIN)/python $(PYTEST) -m "not slow and not full" --ignore-glob="*/test_hparams*.py"
+	$(BIN)/python $(PYTEST) -m "not slow and not gpu and not full" --ignore-glob="*/test_hparams*.py"
 
 # What depends on Python itself, with another one in a venv of its own: make test-python PYTHON=python3.13
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -84,6 +84,10 @@ test-python:
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# on a machine with a CUDA device, which all other tests leave alone
+test-gpu: $(INSTALLED)
+	$(BIN)/python $(PYTEST) -m gpu tests/gpu
 
 # What of train.py and validate.py is tied to timm, with the newest torch, torchvision and timm that go together, in a
 # venv of its own; `make test-newest TESTS=tests` runs everything. Not in CI: it fails when timm has something new.

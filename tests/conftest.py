@@ -20,6 +20,14 @@ from timm_sam import SAM
 
 torch.set_num_threads(1)
 
+
+
+def pytest_configure(config):
+    """Hides GPUs from all but the tests for them: the others, and the processes they start, are the same everywhere."""
+    if config.option.markexpr != 'gpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
 # ---- the quick tier
 
 # fixtures of tests that train, evaluate, start processes, or report on many runs

@@ -101,7 +101,7 @@ def sam_gradients(
     params = dict(model.named_parameters())
     weights = {name: p.detach().clone() for name, p in params.items()}
 
-    random_state = torch.get_rng_state()
+    random_state, of_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all()
     loss, grads = loss_and_gradients(model, loss_fn)
     clean_buffers = {name: b.clone() for name, b in model.named_buffers()}
 
@@ -113,6 +113,7 @@ def sam_gradients(
             params[name].copy_(weights[name] + eps[name])
 
     torch.set_rng_state(random_state)
+    torch.cuda.set_rng_state_all(of_gpus)
     loss_perturbed, G = loss_and_gradients(model, loss_fn)
 
     with torch.no_grad():

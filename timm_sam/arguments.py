@@ -2,7 +2,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import nn
@@ -67,11 +67,20 @@ def check_model(model: nn.Module, group: Group) -> None:
     """
     check_parts(model)
     if not WHOLE_GRAPHS_WORK and is_compiled_whole(model):
-        raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled "
-                         "as a whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
+        refuse_whole_graph()
     if any(ddp.static_graph for ddp in group.ddp):
         raise ValueError("model: the first backward of DistributedDataParallel(static_graph=True) synchronizes, "
                          "which the pass at w must not do; build it without static_graph")
+
+
+def refuse_whole_graph() -> NoReturn:
+    """Says what to do where torch does not do it right.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"model: torch {torch.__version__} computes wrong gradients for SAM of a model compiled as a "
+                     f"whole; compile it by timm_sam.compile_split(model), or use torch >= 2.12")
 
 
 def check_variant(stages: Stages, names: str, variant: str) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .store import Store
 
+_NO_BACKWARD = "backward_fn: it was given the loss and did not call its backward()"
+
 
 def asked(weigh: Any, scaler: Any, backward_fn: Any, create_graph: bool) -> "Backward":
     """What a loop asks, if it can be done.
@@ -32,7 +34,7 @@ class Backward(NamedTuple):
     Attributes:
         weigh: Applied to the loss at w + eps; None: nothing.
         scaler: Its loss scale is applied; None: none.
-        function: Takes the place of ``loss.backward()`` at w + eps, and applies the loss scale itself.
+        function: Takes the place of ``loss.backward()``, and applies the loss scale itself.
         create_graph: Whether the gradient is differentiated again.
     """
 
@@ -46,8 +48,20 @@ class Backward(NamedTuple):
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=device))
 
     def ascend(self, loss: Tensor, params: Sequence[nn.Parameter], store: Store) -> None:
-        """The backward pass at w, to some parameters."""
-        store.backward(self._scaled(loss), params)
+        """The backward pass at w, to some parameters.
+
+        Raises:
+            ValueError: ``function`` ran no backward pass.
+        """
+        scaled = self._scaled(loss)
+
+        def run() -> None:
+            store.backward(scaled, params)
+
+        if self.function is None:
+            run()
+        else:
+            _inside(self.function, loss, run)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -83,6 +97,41 @@ class Backward(NamedTuple):
         finally:
             with_hook.remove()
         if not factors:
-            raise ValueError("backward_fn: it was given the loss and did not call its backward()")
+            raise ValueError(_NO_BACKWARD)
         scale = self.scale(loss.device)
         return factors[0].detach() if scale is None else factors[0].detach() / scale
+
+
+class _StandIn(torch.autograd.Function):
+    """A number whose backward pass is another one's."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, run: Callable[[], None]) -> Tensor:  # type: ignore[override]
+        ctx.run = run
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.run()
+        return None, None, None
+
+
+def _inside(function: Callable[[Tensor], Any], loss: Tensor, run: Callable[[], None]) -> None:
+    """Runs a backward pass of ours while ``function`` runs the one that it is given.
+
+    Trainers whose precision is mixed see to it that no backward pass goes by them. What they multiply the loss by does
+    not reach ours.
+
+    Raises:
+        ValueError: ``function`` ran no backward pass.
+    """
+    ran: list[bool] = []
+
+    def noted() -> None:
+        ran.append(True)
+        run()
+
+    leaf = torch.zeros((), device=loss.device, requires_grad=True)
+    function(_StandIn.apply(leaf, loss.detach(), noted))  # type: ignore[no-untyped-call]
+    if not ran:
+        raise ValueError(_NO_BACKWARD)

@@ -1,5 +1,6 @@
 """What shows only when training begins: that SAM was built with something else than what is trained."""
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .arguments import check_model
+from .arguments import check_model, refuse_whole_graph
 from .group import Group, in_group
 from .sharded.units import SHARDED_LATE, units_of
+from .split import WHOLE_GRAPHS_WORK
 
 Selection = Sequence[tuple[str, nn.Parameter]]
 
@@ -52,6 +54,8 @@ class FirstUpdate:
         self._find_wrapped()
         yield
         self._find_wrapped()  # `replicate` wraps a model in its first forward
+        if not WHOLE_GRAPHS_WORK and _is_compiled_around(self._selected[0][1]):
+            refuse_whole_graph()
         self._looked = True
 
     def look(self) -> None:
@@ -119,6 +123,13 @@ def _wrappers_of(p: nn.Parameter) -> list[DistributedDataParallel]:
     """All DistributedDataParallel of this process that a parameter is in; wherever a trainer may keep them."""
     return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)
             and any(q is p for q in o.parameters())]
+
+
+def _is_compiled_around(p: nn.Parameter) -> bool:
+    """Whether a module of ``torch.compile`` of this process has a parameter, which SAM was not given."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and any(
+        issubclass(type(o), dynamo.OptimizedModule) and any(q is p for q in o.parameters()) for o in gc.get_objects())
 
 
 def _names(names: Sequence[str]) -> str:

@@ -310,9 +310,10 @@ class SAM(Facade):
             weigh: Applied to the loss at w + eps before its backward, e.g. ``lambda loss: loss / accumulation_steps``.
                 The ascent uses the loss as it is: eps does not depend on such factors.
             scaler: Its loss scale is applied in both passes and divided out of g.
-            backward_fn: Takes the place of ``loss.backward()`` at w + eps, for loops whose trainer owns that call
-                (``fabric.backward``, ``accelerator.backward``). It applies a loss scale itself; ``scaler`` is then for
-                the pass at w, and for methods that need to know the scale.
+            backward_fn: Takes the place of ``loss.backward()``, for loops whose trainer owns that call
+                (``fabric.backward``, ``accelerator.backward``). It applies a loss scale itself at w + eps; at w it is
+                given a stand-in, inside whose backward pass ours runs: ``scaler`` is for that one, and for methods that
+                need to know the scale.
             last: Whether this is the last micro-batch of the update. False synchronizes nothing, like
                 ``ddp.no_sync()`` around the call.
 

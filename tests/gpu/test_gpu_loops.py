@@ -6,14 +6,14 @@ import warnings
 import pytest
 import torch
 from support.example_loops import load, missing
-from support.gpu import DEVICE, data, needs_gpu, net
+from support.gpu import DEVICE, data, net
 from support.places import ROOT
 from support.processes import python, run, torchrun
 from torch.utils.data import DataLoader, SequentialSampler
 
 from timm_sam import SAM
 
-pytestmark = [needs_gpu, pytest.mark.full]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from reference import sam_step
-from support.gpu import DEVICE, data, needs_gpu, net, no_waiting
+from support.gpu import DEVICE, data, net, no_waiting
 from support.models import OPTIMIZERS, SELECTIONS, WAYS, BatchLoss, assert_identical, buffers, weights
 
 from timm_sam import SAM, VARIANTS, compile_split, methods
 
-pytestmark = needs_gpu
+pytestmark = pytest.mark.gpu
 
 RHO = {'elementwise_linf': 0.1, 'layerwise_l2': 0.2}
 MANY = {

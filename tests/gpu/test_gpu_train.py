@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from support.gpu import DEVICE, needs_gpu, repeatable
+from support.gpu import DEVICE, repeatable
 from support.places import ROOT
 from support.processes import python, run, torchrun
 from support.states import differences
 
 from timm_sam.training.preemption import EXIT_PREEMPTED, Preemption
 
-pytestmark = [needs_gpu, pytest.mark.full]
+pytestmark = pytest.mark.gpu
 
 SAM_ON = '--sam-variant sam --sam-rho 0.1'
 VIT = '--model test_vit --model-kwargs img_size=32 --opt adamw --lr 0.001'

@@ -3,7 +3,17 @@ import copy
 
 import pytest
 import torch
-from support.models import BatchLoss, TinyNet, assert_identical, batch, by_closure, one_step, sam_on, weights
+from support.models import (
+    BatchLoss,
+    TinyNet,
+    assert_identical,
+    batch,
+    by_closure,
+    one_step,
+    sam_on,
+    weights,
+    whole_graphs,
+)
 from torch import nn
 
 from timm_sam import SAM, VARIANTS, methods
@@ -153,6 +163,7 @@ def test_gradient_that_does_not_arrive_this_time_is_none_of_this_batch():
 
 
 @pytest.mark.full
+@whole_graphs
 def test_compiled_model_is_not_compiled_again():
     model = tiny()
     compiled = torch.compile(model, backend='aot_eager')

@@ -6,13 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.models import BatchLoss, TinyNet, batch, flops, sam_on
+from support.models import BatchLoss, TinyNet, assert_identical, batch, flops, sam_on, whole_graphs
 from support.places import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_sam import SAM, VARIANTS, compile_split, multi_tensor
-from timm_sam.split import WHOLE_GRAPHS_WORK
 
 BENCHMARK = ROOT / 'benchmarks' / 'step_cost.py'
 LATE = {'resnet50': 'layer4', 'vit_small_patch32_224': r'blocks\.(8|9|10|11)\.'}
@@ -246,9 +245,6 @@ WAYS = {
 }
 
 
-whole_graphs = pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets SAM with a whole graph wrong')
-
-
 @pytest.mark.full
 @pytest.mark.parametrize('every', [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize('way, filter', [
@@ -275,6 +271,16 @@ def test_model_compiled_as_a_whole_is_refused_where_torch_gets_it_wrong(monkeypa
     split = TinyNet()
     compile_split(split, backend='eager')
     SAM(torch.optim.SGD(split.parameters(), lr=0.1), split, rho=0.1)
+
+
+def test_compiled_module_around_the_model_of_sam_is_refused_where_torch_gets_it_wrong(monkeypatch):
+    monkeypatch.setattr(importlib.import_module('timm_sam.first_update'), 'WHOLE_GRAPHS_WORK', False)
+    model = TinyNet().double()
+    called, before = torch.compile(model, backend='eager'), {n: p.detach().clone() for n, p in model.named_parameters()}
+    sam = sam_on(model)
+    with pytest.raises(ValueError, match=r'compile it by timm_sam.compile_split\(model\), or use torch >= 2.12'):
+        sam.minimize(BatchLoss(called, batch(0)))
+    assert_identical(dict(model.named_parameters()), before)
 
 
 @pytest.mark.full

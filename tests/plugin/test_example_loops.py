@@ -18,6 +18,8 @@ from support.models import weights
 from support.places import ROOT
 from support.scenarios import of_both_ranks
 
+from timm_sam import SAM
+
 
 def installed(names):
     """Examples as parameters; those whose packages are not there are skipped, with the reason."""
@@ -39,6 +41,25 @@ def test_examples_are_short(name):
 @pytest.mark.parametrize('name', installed(name for name in NEEDS if name not in RANKS_ONLY))
 def test_weights_are_those_of_a_loop_by_hand(name):
     assert_close(weights(run(name, batches())), weights(by_hand(batches(), PARTS.get(name, 1))))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(bool(missing('fabric_loop')), reason='needs lightning: pip install lightning')
+@pytest.mark.filterwarnings('ignore')  # of the package's own
+def test_fabric_in_mixed_precision_takes_the_steps_of_autocast():
+    """There Fabric lets no backward pass begin but its own, at w neither."""
+    from lightning.fabric import Fabric
+    fabric = Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')
+    fabric.launch()
+    data = [(x.float(), y) for x, y in batches()]
+    by_fabric, net = network().float(), network().float()
+    load('fabric_loop').train(fabric, by_fabric, data)
+    sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), net, rho=0.5)
+    for x, y in data:
+        with torch.autocast('cpu', torch.bfloat16):
+            sam.minimize(lambda x=x, y=y: torch.nn.functional.cross_entropy(net(x).float(), y))
+    for (name, a), b in zip(weights(by_fabric).items(), weights(net).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 class OfTwoModes(torch.optim.SGD):

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.models import KeptForBackward, assert_identical, weights
+from support.models import KeptForBackward, assert_identical, weights, whole_graphs
 from support.sharing import DATA, Counted, late, loss_of
 from torch import Tensor, nn
 
@@ -350,6 +350,7 @@ def test_checkpointing_that_is_switched_on_later_ends_sharing():
 
 
 @pytest.mark.full
+@whole_graphs
 @pytest.mark.parametrize('way', ['before', 'after'])
 def test_compiled_wrapper_of_the_model_that_sam_has_makes_two_forwards(way):
     torch.compiler.reset()

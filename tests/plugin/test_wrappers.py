@@ -248,13 +248,14 @@ class Owner:
 @EXTRAS
 @pytest.mark.parametrize('params', ['onlynorm', 'all'])
 def test_backward_fn_takes_the_place_of_backward_at_the_perturbed_weights(params, options):
-    model, own = tiny(), Owner()
+    model, own, expected = tiny(), Owner(), 0
     sam = sam_on(model, params=params, **options)
     for seed in range(4):
+        expected += 2 if sam.perturbs and 'msam' not in str(options) else 1
         sam.zero_grad()
         sam.backward(loss_fn_of(model, seed), backward_fn=own)
         sam.step()
-    assert own.calls == 4
+    assert own.calls == expected  # at w on a stand-in
     assert_identical(weights(model), after(4, 'minimize', params=params, **options)[0])
 
 

@@ -1,13 +1,13 @@
-"""What the tests in `tests/gpu` share: they are skipped where there is no CUDA device."""
+"""What the tests in `tests/gpu` share."""
 import contextlib
+import warnings
 
-import pytest
 import torch
 
 from support.models import TinyNet, batch
 
 DEVICE = 'cuda'
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
 
 
 def net(dtype=torch.float64, seed=0):
@@ -22,7 +22,9 @@ def data(seed, dtype=torch.float64, size=6):
 def no_waiting():
     """Whatever makes the host wait for the device is an error, copies of single numbers to the device included."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode('error')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Synchronization debug mode is a prototype')
+        torch.cuda.set_sync_debug_mode('error')
     try:
         yield
     finally:

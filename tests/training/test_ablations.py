@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from support.loop import CPU
-from support.models import TinyNet, assert_identical, batch, flops, one_step, sam_on, weights
+from support.models import TinyNet, assert_identical, batch, flops, one_step, sam_on, weights, whole_graphs
 from support.states import differences
 from timm import layers
 from timm.layers import BatchNormAct2d, FilterResponseNormAct2d
@@ -260,6 +260,7 @@ def test_shared_forward_is_that_of_two_full_ones(filter):
 
 
 @pytest.mark.full
+@whole_graphs
 def test_compiled_model_drops_as_the_eager_one():
     found = []
     for compiled in (False, True):

@@ -3,12 +3,13 @@ import logging
 
 import pytest
 from support.loop import CPU
+from support.models import whole_graphs
 from timm.task import ClassificationTask
 from torch import nn
 
 from timm_sam import train
 from timm_sam.cli.errors import OptionError
-from timm_sam.split import WHOLE_GRAPHS_WORK, splitter_of
+from timm_sam.split import splitter_of
 from timm_sam.training import compiling
 from timm_sam.training.compiling import compile_task
 from timm_sam.training.options import parse_args
@@ -44,7 +45,7 @@ def test_whole_graphs_that_would_be_wrong_are_not_made(compile_with, monkeypatch
     assert compile_with('--torchcompile') is None
 
 
-@pytest.mark.skipif(not WHOLE_GRAPHS_WORK, reason='this torch gets SAM with a whole graph wrong')
+@whole_graphs
 @pytest.mark.parametrize('options, mode', [
     ('--torchcompile', None),
     (f'--torchcompile {SAM_ON}', None),
