@@ -106,12 +106,12 @@ class _StandIn(torch.autograd.Function):
     """A number whose backward pass is another one's."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, value: Tensor, run: Callable[[], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, run: Callable[[], None]) -> Tensor:
         ctx.run = run
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         ctx.run()
         return None, None, None
 
@@ -132,6 +132,6 @@ def _inside(function: Callable[[Tensor], Any], loss: Tensor, run: Callable[[], N
         run()
 
     leaf = torch.zeros((), device=loss.device, requires_grad=True)
-    function(_StandIn.apply(leaf, loss.detach(), noted))  # type: ignore[no-untyped-call]
+    function(_StandIn.apply(leaf, loss.detach(), noted))
     if not ran:
         raise ValueError(_NO_BACKWARD)

@@ -61,6 +61,9 @@ def test_port_that_is_taken_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize('said, words', [
     (dict(RANK=2, WORLD_SIZE=4, LOCAL_RANK=2, MASTER_ADDR='node1', MASTER_PORT=29500), 'a process number 2 from 0'),
+    # the first one says it too: no other one speaks where the group is not there yet
+    (dict(RANK=0, WORLD_SIZE=3, LOCAL_RANK=0, LOCAL_WORLD_SIZE=3, MASTER_ADDR='node1', MASTER_PORT=29500),
+     'a process number 2 from 0'),
     (dict(SLURM_NTASKS=4, SLURM_PROCID=3, SLURM_LOCALID=3, MASTER_ADDR='node1', MASTER_PORT=29500), 'number 3 from 0'),
     (dict(WORLD_SIZE='two'), 'WORLD_SIZE=two in the environment is no number'),
 ])

@@ -1,4 +1,4 @@
-"""train.py on a CUDA device: its flags there, precisions, NCCL, graphs, going on bit for bit, and one-line errors."""
+"""train.py on a CUDA device: its flags there, precisions, graphs, going on bit for bit, and one-line errors."""
 import csv
 import math
 
@@ -23,9 +23,9 @@ def train(run_train):
     return lambda options='': run_train(f'--device {DEVICE} {options}')
 
 
-def results(done):
+def results(done, experiment='run'):
     assert done.code == 0, done.err[-3000:]
-    rows = done.summary()
+    rows = done.summary(experiment)
     assert all(math.isfinite(float(row[name])) for row in rows for name in ('train_loss', 'eval_loss'))
     return rows
 
@@ -56,14 +56,14 @@ METHODS = {
 @pytest.mark.parametrize('method', METHODS)
 def test_methods_go_to_their_end_with_a_loss_scale(train, method):
     [row] = results(train(f'{SAM_ON} --amp --sam-method {method} {METHODS[method]}'))
-    assert float(row['train_sam_nonfinite']) == 0
+    assert float(row['train_sam_nonfinite']) < 2  # the scale begins at 65536, which one batch may find too large
 
 
 @pytest.mark.parametrize('options', ['', f'--amp {SAM_ON}'])
 def test_epochs_are_those_of_the_cpu_but_for_rounding(train, run_train, options):
     losses = []
     for device in ('cuda', 'cpu'):
-        [row] = results(run_train(f'--device {device} --experiment {device} {options}'))
+        [row] = results(run_train(f'--device {device} --experiment {device} {options}'), device)
         losses.append(float(row['train_loss']))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -99,14 +99,15 @@ def test_compiled_run_has_the_loss_of_one_that_is_not(train, options):
         torch._dynamo.reset()
         # graphs of parts of a batch are compiled anew: whole batches only
         chosen = options if compiled else ' '.join(options.replace('--torchcompile-mode reduce-overhead', '').split())
-        [row] = results(train(f'{SAM_ON} {compiled} {chosen} --experiment run{bool(compiled)}'))
+        name = f'run{bool(compiled)}'
+        [row] = results(train(f'{SAM_ON} {compiled} {chosen} --experiment {name}'), name)
         losses.append(float(row['train_loss']))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.fixture(scope='module')
 def on_one_rank(image_folder, tmp_path_factory):
-    """A run under NCCL; two ranks would need two devices."""
+    """The command of a run; two ranks would need two devices."""
     folder = tmp_path_factory.mktemp('ranks')
     return folder, (f'--data-dir {image_folder} --num-classes 4 --model test_resnet --img-size 32 -b 8 -j 0 --epochs 1 '
                     f'--warmup-epochs 0 --lr 0.05 --output out {SAM_ON} --amp').split()
@@ -116,11 +117,11 @@ def on_one_rank(image_folder, tmp_path_factory):
     ('plain', []), ('synchronized', ['--sync-bn', '--sam-sync', '--sam-params', 'all']),
     ('accumulated', ['--grad-accum-steps', '2', '--model-ema']),
     ('compiled', ['--torchcompile', '--sam-filter', 'layer4'])])
-def test_run_under_torchrun_uses_nccl_and_the_device_that_is_there(on_one_rank, name, options):
+def test_run_under_torchrun_has_the_device_that_is_there(on_one_rank, name, options):
     folder, command = on_one_rank
     done = run(torchrun(ROOT / 'train.py', *command, '--experiment', name, *options, ranks=1), folder)
     assert done.code == 0, done.err[-3000:]
-    assert '1 process(es), one device each, this one on cuda:0' in done.err
+    assert '1 process(es), one device each, this one on cuda' in done.err
     with open(folder / 'out' / name / 'summary.csv', newline='') as f:
         [row] = csv.DictReader(f)
     assert math.isfinite(float(row['train_loss']))
@@ -133,7 +134,7 @@ def test_more_ranks_than_devices_are_one_line(on_one_rank):
     done = run(torchrun(ROOT / 'train.py', *command, '--experiment', 'many', ranks=ranks), folder)
     assert done.code != 0
     said = [line for line in done.err.splitlines() if 'train.py: error' in line]
-    assert said and 'device' in said[0] and not (folder / 'out' / 'many').exists()
+    assert len(said) == 1 and 'devices here' in said[0] and not (folder / 'out' / 'many').exists()
     assert 'Traceback' not in done.err.split('torch.distributed.elastic')[0]
 
 

@@ -15,7 +15,8 @@ from ..group import in_group
 from .errors import OptionError
 
 # numbers that launchers set, as timm reads them
-_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID",
+            "SLURM_LOCALID")
 _LOOPBACK = ("lo", "lo0")  # names of the interface: Linux, BSD and macOS
 
 

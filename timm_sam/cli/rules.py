@@ -111,7 +111,8 @@ def device_is_there(args: argparse.Namespace, others: Collection[str] | None = N
         count = torch.cuda.device_count()
         check_launcher()  # what it has set are numbers
         if is_distributed_env():  # of several processes each takes the index of its place on the machine
-            place = world_info_from_env()[0]
+            # the last one here, so that the first one says it too: it is the one that speaks
+            place = max(world_info_from_env()[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
             yield (place >= count,
                    f"--device {args.device}: there are {count} CUDA devices here, but also a process number {place} "
                    f"from 0: start one for each device (torchrun --nproc-per-node {count}), and let each see them all")
