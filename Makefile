@@ -87,7 +87,7 @@ test-slow: $(INSTALLED)
 
 # on a machine with a CUDA device, which all other tests leave alone
 test-gpu: $(INSTALLED)
-	$(BIN)/python $(PYTEST) -m gpu tests/gpu
+	$(BIN)/python $(PYTEST) -m gpu
 
 # What of train.py and validate.py is tied to timm, with the newest torch, torchvision and timm that go together, in a
 # venv of its own; `make test-newest TESTS=tests` runs everything. Not in CI: it fails when timm has something new.

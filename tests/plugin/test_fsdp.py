@@ -8,8 +8,20 @@ import pytest
 import torch
 from support.fsdp_models import network
 from support.fsdp_pitfalls import BETWEEN, PARTS
-from support.fsdp_ranks import BREAKS, CORE, COUNTED, MATRIX, METHODS, NETS, REFUSED, SHARDS_TAKE, UNITS, is_always
-from support.models import WAYS, TinyNet
+from support.fsdp_ranks import (
+    BREAKS,
+    CORE,
+    COUNTED,
+    FSDP_WAYS,
+    MATRIX,
+    METHODS,
+    NETS,
+    REFUSED,
+    SHARDS_TAKE,
+    UNITS,
+    is_always,
+)
+from support.models import TinyNet
 from support.processes import RANKS
 from support.scenarios import of_both_ranks
 from torch.utils._pytree import register_pytree_node
@@ -88,7 +100,7 @@ def test_units_may_be_any(scenario, name):
     assert_same(scenario(f'fsdp {name}'), scenario(f'ddp reference {name.split()[-1]}'))
 
 
-@pytest.mark.parametrize('name', of_both(WAYS))
+@pytest.mark.parametrize('name', of_both(FSDP_WAYS))
 def test_every_way_to_step_is_the_same_update(scenario, name):
     assert_same(scenario(f'fsdp {name}'), scenario(f'ddp reference {name.split()[-1]}'))
 

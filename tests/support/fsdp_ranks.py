@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support import fsdp_pitfalls as pitfalls
 from support.fsdp_models import WAY, built, data, network, shard, whole
-from support.models import OPTIMIZERS, WAYS
+from support.models import OPTIMIZERS, WAYS, by_owner
 from support.ranks import collectives
 from support.scenarios import main
 from timm_sam import SAM, VARIANTS, methods
 
 UPDATES = 5
+FSDP_WAYS = {**WAYS, 'backward_fn': by_owner}
 UNITS = ['gathered after forward', 'replicas', 'two dimensions', 'root only', 'norms apart', 'layers together']
 
 
@@ -45,7 +46,7 @@ def train(rank, wrap, net='tiny', optimizer='sgd', updates=UPDATES, way='minimiz
             losses = F.cross_entropy(wrapped(x), y, reduction='none')
             return losses if rows is None else losses[rows]
 
-        WAYS[way](sam, loss_fn)
+        FSDP_WAYS[way](sam, loss_fn)
         if sam.stats.eps_norm is not None:
             norms.append((float(sam.stats.grad_norm), float(sam.stats.eps_norm)))
     return dict(weights=whole(model), seen=torch.stack(seen), norms=norms, sharing=sam.sharing)
@@ -141,6 +142,7 @@ CORE = {
     'keeps_gathered all', 'by a method onlynorm', 'frozen later onlynorm',
     'frozen first onlynorm False', 'frozen first onlynorm True',
     'broken off at eps loss onlynorm', 'broken off at eps forward all', 'closure onlynorm',
+    'backward_fn onlynorm', 'backward_fn all',
     'counted whole default', 'counted shards default', 'messages',
 }
 REFERENCES = {f'reference {params}' for params in WAY}  # what slow tests compare with, too
@@ -161,7 +163,7 @@ def scenarios():
     for params in ('onlynorm', 'all'):
         for wrap in UNITS:
             yield f'fsdp {wrap} {params}', train, (wrap,), dict(params=params, updates=3)
-        for way in WAYS:
+        for way in FSDP_WAYS:
             yield f'fsdp {way} {params}', train, ('fsdp',), dict(params=params, way=way, updates=3)
         for name, between in pitfalls.BETWEEN.items():
             yield f'fsdp {name} {params}', train, ('fsdp',), dict(params=params, between=between, updates=3)

@@ -1,4 +1,4 @@
-"""What the tests in `tests/gpu` share."""
+"""What the tests on a CUDA device share; they have the mark `gpu`."""
 import contextlib
 import warnings
 

@@ -149,6 +149,13 @@ def by_primitives(sam: SAM, loss_fn: BatchLoss) -> Tensor:
     return loss.detach()
 
 
+def by_owner(sam: SAM, loss_fn: BatchLoss) -> Tensor:
+    sam.zero_grad()
+    loss = sam.backward(loss_fn, backward_fn=lambda loss: loss.backward())
+    sam.step()
+    return loss
+
+
 WAYS = {'minimize': by_minimize, 'closure': by_closure, 'backward': by_backward, 'primitives': by_primitives}
 
 
