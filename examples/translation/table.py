@@ -23,6 +23,7 @@ from timm_sam.cli.errors import OptionError, report
 from timm_sam.cli.parser import OptionParser, non_negative, positive_int
 from timm_sam.cli.text import csv_text, markdown, sample_std, say, spread, write_text
 from timm_sam.jobs.pool import locked
+from timm_sam.report.statistics import welch
 
 HEADER = "not IWSLT'14, not the paper's numbers"
 PAPER = {"vanilla": "34.56 ± .11", "SAM-all": "34.83 ± .10", "SAM-ON": "34.95 ± .16"}
@@ -93,16 +94,21 @@ def train(command: Sequence[str], flags: Sequence[str], out: Path, threads: Sequ
 def table(runs: Sequence[Done], command: str) -> str:
     """The table in Markdown, of the rows that have a run."""
     rows = []
+    plain = [run.test_bleu for run in runs if run.row == "vanilla"]
     for name, published in PAPER.items():
         found = [run for run in runs if run.row == name]
         if found:
             scores = [run.test_bleu for run in found]
+            apart = None if name == "vanilla" else welch(scores, plain)
             rows.append([name, found[0].rho, "/".join(sorted({str(run.epochs) for run in found})),
-                         spread(sum(scores) / len(scores), sample_std(scores)), str(len(scores)), published])
+                         spread(sum(scores) / len(scores), sample_std(scores)), str(len(scores)),
+                         "" if apart is None else f"{apart.difference:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})",
+                         published])
     text = ("Test BLEU (sacreBLEU, of text that is neither tokenized nor lowercased before), mean ± sample standard "
-            "deviation over seeds. The last column is the paper's Table 16: another data set, another BLEU.")
-    return "\n\n".join([f"# Translation: {HEADER}", text,
-                        markdown(["", "rho", "epochs", "BLEU", "seeds", "published, IWSLT'14 DE-EN"], rows),
+            "deviation over seeds, and its difference to vanilla with Welch's 95 % interval. The last column is the "
+            "paper's Table 16: another data set, another BLEU.")
+    columns = ["", "rho", "epochs", "BLEU", "seeds", "less vanilla", "published, IWSLT'14 DE-EN"]
+    return "\n\n".join([f"# Translation: {HEADER}", text, markdown(columns, rows),
                         f"Written by `{command}`.\n"])
 
 
