@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= 1
 # tests by the file, on two cores: one that fixtures are made for stays in one process
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: train validate digits-table flatness methods-table fashion-table normalization translation-table test test-fast test-slow test-gpu \
-	test-newest test-python lint typecheck clean
+.PHONY: train validate digits-table flatness methods-table fashion-table normalization translation-table \
+	test test-fast test-slow test-gpu test-newest test-python lint typecheck clean
 
 # From a fresh clone to a trained model: two processes, SAM-ON, scikit-learn's digits as PNG files.
 train: $(INSTALLED) data/digits

@@ -21,10 +21,11 @@ from timm_sam import SAM
 torch.set_num_threads(1)
 
 
-
 def pytest_configure(config):
-    """Hides GPUs from all but the tests for them: the others, and the processes they start, are the same everywhere."""
-    if config.option.markexpr != 'gpu':
+    """Shows one GPU to the tests for it, and none to all others: they, and what they start, are the same everywhere."""
+    if config.option.markexpr == 'gpu':
+        os.environ.setdefault('CUDA_VISIBLE_DEVICES', '0')
+    else:
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 

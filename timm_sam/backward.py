@@ -1,5 +1,6 @@
 """How a loss becomes gradients: weighed, scaled, by autograd or by a function of the loop that owns the call."""
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,7 @@ class Backward(NamedTuple):
         Raises:
             ValueError: ``function`` ran no backward pass.
         """
-        scaled = self._scaled(loss)
-
-        def run() -> None:
-            store.backward(scaled, params)
-
+        run = partial(store.backward, self._scaled(loss), params)
         if self.function is None:
             run()
         else:

@@ -54,7 +54,8 @@ class FirstUpdate:
         self._find_wrapped()
         yield
         self._find_wrapped()  # `replicate` wraps a model in its first forward
-        if not WHOLE_GRAPHS_WORK and _is_compiled_around(self._selected[0][1]):
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        if not WHOLE_GRAPHS_WORK and dynamo is not None and _is_inside(self._selected[0][1], dynamo.OptimizedModule):
             refuse_whole_graph()
         self._looked = True
 
@@ -87,10 +88,11 @@ class FirstUpdate:
                 f"more; replace layers before you build the optimizer and SAM")
 
     def _find_wrapped(self) -> None:
-        if self._group.ddp or not in_group() or not _wrappers_of(self._selected[0][1]):
+        p = self._selected[0][1]
+        if self._group.ddp or not in_group() or not _is_inside(p, DistributedDataParallel):
             return
         gc.collect()  # one that nobody uses any more may wait to be collected
-        if _wrappers_of(self._selected[0][1]):
+        if _is_inside(p, DistributedDataParallel):
             raise ValueError(
                 "model: it is inside of a DistributedDataParallel that SAM does not know, which would synchronize the "
                 "gradients at w; wrap the model first, then build SAM(optimizer, wrapped, ...), where wrapped is the "
@@ -119,17 +121,9 @@ class FirstUpdate:
                 f"not perturbed: build SAM after that", stacklevel=2)
 
 
-def _wrappers_of(p: nn.Parameter) -> list[DistributedDataParallel]:
-    """All DistributedDataParallel of this process that a parameter is in; wherever a trainer may keep them."""
-    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)
-            and any(q is p for q in o.parameters())]
-
-
-def _is_compiled_around(p: nn.Parameter) -> bool:
-    """Whether a module of ``torch.compile`` of this process has a parameter, which SAM was not given."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return dynamo is not None and any(
-        issubclass(type(o), dynamo.OptimizedModule) and any(q is p for q in o.parameters()) for o in gc.get_objects())
+def _is_inside(p: nn.Parameter, kind: type[nn.Module]) -> bool:
+    """Whether a parameter is in a module of a class, of all of this process; wherever a trainer may keep it."""
+    return any(issubclass(type(o), kind) and any(q is p for q in o.parameters()) for o in gc.get_objects())
 
 
 def _names(names: Sequence[str]) -> str:

@@ -50,7 +50,6 @@ def test_flags_of_timms_script_run_there(fitted, validate, options):
     plain = result(validate(f'--data-dir {fitted.data}', 'cpu'))
     found = result(validate(f'--data-dir {fitted.data} {options}'))
     assert found['top1'] == pytest.approx(plain['top1'], abs=5.0)
-    assert found['loss'] == pytest.approx(plain['loss'], rel=0.1) if 'loss' in plain else True
 
 
 def test_retry_halves_the_batch_where_memory_does_not_suffice(fitted, validate):

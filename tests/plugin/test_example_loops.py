@@ -6,10 +6,11 @@ from support.example_loops import (
     PARTS,
     RANKS_ONLY,
     batches,
+    by_fabric,
     by_hand,
     by_transformers,
     load,
-    missing,
+    needs,
     network,
     run,
 )
@@ -22,9 +23,8 @@ from timm_sam import SAM
 
 
 def installed(names):
-    """Examples as parameters; those whose packages are not there are skipped, with the reason."""
-    return [pytest.param(name, marks=pytest.mark.skipif(
-        bool(missing(name)), reason=f'needs {", ".join(NEEDS[name])}: pip install them')) for name in names]
+    """Examples as parameters; those whose packages are not there are skipped."""
+    return [pytest.param(name, marks=needs(name)) for name in names]
 
 
 def assert_close(actual, expected):
@@ -44,21 +44,18 @@ def test_weights_are_those_of_a_loop_by_hand(name):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(bool(missing('fabric_loop')), reason='needs lightning: pip install lightning')
+@needs('fabric_loop')
 @pytest.mark.filterwarnings('ignore')  # of the package's own
 def test_fabric_in_mixed_precision_takes_the_steps_of_autocast():
     """There Fabric lets no backward pass begin but its own, at w neither."""
-    from lightning.fabric import Fabric
-    fabric = Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')
-    fabric.launch()
     data = [(x.float(), y) for x, y in batches()]
-    by_fabric, net = network().float(), network().float()
-    load('fabric_loop').train(fabric, by_fabric, data)
+    theirs, net = network().float(), network().float()
+    by_fabric(load('fabric_loop'), theirs, data, 1, precision='bf16-mixed')
     sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), net, rho=0.5)
     for x, y in data:
         with torch.autocast('cpu', torch.bfloat16):
             sam.minimize(lambda x=x, y=y: torch.nn.functional.cross_entropy(net(x).float(), y))
-    for (name, a), b in zip(weights(by_fabric).items(), weights(net).values(), strict=True):
+    for (name, a), b in zip(weights(theirs).items(), weights(net).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 

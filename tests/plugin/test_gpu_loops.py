@@ -1,15 +1,12 @@
 """The loops of `examples/` on a CUDA device: float16 with loss scales that trainers own, shards, translation."""
-import logging
-import tempfile
 import warnings
 
 import pytest
 import torch
-from support.example_loops import load, missing
+from support.example_loops import by_accelerate, by_fabric, by_lightning, by_transformers, load, needs
 from support.gpu import DEVICE, data, net
 from support.places import ROOT
 from support.processes import python, run, torchrun
-from torch.utils.data import DataLoader, SequentialSampler
 
 from timm_sam import SAM
 
@@ -54,10 +51,6 @@ def assert_trained(built, model):
     assert not torch.equal(model.state_dict()['head.weight'].cpu(), fresh['head.weight'].cpu())
 
 
-def needs(name):
-    return pytest.mark.skipif(bool(missing(name)), reason=f'needs {", ".join(missing(name))}')
-
-
 @pytest.mark.parametrize('name', ['plain_loop', 'grad_scaler'])
 def test_loops_of_torch_train(built, name):
     model = network()
@@ -69,62 +62,41 @@ def test_loops_of_torch_train(built, name):
 @pytest.mark.parametrize('name, precision', [
     ('lightning_module', '32-true'), ('lightning_module', 'bf16-mixed'), ('lightning_accumulation', '16-mixed')])
 def test_lightning_trains(built, name, precision):
-    import lightning
-    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     model = network()
-    lightning.Trainer(
-        max_epochs=1, accelerator='gpu', devices=1, precision=precision, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    ).fit(load(name).Classifier(model), DataLoader(batches(), batch_size=None))
+    by_lightning(load(name), model, batches(), 1, accelerator='gpu', precision=precision)
     assert_trained(built, model)
 
 
 @needs('fabric_loop')
 @pytest.mark.parametrize('precision', ['32-true', 'bf16-mixed', '16-mixed'])
 def test_fabric_trains(built, precision):
-    from lightning.fabric import Fabric
-    fabric = Fabric(accelerator='cuda', devices=1, precision=precision)
-    fabric.launch()
     model = network()
-    load('fabric_loop').train(fabric, model, batches())
+    by_fabric(load('fabric_loop'), model, batches(), 1, accelerator='cuda', precision=precision)
     assert_trained(built, model)
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate keeps the first one of a process."""
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @needs('accelerate_loop')
 @pytest.mark.parametrize('precision', ['no', 'bf16', 'fp16'])
-def test_accelerate_trains(built, precision):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_accelerate_trains(built, other_precision, precision):
     model = network()
-    load('accelerate_loop').train(
-        Accelerator(mixed_precision=precision, gradient_accumulation_steps=2), model, batches())
+    by_accelerate(load('accelerate_loop'), model, batches(), 1, cpu=False, mixed_precision=precision)
     assert_trained(built, model)
 
 
 @needs('transformers_trainer')
 @pytest.mark.parametrize('precision', [{}, dict(bf16=True), dict(fp16=True)])
-def test_trainer_of_transformers_trains(built, precision):
-    from accelerate.state import AcceleratorState
-    from transformers import TrainingArguments
-    AcceleratorState._reset_state(reset_partial_state=True)
-    module = load('transformers_trainer')
-
-    class InOrder(module.SAMTrainer):
-        def _get_train_sampler(self, *args):
-            return SequentialSampler(self.train_dataset)
-
-        def create_optimizer(self, *args):
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-            return self.optimizer
-
+def test_trainer_of_transformers_trains(built, other_precision, precision):
     model = network()
-    items = [{'x': x[i].cpu(), 'labels': y[i].cpu()} for x, y in batches() for i in range(len(y))]
-    with tempfile.TemporaryDirectory() as folder:
-        InOrder(module.Classifier(model), TrainingArguments(
-            folder, per_device_train_batch_size=6, num_train_epochs=1, lr_scheduler_type='constant', max_grad_norm=0.0,
-            report_to=[], save_strategy='no', logging_strategy='no', disable_tqdm=True, remove_unused_columns=False,
-            gradient_accumulation_steps=2, **precision), train_dataset=items).train()
+    data = [(x.cpu(), y.cpu()) for x, y in batches()]
+    by_transformers(load('transformers_trainer'), model, data, 1, use_cpu=False, gradient_accumulation_steps=2,
+                    **precision)
     assert_trained(built, model)
 
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from reference import sam_step
 from support.gpu import DEVICE, data, net, no_waiting
-from support.models import OPTIMIZERS, SELECTIONS, WAYS, BatchLoss, assert_identical, buffers, weights
+from support.models import OPTIMIZERS, SELECTIONS, WAYS, BatchLoss, assert_identical, buffers, weights, whole_graphs
 
 from timm_sam import SAM, VARIANTS, compile_split, methods
-from timm_sam.split import WHOLE_GRAPHS_WORK
 
 pytestmark = pytest.mark.gpu
 
@@ -216,10 +215,9 @@ def test_weights_in_bfloat16_are_set_back_bit_for_bit():
 
 
 @pytest.mark.filterwarnings('ignore:TensorFloat32')
-@pytest.mark.parametrize('how', ['split', 'whole', 'cuda graphs'])
+@pytest.mark.parametrize('how', [
+    'split', pytest.param('whole', marks=whole_graphs), pytest.param('cuda graphs', marks=whole_graphs)])
 def test_compiled_model_takes_the_steps_of_the_one_that_is_not(how):
-    if how != 'split' and not WHOLE_GRAPHS_WORK:
-        pytest.skip('this torch gets the gradients of whole graphs wrong')
     x, y = images()
     found = []
     for compiled in (True, False):

@@ -3,6 +3,7 @@ import importlib.util
 import logging
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +24,11 @@ PARTS = {'grad_scaler': 2, 'lightning_accumulation': 2, 'accelerate_loop': 2}  #
 def missing(name):
     """The packages that an example needs and that are not there."""
     return [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
+
+
+def needs(name):
+    """The mark of a test of an example: it is skipped, with the reason, where the example's packages are not there."""
+    return pytest.mark.skipif(bool(missing(name)), reason=f'needs {", ".join(NEEDS[name])}: pip install them')
 
 
 def network():
@@ -78,26 +84,26 @@ def by_hand(data, parts=1, wrap=lambda net: net):
     return net
 
 
-def by_lightning(module, net, data, ranks):
+def by_lightning(module, net, data, ranks, **options):
     import lightning
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    lightning.Trainer(
+    lightning.Trainer(**{**dict(
         max_epochs=1, accelerator='cpu', devices=ranks, strategy='ddp' if ranks > 1 else 'auto', logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False), **options},
     ).fit(module.Classifier(net), DataLoader(data, batch_size=None))
 
 
-def by_fabric(module, net, data, ranks):
+def by_fabric(module, net, data, ranks, accelerator='cpu', **options):
     from lightning.fabric import Fabric
-    fabric = Fabric(accelerator='cpu', devices=ranks, strategy='ddp' if ranks > 1 else 'auto')
+    fabric = Fabric(accelerator=accelerator, devices=ranks, strategy='ddp' if ranks > 1 else 'auto', **options)
     fabric.launch()
     module.train(fabric, net, data)
 
 
-def by_accelerate(module, net, data, ranks):
+def by_accelerate(module, net, data, ranks, cpu=True, **options):
     from accelerate import Accelerator
-    module.train(Accelerator(cpu=True, gradient_accumulation_steps=2), net, data)
+    module.train(Accelerator(cpu=cpu, gradient_accumulation_steps=2, **options), net, data)
 
 
 def by_transformers(module, net, data, ranks, devices=1, kind=torch.optim.SGD, before=None, **options):

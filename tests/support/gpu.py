@@ -9,7 +9,6 @@ from support.models import TinyNet, batch
 DEVICE = 'cuda'
 
 
-
 def net(dtype=torch.float64, seed=0):
     return TinyNet(seed).to(DEVICE, dtype)
 
